@@ -1,0 +1,385 @@
+"""Folding: carry every per-channel affine to contractions that absorb it. Planning is pure, applying is dumb.
+
+An affine goes *backward* by asking what produces its operand to emit the affine's result instead, or *forward* by
+leaving it out and letting everything that reads its result make up for it. Both walk a region of the graph in
+(reverse) topological order, visiting each node once, and put one question to each node's semantics. All readers of a
+value must agree; readers of disjoint parts do not disagree. What a node does to an affine is ``semantics``; who else
+reads a value, and whether a constant fits its dtype, is decided here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bnfold import aten
+from bnfold.affine import Affine
+from bnfold.graph import Graph, Node, UnknownSizeError
+from bnfold.report import Entry, Ledger, Outcome, Refusal
+from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
+
+
+@dataclass
+class Plan:
+    """The edits by which one affine disappears; nothing is changed until ``apply``."""
+
+    site: Node
+    direction: Outcome
+    constants: list[tuple[Node, str, Tensor]] = field(default_factory=list)
+    adds: list[tuple[Node, Tensor]] = field(default_factory=list)
+    bypasses: list[tuple[Node, str]] = field(default_factory=list)
+    absorbers: list[Node] = field(default_factory=list)
+    carriers: list[Node] = field(default_factory=list)
+    mixed: bool = False
+
+    def equals(self, other: Plan) -> bool:
+        """Whether both would make the same edits."""
+        mine, theirs = self.constants, other.constants
+        return (
+            [(n, s) for n, s, _ in mine] == [(n, s) for n, s, _ in theirs]
+            and all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(mine, theirs))
+            and [n for n, _ in self.adds] == [n for n, _ in other.adds]
+            and all(torch.equal(a, b) for (_, a), (_, b) in zip(self.adds, other.adds))
+        )
+
+
+def fold(graph: Graph) -> Ledger:
+    """Folds every affine that algebra allows, editing ``graph``.
+
+    Backward first, then forward, repeated until nothing changes. Deterministic; linear in the nodes that each affine's
+    region touches.
+    """
+    return Folder(graph).run()
+
+
+class Folder:
+    """The state of one pass: the semantics of the nodes, and which captured value each value now stands for."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._semantics: dict[Node, Semantics] = {}
+        self._stands_for: dict[Node, str | None] = {}
+        self._homes: dict[tuple[Node, bool], bool] = {}
+
+    def run(self) -> Ledger:
+        sites = [value for value in self.graph.values() if self._is_source(value)]
+        entries: dict[Node, Entry] = {}
+        plans: dict[Node, Plan] = {}
+        where: dict[Node, list[Node]] = {}
+        info = {site: self._describe(site) for site in sites}
+        open_sites, progress = sites, True
+        refusals: dict[tuple[Node, str], Refusal] = {}
+        while progress and open_sites:
+            progress = False
+            for direction, ordered in (("backward", open_sites), ("forward", open_sites[::-1])):
+                self._find_homes()
+                done = set()
+                for site in ordered:
+                    plan = self._plan(site, direction)  # type: ignore[arg-type]
+                    if isinstance(plan, Refusal):
+                        refusals[site, direction] = plan
+                        continue
+                    entries[site] = self._entry(site, info[site], plan)
+                    where[site] = self._apply(plan)
+                    plans[site] = plan
+                    done.add(site)
+                open_sites = [site for site in open_sites if site not in done]
+                progress = progress or bool(done)
+        for site in open_sites:
+            module, kind, value = info[site]
+            found = tuple(refusals[site, d] for d in ("backward", "forward"))
+            entries[site] = Entry(value, module, kind, "left", refusals=found)
+        return Ledger(tuple(self._with_sites(entries[site], where.get(site, [])) for site in sites))
+
+    # -- sources ---------------------------------------------------------------------------------------------------
+
+    def _is_source(self, value: Node) -> bool:
+        semantics = self._at(value)
+        if isinstance(semantics, Refused):
+            return semantics.kind == "batch_norm"
+        if not isinstance(semantics, Scaling) or not self.graph.is_float(value):
+            return False
+        # Along more than one axis it is a table (a position embedding, an attention bias), not a per-channel affine.
+        return len(semantics.affine.varies()) <= 1
+
+    def _describe(self, site: Node) -> tuple[str, str, str]:
+        semantics = self._at(site)
+        assert isinstance(semantics, (Scaling, Refused))
+        return self.graph.module(site), semantics.kind, self.graph.name(site)
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def _plan(self, site: Node, direction: Outcome) -> Plan | Refusal:
+        semantics = self._at(site)
+        if isinstance(semantics, Refused):
+            return self._refuse(site, No(semantics.reason, semantics.detail))
+        assert isinstance(semantics, Scaling)
+        data = self.graph.call(site).at(semantics.slot)
+        if self.graph.is_frozen(data) or self.graph.is_frozen(site):
+            return self._refuse(site, No("in-place"))
+        if self.graph.dtype(data) != self.graph.dtype(site):
+            return self._refuse(site, No("dtype", f"{self.graph.dtype(data)} becomes {self.graph.dtype(site)}"))
+        plan = self._planned(site, semantics, direction)
+        if isinstance(plan, Refusal) or not plan.mixed:
+            return plan
+        # A dynamic dimension was mixed into an axis that the affine varies along: the edits must not depend on it.
+        try:
+            self.graph.resize(3)
+            kept, self._semantics = self._semantics, {}
+            second = self._planned(site, semantics, direction)
+        finally:
+            self.graph.resize(1)
+            self._semantics = kept
+        if isinstance(second, Refusal) or not plan.equals(second):
+            return self._refuse(site, No("dynamic-size", "its constants would depend on the size of a dynamic dimension"))
+        return plan
+
+    def _planned(self, site: Node, semantics: Scaling, direction: Outcome) -> Plan | Refusal:
+        plan = Plan(site, direction)
+        walk = self._pull if direction == "backward" else self._push
+        refusal = walk(plan, semantics)
+        if refusal is None:
+            plan.bypasses.append((site, semantics.slot))
+            refusal = self._check(plan, semantics)
+        return plan if refusal is None else refusal
+
+    def _pull(self, plan: Plan, source: Scaling) -> Refusal | None:
+        graph, site = self.graph, plan.site
+        wanted: dict[Node, dict[Node, Affine]] = {}
+        queue: list[tuple[float, Node]] = []
+
+        def ask(reader: Node, slot: str, affine: Affine) -> Refusal | None:
+            value = graph.call(reader).at(slot)
+            if graph.is_constant(value):
+                if not affine.settled().is_identity:
+                    constant = graph.call(reader).constant(slot)
+                    assert constant is not None
+                    plan.constants.append((reader, slot, affine.settled()(constant)))
+                return None
+            asked = wanted.setdefault(value, {})
+            both = asked[reader].agree(affine) if reader in asked else affine
+            if both is None:
+                return self._refuse(reader, No("several-readers", "it reads the value twice, differently"))
+            asked[reader] = both
+            if not affine.settled().is_identity and not any(entry[1] is value for entry in queue):
+                heapq.heappush(queue, (-graph.order[value], value))
+            return None
+
+        refusal = ask(site, source.slot, source.affine)
+        while queue and refusal is None:
+            _, value = heapq.heappop(queue)
+            agreed = self._agreed(value, wanted[value])
+            if isinstance(agreed, Refusal):
+                return agreed
+            if value.op != "call_function":
+                return Refusal("model-input", f"input '{graph.name(value)}'")
+            if graph.is_frozen(value):
+                return self._refuse(value, No("in-place"))
+            plan.mixed = plan.mixed or bool(set(agreed.varies()) & set(graph.dynamic_axes(value)))
+            answer = self._ask(value, lambda s, a=agreed: s.pull(a))  # type: ignore[misc]
+            if isinstance(answer, No):
+                return self._refuse(value, answer)
+            self._note(plan, value, answer.constants, answer.add, bool(answer.operands))
+            if answer.bypass is not None:
+                plan.bypasses.append((value, answer.bypass))
+            for slot, affine in answer.operands.items():
+                refusal = refusal or ask(value, slot, affine)
+        return refusal
+
+    def _agreed(self, value: Node, asked: Mapping[Node, Affine]) -> Affine | Refusal:
+        """What all readers of ``value`` together want; a reader outside the region wants what it reads unchanged."""
+        total: Affine | None = None
+        for reader in sorted(asked, key=self.graph.order.__getitem__):
+            total = asked[reader] if total is None else total.agree(asked[reader])
+            if total is None:
+                return self._refuse(reader, No("several-readers", "the readers of the value want different affines"))
+        assert total is not None
+        for reader in self.graph.readers(value):
+            if reader in asked:
+                continue
+            unchanged = self._unchanged(reader, value)
+            both = total if unchanged is None else total.agree(unchanged)
+            if both is None:
+                return self._refuse(reader, No("several-readers", f"'{self.graph.name(value)}' is also read here"))
+            total = both
+        return total.settled()
+
+    def _unchanged(self, reader: Node, value: Node) -> Affine | None:
+        """The identity on what ``reader`` reads of ``value``, the rest free; None where it reads only the shape."""
+        identity = Affine.identity(len(self.graph.shape(value)))
+        if reader.op == "output" or self.graph.is_list(reader):
+            return identity
+        semantics = self._at(reader)
+        slots = [slot for slot, node in self.graph.call(reader).slots() if node is value]
+        if all(slot in semantics.shape_only for slot in slots):
+            return None
+        if isinstance(semantics, Movement) and len(slots) == 1:
+            answer = self._ask(reader, lambda s: s.pull(Affine.identity(len(self.graph.shape(reader)))))
+            return identity if isinstance(answer, No) else answer.operands[slots[0]]
+        return identity
+
+    def _push(self, plan: Plan, source: Scaling) -> Refusal | None:
+        graph, site = self.graph, plan.site
+        carried: dict[Node, Affine] = {site: source.affine}
+        queue: list[tuple[float, Node]] = []
+        seen: set[Node] = set()
+
+        def spread(value: Node) -> None:
+            for reader in graph.readers(value):
+                if reader not in seen:
+                    seen.add(reader)
+                    heapq.heappush(queue, (graph.order[reader], reader))
+
+        spread(site)
+        while queue:
+            _, reader = heapq.heappop(queue)
+            if reader.op == "output":
+                return Refusal("model-output", "the model's output")
+            if graph.is_list(reader) or graph.is_frozen(reader):
+                return self._refuse(reader, No("in-place" if graph.is_frozen(reader) else "nonlinear"))
+            call, semantics = graph.call(reader), self._at(reader)
+            given = {
+                slot: carried[value]
+                for slot, value in call.slots()
+                if value in carried and slot not in semantics.shape_only
+            }
+            if not given:
+                continue
+            answer = self._ask(reader, lambda s, g=given: s.push(g))  # type: ignore[misc]
+            if isinstance(answer, No):
+                return self._refuse(reader, answer)
+            passes = answer.out is not None and not answer.out.is_identity
+            self._note(plan, reader, answer.constants, answer.add, passes)
+            if answer.bypass is not None:
+                plan.bypasses.append((reader, answer.bypass))
+            if passes:
+                assert answer.out is not None
+                carried[reader] = answer.out
+                dynamic = set(graph.dynamic_axes(reader))
+                plan.mixed = plan.mixed or bool(set(answer.out.varies()) & dynamic)
+                spread(reader)
+        return None
+
+    def _note(
+        self, plan: Plan, value: Node, constants: Mapping[str, Tensor], add: Tensor | None, passes: bool
+    ) -> None:
+        plan.constants += [(value, slot, tensor) for slot, tensor in constants.items()]
+        if add is not None:
+            plan.adds.append((value, add))
+        (plan.carriers if passes else plan.absorbers).append(value)
+
+    def _check(self, plan: Plan, source: Scaling) -> Refusal | None:
+        """The legality that no semantics knows: dtypes that overflow, and operators that must not become more."""
+        for value, slot, tensor in plan.constants:
+            overflow = self.graph.overflow(value, slot, tensor)
+            if overflow is not None:
+                what = f"{slot}[{', '.join(map(str, overflow.index))}]"
+                if not bool(tensor.isfinite().all()):
+                    return self._refuse(value, No("nonfinite", f"{what} is NaN or infinite"))
+                return self._refuse(value, No("overflow", f"{what} would be {overflow.largest:.3g}"))
+        gone = len(plan.bypasses) if source.kind == "batch_norm" else len(plan.bypasses) - 1
+        if len(plan.adds) > gone:
+            return self._refuse(plan.adds[0][0], No("no-saving", "it has no operand for a bias"))
+        return None
+
+    def _ask(self, value: Node, question: object) -> Answer:
+        try:
+            answer: Answer = question(self._at(value))  # type: ignore[operator]
+        except UnknownSizeError as error:
+            return No("dynamic-size", str(error))
+        except (RuntimeError, NotImplementedError) as error:  # an operator that cannot be run on indices
+            return No("unknown-operator", f"{type(error).__name__}: {error}")
+        return answer
+
+    def _at(self, value: Node) -> Semantics:
+        if value not in self._semantics:
+            semantics = aten.semantics(self.graph.call(value))
+            if isinstance(semantics, (Sum, Product)):
+                semantics = replace(semantics, home=self._home(value, semantics))
+            self._semantics[value] = semantics
+        return self._semantics[value]
+
+    # -- where shifts of a sum and scales of a product should go ----------------------------------------------------
+
+    def _home(self, value: Node, semantics: Sum | Product) -> str | None:
+        call, shift = self.graph.call(value), isinstance(semantics, Sum)
+        return next((slot for slot in semantics.slots if self._homes.get((call.at(slot), shift))), None)
+
+    def _find_homes(self) -> None:
+        """One sweep: which values would take a scale, and which a shift, if nothing else read them."""
+        self.graph.refresh()
+        self._homes = {}
+        self._semantics = {v: s for v, s in self._semantics.items() if not isinstance(s, (Sum, Product))}
+        for value in self.graph.values():
+            slots = list(self.graph.call(value).slots())
+            semantics = self._at(value)
+            alone = len(value.users) == 1
+            for shift in (False, True):
+                operands = {s: self.graph.is_constant(n) or self._homes.get((n, shift), False) for s, n in slots}
+                self._homes[value, shift] = alone and semantics.takes(shift, operands)
+
+    # -- applying --------------------------------------------------------------------------------------------------
+
+    def _apply(self, plan: Plan) -> list[Node]:
+        """Makes the plan's edits; returns the values at which the result must equal a captured value."""
+        graph, site = self.graph, plan.site
+        stale: set[Node] = {value for value, _, _ in plan.constants} | {value for value, _ in plan.adds}
+        for value, slot, tensor in plan.constants:
+            graph.set_constant(value, slot, tensor)
+        for value, tensor in plan.adds:
+            added = graph.add_after(value, tensor)
+            self._stands_for[added] = self._meaning(value)
+            self._stands_for[value] = None
+            stale |= set(added.users)
+        meaning = self._meaning(site)
+        for carrier in plan.carriers:
+            self._stands_for[carrier] = None
+        if plan.direction == "backward":
+            for absorber in plan.absorbers:
+                self._stands_for[absorber] = None
+        replaced: dict[Node, Node] = {}
+        for value, slot in plan.bypasses:
+            by = graph.call(value).at(slot)
+            stale |= set(graph.readers(value)) | {u for u in value.users}
+            graph.bypass(value, by)
+            replaced[value] = by
+        for value in stale | set(replaced):
+            self._semantics.pop(value, None)
+        if plan.direction == "forward":
+            return [replaced.get(a, a) for a in plan.absorbers]
+        by = replaced[site]
+        while by in replaced:
+            by = replaced[by]
+        self._stands_for[by] = meaning
+        return [by]
+
+    def _meaning(self, value: Node) -> str | None:
+        return self._stands_for.get(value, self.graph.name(value))
+
+    def _with_sites(self, entry: Entry, values: Iterable[Node]) -> Entry:
+        sites = tuple((self.graph.name(v), m) for v in values if (m := self._meaning(v)) is not None)
+        return replace(entry, site=sites)
+
+    # -- words -----------------------------------------------------------------------------------------------------
+
+    def _entry(self, site: Node, info: tuple[str, str, str], plan: Plan) -> Entry:
+        module, kind, value = info
+        names = list(dict.fromkeys(self._where(v) for v in plan.absorbers))
+        through = dict.fromkeys(self.graph.call(v).operator.removeprefix("aten.") for v in plan.carriers)
+        return Entry(value, module, kind, plan.direction, tuple(names), tuple(through))
+
+    def _where(self, value: Node) -> str:
+        operator = self.graph.call(value).operator if value.op == "call_function" else "output"
+        own = isinstance(self._at(value), (Contraction, Scaling)) if value.op == "call_function" else False
+        return (self.graph.module(value) if own or self.graph.module(value) else "") or operator
+
+    def _refuse(self, value: Node, answer: No) -> Refusal:
+        if value.op == "output":
+            return Refusal(answer.reason, "the model's output", "output", answer.detail)
+        if value.op != "call_function":
+            return Refusal(answer.reason, f"input '{self.graph.name(value)}'", "input", answer.detail)
+        return Refusal(answer.reason, self._where(value), self.graph.call(value).operator, answer.detail)

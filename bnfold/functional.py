@@ -1,0 +1,175 @@
+"""Making a captured graph free of in-place operators, where that can be shown to be safe.
+
+torch.export's training IR keeps ``relu_``, ``add_`` and the like. Bypassing a node in front of one can corrupt a value
+that someone else reads, so they must be gone before any rewrite. Swapping ``op_`` for ``op`` and redirecting the later
+readers of the written tensor is right when no *other* value that shares its storage is read afterwards. Where one is,
+the operator stays and everything that shares the storage is marked as frozen: no fold touches it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from bnfold.errors import CaptureError
+
+FROZEN = "bnfold_frozen"
+
+#: Operators that may return their operand although their schema does not say so.
+_SILENT_ALIASES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "einsum", "type_as", "pad"}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+
+
+def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, str]) -> int:
+    """Removes eval-mode dropout and in-place operators from ``graph``, itself.
+
+    Args:
+        graph: a graph in training IR; changed.
+        inputs: names of the placeholders that are the caller's inputs.
+        constants: for every other placeholder its parameter or buffer name.
+
+    Returns:
+        how many in-place operators are left.
+
+    Raises:
+        CaptureError: the model writes to one of its inputs or buffers.
+    """
+    _erase_dropout(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    classes = _Aliases()
+    left = 0
+    for node in list(graph.nodes):
+        written = list(_written(node))
+        for target in written:
+            members = classes.members(target)
+            _refuse_foreign(node, members, inputs, constants)
+            later = [m for m in members if m is not target and any(order[u] > order[node] for u in m.users)]
+            functional = None if later or any(m.meta.get(FROZEN) for m in members) else _functional(node)
+            if functional is None:
+                left += 1
+                classes.join(node, target)
+                for member in classes.members(target):
+                    member.meta[FROZEN] = True
+                continue
+            node.target = functional
+            target.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+        if not written:
+            for operand in _aliased(node):
+                classes.join(node, operand)
+                if operand.meta.get(FROZEN):
+                    node.meta[FROZEN] = True
+    return left
+
+
+class _Aliases:
+    """Union-find over the values that share storage."""
+
+    def __init__(self) -> None:
+        self._class: dict[fx.Node, set[fx.Node]] = {}
+
+    def members(self, node: fx.Node) -> set[fx.Node]:
+        return self._class.setdefault(node, {node})
+
+    def join(self, a: fx.Node, b: fx.Node) -> None:
+        one, other = self.members(a), self.members(b)
+        if one is not other:
+            small, large = sorted((one, other), key=len)
+            large |= small
+            for node in small:
+                self._class[node] = large
+
+
+def _erase_dropout(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if isinstance(node.target, OpOverload) and node.target._opname in _DROPOUTS:
+            arguments = dict(zip(("input", "p", "train"), node.args), **node.kwargs)
+            if arguments["train"] is False:
+                node.replace_all_uses_with(arguments["input"])
+                graph.erase_node(node)
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
+    if isinstance(node.target, OpOverload):
+        for i, argument in enumerate(node.target._schema.arguments):
+            if i < len(node.args) and not argument.kwarg_only:
+                yield argument, node.args[i]
+            elif argument.name in node.kwargs:
+                yield argument, node.kwargs[argument.name]
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, lambda n: found.append(n))
+    return found
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    for argument, value in _arguments(node):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _nodes_in(value)
+
+
+def _aliased(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op == "call_function" and not isinstance(node.target, OpOverload):
+        yield from node.all_input_nodes  # getitem, or a higher-order operator: assume the most
+        return
+    silent = isinstance(node.target, OpOverload) and node.target._opname in _SILENT_ALIASES
+    for argument, value in _arguments(node):
+        if silent or argument.alias_info is not None:
+            yield from _nodes_in(value)
+
+
+def _functional(node: fx.Node) -> OpOverload | None:
+    """The functional twin of an in-place operator, where it gives the same shape and dtype."""
+    assert isinstance(node.target, OpOverload)
+    name = node.target._opname
+    packet = getattr(torch.ops.aten, name.rstrip("_"), None)
+    if not name.endswith("_") or packet is None or node.target._overloadname not in packet.overloads():
+        return None
+    twin: OpOverload = getattr(packet, node.target._overloadname)
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or [a.name for a in twin._schema.arguments] != [
+        a.name for a in node.target._schema.arguments
+    ]:
+        return None
+    try:
+        with value.fake_mode:  # type: ignore[attr-defined]
+            result = twin(
+                *fx.node.map_arg(node.args, lambda n: n.meta["val"]),
+                **fx.node.map_arg(node.kwargs, lambda n: n.meta["val"]),
+            )
+    except Exception:  # whatever a meta kernel may raise: then it is not shown to be safe
+        return None
+    # ``y += x`` keeps y's dtype where ``y + x`` would promote.
+    same = isinstance(result, Tensor) and result.dtype == value.dtype and result.shape == value.shape
+    return twin if same else None
+
+
+def _refuse_foreign(node: fx.Node, members: set[fx.Node], inputs: set[str], constants: dict[str, str]) -> None:
+    places = defaultdict(list)
+    for member in members:
+        if member.op == "placeholder":
+            places["input" if member.name in inputs else "buffer"].append(
+                member.name if member.name in inputs else constants.get(member.name, member.name)
+            )
+        elif member.op == "get_attr":
+            places["buffer"].append(str(member.target))
+    for kind, names in places.items():
+        way_out = "clone the input first" if kind == "input" else "keep state out of forward in eval mode"
+        raise CaptureError(
+            f"the model writes to its {kind} '{names[0]}' in eval mode ({node.target})",
+            where=module_of(node) or None,
+            hint=f"An exported model has no side effects: {way_out}.",
+        )
+
+
+def module_of(node: fx.Node) -> str:
+    """The qualified name of the module whose forward made the node, ``""`` for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]

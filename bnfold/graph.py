@@ -1,0 +1,476 @@
+"""The graph editor: the few verbs by which ``fold`` and ``merge`` read and change a program.
+
+Works on a copy of an ExportedProgram's lifted graph. Constants are held in float64 from the first edit on and rounded
+once, in ``finish``; an existing tensor is never written to, so whoever shares it (another layer, the caller's model)
+keeps what it had. Everything that leans on how torch.export builds a program stands in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from operator import getitem
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    TensorArgument,
+)
+
+from bnfold.errors import FoldError
+from bnfold.functional import FROZEN, module_of
+from bnfold.interpret import constant_of, evaluate_constant
+from bnfold.semantics import Shape
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A constant that does not fit its dtype, as the largest magnitude and where it stands."""
+
+    largest: float
+    index: tuple[int, ...]
+
+
+class Call:
+    """One operator application, its arguments by their names in the operator's schema."""
+
+    def __init__(self, graph: Graph, value: Node) -> None:
+        self.graph, self.value = graph, value
+        # One item of an operator that returns several stands for that operator.
+        self.item = value.args[1] if value.target is getitem and graph.is_list(value.args[0]) else None
+        self.node: Node = value.args[0] if self.item is not None else value  # type: ignore[assignment]
+        self.arguments: dict[str, Any] = {}
+        if isinstance(self.node.target, OpOverload):
+            for i, argument in enumerate(self.node.target._schema.arguments):
+                if i < len(self.node.args) and not argument.kwarg_only:
+                    self.arguments[argument.name] = self.node.args[i]
+                else:
+                    default = argument.default_value if argument.has_default_value() else None
+                    self.arguments[argument.name] = self.node.kwargs.get(argument.name, default)
+
+    @property
+    def operator(self) -> str:
+        """``"aten.conv2d"``: the overload packet's name; another callable's own name."""
+        target = self.node.target
+        if isinstance(target, OpOverload):
+            return f"{target.namespace}.{target._opname}"
+        return getattr(target, "__name__", str(target))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arguments
+
+    def at(self, slot: str) -> Any:
+        """The argument in a slot: a name, or ``name.i`` for an item of a list."""
+        name, _, index = slot.partition(".")
+        return self.arguments[name][int(index)] if index else self.arguments[name]
+
+    def slots(self) -> Iterator[tuple[str, Node]]:
+        """Every slot that holds a value."""
+        for name, value in self.arguments.items():
+            if isinstance(value, Node):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Node))
+
+    def shape(self, slot: str) -> Shape:
+        """The concrete shape of a slot's tensor; ``()`` for a number."""
+        value = self.at(slot)
+        return self.graph.shape(value) if isinstance(value, Node) else ()
+
+    @property
+    def out_shape(self) -> Shape:
+        """The concrete shape of the output."""
+        return self.graph.shape(self.value)
+
+    def concrete(self, name: str) -> Any:
+        """An argument with its symbolic sizes made concrete."""
+        return fx.node.map_arg(self.arguments[name], self.graph.number)
+
+    def constant(self, slot: str) -> Tensor | None:
+        """The float64 value of a slot that depends on no input, a number included; else None."""
+        value = self.at(slot)
+        if isinstance(value, Node):
+            return self.graph.constant(value)
+        return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
+
+    def run(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The operator at concrete sizes on ``tensors``, by slot; operands not named there are zeros."""
+
+        def fill(name: str, value: Any, index: int | None = None) -> Any:
+            slot = name if index is None else f"{name}.{index}"
+            if slot in tensors:
+                return tensors[slot]
+            if isinstance(value, (list, tuple)):
+                return [fill(name, item, i) for i, item in enumerate(value)]
+            if isinstance(value, Node):
+                number = self.graph.number(value)
+                return torch.zeros(()).expand(self.graph.shape(value)) if number is None else number
+            return value
+
+        assert isinstance(self.node.target, OpOverload)
+        positional = [a.name for a in self.node.target._schema.arguments if not a.kwarg_only]
+        filled = {name: fill(name, value) for name, value in self.arguments.items()}
+        with torch.no_grad():
+            out = self.node.target(
+                *(filled[name] for name in positional),
+                **{name: value for name, value in filled.items() if name not in positional},
+            )
+        return out if self.item is None else out[self.item]
+
+
+class Graph:
+    """A program under edit.
+
+    Args:
+        program: a functional program in training IR; it is copied, not changed.
+        masters: constants of higher precision, by name, that edits start from in place of the stored ones.
+    """
+
+    def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
+        self.program = program
+        self.graph = copy_graph(program.graph)
+        self._masters = dict(masters or {})
+        self._pending: dict[Node, Tensor] = {}
+        self._origin: dict[Node, str] = {}
+        self._constants: dict[Node, Tensor | None] = {}
+        self._sizes = self._example_sizes()
+        self._numbers: dict[Any, int] = {}
+        self._shapes: dict[Node, Shape] = {}
+        placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        self._targets: dict[Node, str] = {
+            placeholders[spec.arg.name]: spec.target or ""
+            for spec in program.graph_signature.input_specs
+            if spec.kind is not InputKind.USER_INPUT
+        }
+        self.added = 0
+        self.refresh()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Numbers the nodes anew, and finds those that depend on no input."""
+        self.order: dict[Node, float] = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._fixed: set[Node] = set()
+        for node in self.graph.nodes:
+            if (node in self._targets or node in self._pending) and isinstance(node.meta.get("val"), Tensor):
+                self._fixed.add(node)
+            elif node.op == "call_function" and not node.meta.get(FROZEN):
+                random = isinstance(node.target, OpOverload) and (
+                    torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+                )
+                higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+                if not random and not higher and all(n in self._fixed for n in node.all_input_nodes):
+                    self._fixed.add(node)
+
+    def values(self) -> Iterator[Node]:
+        """The values computed from inputs, in topological order; several results of one operator one by one."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in self._fixed and not self.is_list(node):
+                yield node
+
+    def call(self, value: Node) -> Call:
+        """The operator application that makes a value."""
+        return Call(self, value)
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether the value depends on no input."""
+        return not isinstance(value, Node) or value in self._fixed
+
+    def is_list(self, value: Any) -> bool:
+        """Whether the node stands for several tensors."""
+        return isinstance(value, Node) and isinstance(value.meta.get("val"), (list, tuple))
+
+    def is_frozen(self, value: Node) -> bool:
+        """Whether an in-place operator that could not be removed shares the value's storage."""
+        return bool(value.meta.get(FROZEN))
+
+    def readers(self, value: Node) -> Iterator[Node]:
+        """The values computed directly from ``value``; the graph's output node where it is returned."""
+        for user in value.users:
+            if self.is_list(user):
+                yield from (u for u in user.users if u.target is getitem)
+                if any(u.target is not getitem for u in user.users) or not user.users:
+                    yield user
+            else:
+                yield user
+
+    def constant(self, value: Node) -> Tensor | None:
+        """The float64 value of a node that depends on no input, evaluated from the stored constants; else None."""
+        if value not in self._fixed:
+            return None
+        if value not in self._constants:
+            for node in self._constant_cone(value):
+                self._constants[node] = self._evaluate(node)
+        return self._constants[value]
+
+    def _constant_cone(self, value: Node) -> list[Node]:
+        cone, stack = set(), [value]
+        while stack:
+            node = stack.pop()
+            if node not in cone and node not in self._constants:
+                cone.add(node)
+                stack += node.all_input_nodes
+        return sorted(cone, key=self.order.__getitem__)
+
+    def _evaluate(self, node: Node) -> Any:
+        if node in self._pending:
+            return self._pending[node]
+        if node.op == "placeholder":
+            target = self._targets[node]
+            value = self._masters.get(target, constant_of(self.program, target))
+            return value.detach().to(torch.float64) if value.is_floating_point() else value
+        return evaluate_constant(node, self._constants)
+
+    def dtype(self, value: Node) -> torch.dtype:
+        """The dtype of a value."""
+        dtype: torch.dtype = value.meta["val"].dtype
+        return dtype
+
+    def is_float(self, value: Any) -> bool:
+        """Whether the value is a floating-point tensor."""
+        val = value.meta.get("val") if isinstance(value, Node) else None
+        return isinstance(val, Tensor) and val.dtype.is_floating_point
+
+    def shape(self, value: Node) -> Shape:
+        """The shape of a value at the current sizes."""
+        if value not in self._shapes:
+            self._shapes[value] = tuple(self._concrete(n) for n in value.meta["val"].shape)
+        return self._shapes[value]
+
+    def dynamic_axes(self, value: Node) -> tuple[int, ...]:
+        """The axes whose size differs from call to call."""
+        return tuple(a for a, n in enumerate(value.meta["val"].shape) if not isinstance(n, int))
+
+    def number(self, value: Node) -> int | None:
+        """The number that a symbolic size stands for at the current sizes; None for a tensor."""
+        val = value.meta.get("val")
+        return self._concrete(val) if isinstance(val, (int, torch.SymInt)) else None
+
+    def resize(self, factor: int) -> None:
+        """Makes every dynamic dimension ``factor`` times its example size."""
+        self._sizes = {symbol: n * factor for symbol, n in self._example_sizes().items()}
+        self._numbers, self._shapes = {}, {}
+
+    def _concrete(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression not in self._numbers:
+            found = sympy.sympify(expression).subs(self._sizes)
+            if not found.is_number:
+                raise UnknownSizeError(f"the size {expression} depends on data")
+            self._numbers[expression] = int(found)
+        return self._numbers[expression]
+
+    def _example_sizes(self) -> dict[Any, int]:
+        sizes: dict[Any, int] = {}
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            val = node.meta.get("val")
+            for size in [*val.shape] if isinstance(val, Tensor) else [val]:
+                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.has_hint():
+                    sizes[size.node.expr] = int(size.node.hint)
+        return sizes
+
+    def module(self, value: Node) -> str:
+        """The qualified name of the module that made a value."""
+        return module_of(value)
+
+    def module_class(self, value: Node) -> str:
+        """The class name of the module that made a value."""
+        stack = value.meta.get("nn_module_stack") or {}
+        name = next(reversed(stack.values()))[1] if stack else ""
+        return (name if isinstance(name, str) else getattr(name, "__name__", "")).rsplit(".", 1)[-1]
+
+    def name(self, value: Node) -> str:
+        """A value's name, unique in the graph and kept by edits."""
+        return value.name
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def overflow(self, value: Node, slot: str, tensor: Tensor) -> Overflow | None:
+        """Where ``tensor`` would not fit the dtype it is rounded to in that slot."""
+        rounded = tensor.to(self._slot_dtype(self.call(value), slot))
+        bad = ~rounded.isfinite()
+        if not bool(bad.any()):
+            return None
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        return Overflow(float(tensor[index].abs()), index)
+
+    def set_constant(self, value: Node, slot: str, tensor: Tensor) -> None:
+        """Gives a slot a constant of its own; ``tensor`` is float64 and rounded to the slot's dtype at the end."""
+        call = self.call(value)
+        old = call.at(slot)
+        origin = self._origin.get(old) or self._targets.get(old) if isinstance(old, Node) else None
+        new = self._placeholder(tensor, self._slot_dtype(call, slot), origin or self._invent(call, slot))
+        self._set(call, slot, new)
+
+    def add_after(self, value: Node, tensor: Tensor) -> Node:
+        """Adds a constant to a value, for all its readers."""
+        new = self._placeholder(tensor, self.dtype(value), self._invent(self.call(value), "bias"))
+        with self.graph.inserting_after(value):
+            added = self.graph.call_function(torch.ops.aten.add.Tensor, (value, new))
+        added.meta = {k: v for k, v in value.meta.items() if k != "from_node"}
+        self.order[added] = self.order[value] + 0.5
+        value.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        return added
+
+    def bypass(self, value: Node, by: Node) -> None:
+        """Lets every reader of ``value`` read ``by`` in its place, and drops what nobody reads any more."""
+        value.replace_all_uses_with(by)
+        dead = [value]
+        while dead:
+            node = dead.pop()
+            if not node.users and node.op == "call_function":
+                dead += node.all_input_nodes
+                self.graph.erase_node(node)
+
+    def _set(self, call: Call, slot: str, new: Node) -> None:
+        name, _, index = slot.partition(".")
+        assert isinstance(call.node.target, OpOverload)
+        schema = call.node.target._schema.arguments
+        value: Any = new
+        if index:
+            value = [*call.arguments[name]]
+            value[int(index)] = new
+        position = next(i for i, a in enumerate(schema) if a.name == name)
+        if schema[position].kwarg_only or name in call.node.kwargs:
+            call.node.update_kwarg(name, value)
+            return
+        args = [call.arguments[a.name] for a in schema[: max(position + 1, len(call.node.args))]]
+        args[position] = value
+        call.node.args = tuple(args)
+
+    def _slot_dtype(self, call: Call, slot: str) -> torch.dtype:
+        old = call.at(slot)
+        if self.is_float(old):
+            return self.dtype(old)
+        sibling = call.arguments.get("weight")  # a new bias takes the dtype of the weight beside it
+        return self.dtype(sibling if self.is_float(sibling) else call.value)
+
+    def _invent(self, call: Call, slot: str) -> str:
+        weight = call.arguments.get("weight")
+        known = self._origin.get(weight) or self._targets.get(weight) if isinstance(weight, Node) else None
+        if slot == "bias" and known is not None and known.endswith("weight"):
+            return known[: -len("weight")] + "bias"
+        module = self.module(call.value)
+        name = {"self": "constant", "other": "constant", "mat2": "weight"}.get(slot, slot.replace(".", "_"))
+        return f"{module}.{name}" if module else name
+
+    def _placeholder(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+        self.added += 1
+        first = next(iter(self.graph.nodes))
+        mode = next(
+            n.meta["val"].fake_mode
+            for n in self.graph.nodes
+            if isinstance(n.meta.get("val"), torch._subclasses.FakeTensor)
+        )
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"p_folded_{self.added}")
+        with mode:
+            node.meta["val"] = torch.empty(tensor.shape, dtype=dtype)
+        self._pending[node] = tensor
+        self._origin[node] = origin
+        self._fixed.add(node)
+        self.order[node] = -self.added
+        return node
+
+    # -- finishing -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> ExportedProgram:
+        """The edited program: dead constants gone, new ones rounded once and named after those they replace.
+
+        Raises:
+            FoldError: torch rejects the edited program; a defect of bnfold.
+        """
+        self.graph.eliminate_dead_code()
+        old = self.program
+        specs = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
+        keep: list[InputSpec] = []
+        state: dict[str, Tensor] = {}
+        constants: dict[str, Any] = dict(old.constants)
+        live = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for node in live:
+            spec = specs.get(node.name)
+            if node in self._pending:
+                continue
+            assert spec is not None
+            if spec.kind is not InputKind.USER_INPUT and not node.users:
+                self.graph.erase_node(node)
+                constants.pop(spec.target or "", None)
+            elif spec.target in old.state_dict:
+                state[spec.target] = old.state_dict[spec.target]
+        for node in [n for n in live if n in self._pending]:
+            if not node.users:
+                self.graph.erase_node(node)
+                continue
+            name = _free_name(self._origin[node], state, constants)
+            rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
+            state[name] = torch.nn.Parameter(rounded, requires_grad=False)
+            specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                keep.append(specs[node.name])
+        returned = next(n for n in self.graph.nodes if n.op == "output").args[0]
+        outputs = [
+            replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, Node) else spec
+            for spec, node in zip(old.graph_signature.output_specs, returned)
+        ]
+        try:
+            return rebuild(old, self.graph, ExportGraphSignature(keep, outputs), state, constants)
+        except Exception as error:
+            raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
+
+
+class UnknownSizeError(ValueError):
+    """A size that depends on the data that runs through the graph."""
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes keep their names and have metadata of their own."""
+    new = fx.Graph()
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, mapping.__getitem__)
+    return new
+
+
+def rebuild(
+    old: ExportedProgram,
+    graph: fx.Graph,
+    signature: ExportGraphSignature,
+    state: dict[str, Any],
+    constants: dict[str, Any],
+) -> ExportedProgram:
+    """An ExportedProgram like ``old`` around another graph. Its constructor validates."""
+    return ExportedProgram(
+        root=old.graph_module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=state,
+        range_constraints=dict(old.range_constraints),
+        module_call_graph=old.module_call_graph,
+        example_inputs=old.example_inputs,
+        constants=constants,
+        verifiers=old.verifiers,
+    )
+
+
+def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:
+    name, n = wanted, 1
+    while any(name in names for names in taken):
+        name, n = f"{wanted}.{n}", n + 1
+    return name

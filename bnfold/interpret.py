@@ -1,0 +1,139 @@
+"""Running a captured graph node by node: in its own dtypes, or in float64 as the truth of every comparison.
+
+``deepcopy(model).double()`` is no truth: it keeps ``x.float()`` regions and factories in float32, and a ``.pt2`` has
+no eager model. Here every floating-point tensor is float64 from the stored constants on, dtype arguments and factories
+are raised with them, and autocast regions run without autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+_RAISED = {torch.float16, torch.bfloat16, torch.float32}
+_FACTORIES = {
+    "arange",
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "linspace",
+    "scalar_tensor",
+    "eye",
+    "new_full",
+    "rand",
+    "randn",
+}
+
+
+def raise_tensor(value: Any) -> Any:
+    """``value`` in float64 where it is a floating-point tensor of fewer bits."""
+    return value.to(torch.float64) if isinstance(value, Tensor) and value.dtype in _RAISED else value
+
+
+def call_precise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Calls an operator with every dtype argument, and every result, raised to float64."""
+
+    def raise_dtype(arg: Any) -> Any:
+        return torch.float64 if isinstance(arg, torch.dtype) and arg in _RAISED else arg
+
+    args = tuple(raise_dtype(arg) for arg in args)
+    kwargs = {name: raise_dtype(arg) for name, arg in kwargs.items()}
+    if kwargs.get("dtype") is None and getattr(target, "_opname", "").split(".")[0] in _FACTORIES:
+        floats = any(isinstance(arg, float) for arg in args)
+        if floats or target._opname not in ("arange", "full", "scalar_tensor"):
+            kwargs["dtype"] = torch.float64
+    return pytree.tree_map(raise_tensor, target(*args, **kwargs))
+
+
+class Runner(fx.Interpreter):
+    """Runs a program's graph on flat user inputs.
+
+    Args:
+        program: the captured program; its guards and range constraints are not enforced.
+        precise: in float64 instead of the graph's own dtypes.
+        masters: constants, by their name in the program, that take the place of the stored ones; lets a float16
+            program be judged against the float32 weights that it was rounded from.
+    """
+
+    def __init__(
+        self, program: ExportedProgram, *, precise: bool = False, masters: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=True)
+        self.extra_traceback = False
+        self.precise = precise
+        self._constants: dict[str, Any] = {}
+        self._keep: Collection[str] = ()
+        self.kept: dict[str, Tensor] = {}
+        for spec in program.graph_signature.input_specs:
+            if spec.kind is InputKind.USER_INPUT:
+                continue
+            value = constant_of(program, spec.target or "")
+            if masters is not None and spec.target in masters:
+                value = masters[spec.target]
+            self._constants[spec.arg.name] = raise_tensor(value) if precise else value
+        self._user = [
+            spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+        ]
+
+    def __call__(self, inputs: Sequence[Any], *, keep: Collection[str] = ()) -> list[Any]:
+        """The flat outputs for the flat ``inputs``; the values of the nodes named in ``keep`` are left in ``kept``."""
+        if len(inputs) != len(self._user):
+            raise ValueError(f"the program takes {len(self._user)} flat inputs, {len(inputs)} were given")
+        given = dict(self._constants)
+        given.update(zip(self._user, (raise_tensor(x) for x in inputs) if self.precise else inputs))
+        self._keep, self.kept = keep, {}
+        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        with torch.no_grad():
+            result = self.run(*[given[name] for name in names])
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node, and keeps its value where asked to."""
+        value = super().run_node(n)
+        if n.name in self._keep:
+            # A clone: an operator that is still in place may write to it later.
+            self.kept[n.name] = value.clone() if isinstance(value, Tensor) else value
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one operator, raised to float64 where that is asked for."""
+        if not self.precise:
+            return super().call_function(target, args, kwargs)
+        name = getattr(target, "__name__", "")
+        if name == "wrap_with_autocast":
+            return self._inner(args[4])(*args[5:])
+        if name == "wrap_with_set_grad_enabled":
+            return self._inner(args[1])(*args[2:])
+        if isinstance(target, torch._ops.OpOverload):
+            return call_precise(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _inner(self, module: Any) -> Callable[..., Any]:
+        outer = self
+
+        class Inner(fx.Interpreter):
+            def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                return outer.call_function(target, args, kwargs)
+
+        return Inner(module).run
+
+
+def constant_of(program: ExportedProgram, target: str) -> Any:
+    """The parameter, buffer or lifted constant with that name."""
+    return program.state_dict[target] if target in program.state_dict else program.constants.get(target)
+
+
+def evaluate_constant(node: fx.Node, known: Mapping[fx.Node, Any], *, precise: bool = True) -> Any:
+    """The value of a node whose inputs are all ``known``."""
+    args = fx.node.map_arg(node.args, lambda n: known[n])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n])
+    if precise and isinstance(node.target, torch._ops.OpOverload):
+        return call_precise(node.target, args, kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

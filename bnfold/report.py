@@ -1,0 +1,243 @@
+"""Typed results of every stage, and the closed lists that they speak in. Rendering lives in ``render.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+#: Why an affine stays, and what the user can do about it. The README's table is tested against this.
+REASONS: dict[str, tuple[str, str]] = {
+    "batch-statistics": (
+        "the normalisation uses the statistics of the batch it sees, so its scale is no constant",
+        "put it in eval mode; with track_running_stats=False give it running statistics first (measure mean and "
+        "variance over data and set track_running_stats=True)",
+    ),
+    "not-constant": ("its scale or shift is computed from the model's inputs", "nothing to fold"),
+    "nonfinite": (
+        "a parameter or statistic is NaN or infinite, or variance + eps is not positive",
+        "repair the checkpoint; --allow-nonfinite exports it unfolded as it is",
+    ),
+    "overflow": ("the folded constant does not fit its dtype", "export in float32 or bfloat16"),
+    "dtype": ("the affine changes the dtype of the value", "cast explicitly before or after it"),
+    "in-place": (
+        "an in-place operator that could not be removed shares the value's storage",
+        "use the operator that is not in-place, or clone first",
+    ),
+    "nonlinear": ("an operator is in the way that no affine passes", "nothing: the algebra does not allow it"),
+    "unknown-operator": (
+        "an operator is in the way that bnfold's table does not hold",
+        "add a row to bnfold/aten (README, 'Add an operator')",
+    ),
+    "shift-through-activation": ("a shift does not pass an activation", "nothing: the algebra does not allow it"),
+    "shift-through-product": ("a shift does not pass a product of two values", "nothing: the algebra does not allow it"),
+    "sign": (
+        "a scale that is zero or negative does not pass an activation or a maximum",
+        "nothing: the algebra does not allow it",
+    ),
+    "other-axis": (
+        "the affine varies along an axis that the operator mixes or its weight does not know",
+        "nothing: the algebra does not allow it",
+    ),
+    "copies-differ": ("one element is copied to places with different affines", "nothing"),
+    "broadcast": ("an operand is broadcast along the axis that the affine varies along", "nothing"),
+    "unequal-scales": ("the operands of a sum or maximum do not carry the same affine", "nothing"),
+    "zero-padding": (
+        "a shift would have to reach into padded zeros, which stay zero",
+        "train with padding_mode='reflect', 'replicate' or 'circular', or normalise after the convolution",
+    ),
+    "several-readers": (
+        "the value is also read by something that needs it unchanged",
+        "nothing, unless the other reader can go",
+    ),
+    "no-saving": ("folding it would put another operator in its place", "nothing to gain"),
+    "model-input": ("nothing that could absorb it lies between the model's input and the affine", "nothing"),
+    "model-output": ("nothing that could absorb it lies between the affine and the model's output", "nothing"),
+    "dynamic-size": ("the fold would be exact only for one size of a dynamic dimension", "make that dimension --static"),
+}
+
+Outcome = Literal["backward", "forward", "left"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an affine cannot go one way.
+
+    Attributes:
+        reason: a key of ``REASONS``.
+        blocker: the module, or failing that the operator, in the way.
+        operator: the operator in the way, as ``aten.relu``.
+        detail: the same in words for this case.
+    """
+
+    reason: str
+    blocker: str
+    operator: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one affine.
+
+    Attributes:
+        value: name of the affine's output in the captured graph.
+        module: qualified name of the module it belongs to.
+        kind: ``"batch_norm"``, ``"mul"``, ``"add"`` or ``"div"``.
+        outcome: went ``backward``, went ``forward``, or is ``left``.
+        into: what absorbed it, as module names (operator names where there is no module).
+        through: the operators it passed on the way.
+        refusals: where it is left, why it could go neither backward nor forward.
+        site: name of the value in the folded graph that takes its place, and of the value in the captured graph that
+            it must equal; the gate compares them.
+    """
+
+    value: str
+    module: str
+    kind: str
+    outcome: Outcome
+    into: tuple[str, ...] = ()
+    through: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    site: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_batch_norm(self) -> bool:
+        """Whether it is a normalisation layer rather than a bare multiply or add."""
+        return self.kind == "batch_norm"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One entry per affine of the model, in the order of the captured graph."""
+
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """The affines that are still there."""
+        return tuple(e for e in self.entries if e.outcome == "left")
+
+    @property
+    def folded(self) -> tuple[Entry, ...]:
+        """The affines that are gone."""
+        return tuple(e for e in self.entries if e.outcome != "left")
+
+    @property
+    def batch_norms(self) -> tuple[Entry, ...]:
+        """The entries of normalisation layers."""
+        return tuple(e for e in self.entries if e.is_batch_norm)
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Folded value -> the captured value that it must equal."""
+        return {folded: captured for entry in self.entries for folded, captured in entry.site}
+
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """One fold site: the ratio of its error to the unfolded model's, over all and for the worst channel."""
+
+    candidate: str
+    value: str
+    module: str
+    ratio: float
+    channel_ratio: float
+
+
+@dataclass(frozen=True)
+class OutputResult:
+    """One output of one candidate: relative RMS errors against float64, medians over samples; ``worst`` informs."""
+
+    candidate: str
+    output: str
+    noise: float
+    error: float
+    ratio: float
+    worst: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 on labelled data before (unfolded torch) and after (the file), and the predictions that changed."""
+
+    samples: int
+    before: float
+    after: float
+    flips: int
+    smallest_margin: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The verdict of the gate and the numbers it rests on.
+
+    ``ratio`` is the largest output ratio, ``site_ratio`` the largest at a fold site; ``problems`` says in words what
+    failed or could not be judged.
+    """
+
+    verdict: Verdict
+    provider: str
+    samples: int
+    batches: tuple[int, ...]
+    outputs: tuple[OutputResult, ...] = ()
+    sites: tuple[SiteResult, ...] = ()
+    capture_error: float = 0.0
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    accuracy: Accuracy | None = None
+    limit: float = 4.0
+    site_limit: float = 16.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is a pass; inconclusive is not."""
+        return self.verdict == "pass"
+
+    @property
+    def ratio(self) -> float:
+        """The largest ratio of error to noise over all candidates and outputs."""
+        return max((o.ratio for o in self.outputs), default=float("nan"))
+
+    @property
+    def site_ratio(self) -> float:
+        """The largest ratio at any fold site, channels included."""
+        return max((max(s.ratio, s.channel_ratio) for s in self.sites), default=0.0)
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What was written."""
+
+    path: str
+    bytes: int
+    nodes: int
+    opset: int
+    batch_norms: int
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Everything that ``export`` found out."""
+
+    source: dict[str, Any]
+    ledger: Ledger
+    check: CheckReport | None
+    file: FileReport | None
+    operators: tuple[int, int] = (0, 0)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file was judged and passed."""
+        return self.check is not None and self.check.passed
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON; NaN and infinities become null."""
+        from bnfold.render import to_json
+
+        return to_json(self, indent)
