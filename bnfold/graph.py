@@ -7,7 +7,7 @@ keeps what it had. Everything that leans on how torch.export builds a program st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
@@ -16,13 +16,16 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
+    OutputSpec,
     TensorArgument,
 )
+from torch.utils import _pytree as pytree
 
 from bnfold.errors import FoldError
 from bnfold.functional import FROZEN, module_of
@@ -454,6 +457,7 @@ def rebuild(
     signature: ExportGraphSignature,
     state: dict[str, Any],
     constants: dict[str, Any],
+    module_call_graph: list[ModuleCallEntry] | None = None,
 ) -> ExportedProgram:
     """An ExportedProgram like ``old`` around another graph. Its constructor validates."""
     return ExportedProgram(
@@ -462,7 +466,7 @@ def rebuild(
         graph_signature=signature,
         state_dict=state,
         range_constraints=dict(old.range_constraints),
-        module_call_graph=old.module_call_graph,
+        module_call_graph=module_call_graph or old.module_call_graph,
         example_inputs=old.example_inputs,
         constants=constants,
         verifiers=old.verifiers,
@@ -474,3 +478,23 @@ def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:
     while any(name in names for names in taken):
         name, n = f"{wanted}.{n}", n + 1
     return name
+
+
+def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedProgram:
+    """``program`` with more values returned, after its own outputs and as one flat tuple."""
+    graph = copy_graph(program.graph)
+    output = next(n for n in graph.nodes if n.op == "output")
+    wanted = list(values)
+    nodes = {n.name: n for n in graph.nodes if n.name in set(wanted)}
+    more = [nodes[name] for name in wanted]
+    output.args = ((*output.args[0], *more),)
+    old = program.graph_signature
+    added = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in more]
+    signature = ExportGraphSignature(list(old.input_specs), [*old.output_specs, *added])
+    top, *rest = program.module_call_graph
+    assert top.signature is not None
+    spec = pytree.tree_structure(tuple(output.args[0]), is_leaf=lambda leaf: leaf is not output.args[0])
+    flat = replace(top.signature, out_spec=spec, outputs=[s.arg for s in signature.output_specs])
+    return rebuild(
+        program, graph, signature, dict(program.state_dict), dict(program.constants), [replace(top, signature=flat), *rest]
+    )

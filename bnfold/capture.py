@@ -1,0 +1,275 @@
+"""Capture: a module in eval mode -> a functional graph in torch.export's training IR.
+
+The caller's model is never touched: a structural copy that shares its parameters, and owns its buffers, is put into
+eval mode and captured. Buffers are copied because an operator may update them in eval mode too
+(``F.batch_norm(..., training=True)`` moves the running statistics without saying so).
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from bnfold.errors import CaptureError, InputError
+from bnfold.functional import make_functional
+from bnfold.graph import copy_graph, rebuild
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        program: functional program in training IR.
+        eager: the module that was captured, in eval mode; None for an ExportedProgram.
+        masters: float32 (or wider) constants by name that a lower-precision program was rounded from.
+        spec: how flat inputs make up ``(args, kwargs)``.
+        flat: the example inputs, flat.
+        names: for every flat input its name in the graph.
+        dims: symbolic dimension -> the name that the user knows it by.
+        notes: what a user should know, such as a batch that the model turned out to fix.
+    """
+
+    program: ExportedProgram
+    eager: nn.Module | None
+    spec: Any
+    flat: tuple[Any, ...]
+    names: tuple[str, ...]
+    dims: dict[str, str]
+    masters: Mapping[str, Tensor] | None = None
+    notes: tuple[str, ...] = ()
+    in_place: int = 0
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+
+    def run_eager(self, flat: tuple[Any, ...]) -> list[Any]:
+        """The eager module's flat outputs for flat inputs."""
+        assert self.eager is not None
+        args, kwargs = pytree.tree_unflatten(list(flat), self.spec)
+        with torch.no_grad():
+            return flatten_output(self.eager(*args, **kwargs))
+
+
+def flatten_output(output: Any) -> list[Any]:
+    """The leaves of a model's output, in the order torch.export gives them."""
+    return list(pytree.tree_leaves(output))
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dtype: torch.dtype | None = None,
+    static: bool = False,
+) -> Captured:
+    """Captures ``model`` in eval mode.
+
+    Args:
+        model: a module, or a program that torch.export captured before.
+        args: positional example inputs; for a dynamic batch their batch is 2 or more.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as for ``torch.export.export``; by default the first axis of every tensor whose size equals
+            the first tensor's is the batch and dynamic.
+        dtype: the floating-point dtype to convert parameters, buffers and inputs to first.
+        static: no dimension is dynamic, unless ``dynamic_shapes`` says so.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model, or the model writes to its inputs or buffers.
+        InputError: no example inputs.
+    """
+    if isinstance(model, ExportedProgram):
+        if dtype is not None:
+            raise InputError("a .pt2 program keeps the dtype it was captured in", hint="Give the module instead")
+        example = model.example_inputs
+        args, kwargs = (args, kwargs) if args is not None else (example or (None, None))
+        if args is None:
+            raise InputError("the program holds no example inputs", hint="Give them with --input")
+        return _captured(model, None, tuple(args), dict(kwargs or {}), None, None)
+    if args is None and not kwargs:
+        raise InputError("no example inputs", hint="Give them with --input NAME:DTYPE[N,...]")
+    args, kwargs = tuple(args or ()), dict(kwargs or {})
+    masters = None
+    module = eval_copy(model)
+    if dtype is not None:
+        masters = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+        masters = {name: t.detach() for name, t in masters.items() if t.is_floating_point()}
+        module = copy.deepcopy(module).to(dtype)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
+        )
+    if dynamic_shapes is None and not static:
+        dynamic_shapes = _dynamic_batch(args, kwargs)
+    program = _export(module, args, kwargs, dynamic_shapes)
+    return _captured(program, module, args, kwargs, dynamic_shapes, masters)
+
+
+def eval_copy(model: nn.Module) -> nn.Module:
+    """A structural copy in eval mode that shares ``model``'s parameters and owns its buffers."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    try:
+        duplicate = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied: {type(error).__name__}: {error}",
+            hint="bnfold works on a copy so that yours stays as it is; give a model that copy.deepcopy accepts",
+        ) from error
+    return duplicate.eval()
+
+
+def _dynamic_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves or leaves[0].shape[0] < 2:
+        return None
+    batch = leaves[0].shape[0]
+
+    def spec(leaf: Any) -> Any:
+        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
+
+    shapes = pytree.tree_map(spec, (args, dict(kwargs)))
+    return shapes[0] if not kwargs else {**_positional(shapes[0]), **shapes[1]}
+
+
+def _positional(shapes: tuple[Any, ...]) -> dict[str, Any]:
+    # torch.export takes names for all once there are keyword inputs; ``_export`` fills in the real ones.
+    return {f"\0{i}": shape for i, shape in enumerate(shapes)}
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    if isinstance(dynamic_shapes, dict) and any(str(name).startswith("\0") for name in dynamic_shapes):
+        import inspect
+
+        names = list(inspect.signature(module.forward).parameters)
+        dynamic_shapes = {
+            names[int(name[1:])] if name.startswith("\0") else name: shape for name, shape in dynamic_shapes.items()
+        }
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        where, message = _user_place(error, module), str(error).strip().split("\n")[0]
+        hint = "torch.export must be able to trace forward: no branches on values of tensors (torch.where, torch.cond)"
+        text = str(error)
+        if "Constraints violated" in text or "constraints violated" in text.lower():
+            message = " ".join(text.split("Suggested fixes")[0].split())[:400]
+            hint = "the model fixes a dimension that is declared dynamic: fix it with --static or a number in --input"
+        elif "dynamic_shapes" in text:
+            hint = "dynamic_shapes must have the structure of the inputs"
+        elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
+            hint = "check the number, names, shapes and dtypes of the inputs (--input)"
+        raise CaptureError(f"{type(error).__name__}: {message}", where=where, hint=hint) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _user_place(error: BaseException, module: nn.Module) -> str | None:
+    """File, line and module of the user's code that an exception came from."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if not name.startswith((*ours, "<")) and "contextlib" not in name:
+            owner = frame.f_locals.get("self")
+            path = next((n for n, m in module.named_modules() if m is owner), None)
+            found = f"{Path(name).name}:{line} in {frame.f_code.co_name}" + (f" (module '{path}')" if path else "")
+    return found
+
+
+def _captured(
+    program: ExportedProgram,
+    eager: nn.Module | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    masters: Mapping[str, Tensor] | None,
+) -> Captured:
+    signature = program.graph_signature
+    user = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    constants = {s.arg.name: s.target or "" for s in signature.input_specs if s.kind is not InputKind.USER_INPUT}
+    written = [s.target for s in signature.output_specs if "MUTATION" in s.kind.name]
+    if written:
+        raise CaptureError(
+            f"the model writes to '{written[0]}' in eval mode", hint="An exported model has no side effects"
+        )
+    graph = copy_graph(program.graph)
+    in_place = make_functional(graph, inputs=set(user), constants=constants)
+    functional = rebuild(program, graph, signature, dict(program.state_dict), dict(program.constants))
+    # torch.export orders keyword inputs as forward declares them.
+    order = program.call_spec.in_spec
+    if kwargs and order is not None:
+        names = order.child(1).context if hasattr(order, "child") else list(kwargs)
+        kwargs = {name: kwargs[name] for name in names} if set(names) == set(kwargs) else kwargs
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    if len(flat) != len(user):
+        raise InputError(f"the program takes {len(user)} inputs, {len(flat)} were given", hint=f"They are {user}")
+    dims, notes = _dimensions(functional, flat, user, dynamic_shapes)
+    ranges = {
+        str(symbol): (int(r.lower), int(r.upper) if r.upper.is_Integer else None)
+        for symbol, r in program.range_constraints.items()
+        if r.lower.is_Integer
+    }
+    return Captured(
+        functional, eager, spec, tuple(flat), tuple(user), dims, masters, tuple(notes), in_place, ranges
+    )
+
+
+def _dimensions(
+    program: ExportedProgram, flat: list[Any], user: list[str], dynamic_shapes: Any
+) -> tuple[dict[str, str], list[str]]:
+    """Names for the symbolic dimensions: the user's own, ``batch`` for a first axis, ``dim`` for the rest."""
+    asked = {}
+    for leaf_name, shape in _asked(dynamic_shapes, user):
+        asked[leaf_name] = shape
+    dims: dict[str, str] = {}
+    notes: list[str] = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in user or not isinstance(value, Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            wanted = asked.get(node.name, {}).get(axis) if isinstance(asked.get(node.name), dict) else None
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                symbol = str(size.node.expr)
+                name = getattr(wanted, "__name__", None)
+                fresh = name or ("batch" if axis == 0 else f"{node.name}_dim{axis}")
+                if symbol not in dims:
+                    dims[symbol] = fresh if fresh not in dims.values() else f"{node.name}_{fresh}"
+            elif wanted is not None and isinstance(size, int):
+                notes.append(f"axis {axis} of input '{node.name}' is fixed at {size}: the model's code specialises it")
+    return dims, notes
+
+
+def _asked(dynamic_shapes: Any, user: list[str]) -> Iterator[tuple[str, Any]]:
+    if dynamic_shapes is None:
+        return
+    leaves = pytree.tree_leaves(
+        dynamic_shapes, is_leaf=lambda x: x is None or (isinstance(x, dict) and all(isinstance(k, int) for k in x))
+    )
+    if len(leaves) == len(user):
+        yield from zip(user, leaves)
+
+
+def tensor_inputs(program: ExportedProgram) -> list[str]:
+    """Names of the user inputs that are tensors, in order."""
+    return [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    ]

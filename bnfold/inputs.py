@@ -1,0 +1,287 @@
+"""What a model is fed: input specifications, example tensors for capture, and data from a file."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import keyword
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from bnfold.errors import InputError, UsageError
+
+#: Smallest and largest size of a dynamic dimension; None where there is no largest.
+Range = tuple[int, int | None]
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+_SYNTAX = "Write NAME:DTYPE[N,3,224,224], for example --input x:float32[N,3,224,224]; letters are dynamic sizes"
+_RANGE_SYNTAX = "Write --dynamic N=1..64, N=1.. or N"
+_ANY: Range = (1, None)
+#: Example sizes of dynamic dimensions other than the batch: networks that halve images five times need these.
+_SPATIAL_START, _SPATIAL_STEP = 64, 32
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: the parameter of ``forward``, or None to take the next free one.
+        dtype: of the tensor.
+        dims: one entry per axis, a number where the size is fixed and a name where it is dynamic.
+    """
+
+    name: str | None
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+
+
+def parse_input(text: str) -> InputSpec:
+    """Read one input specification.
+
+    >>> parse_input("x:float32[N,3,224,224]")
+    InputSpec(name='x', dtype=torch.float32, dims=('N', 3, 224, 224))
+    >>> parse_input("int64[N,T]").name is None  # a dtype alone: the next input in order
+    True
+    >>> parse_input("x[8,3]").dtype  # a name alone: float32
+    torch.float32
+
+    Raises:
+        UsageError: the text is no specification; the message shows one.
+    """
+    match = re.fullmatch(r"\s*(?:([^\W\d]\w*)\s*(:\s*(\w+)\s*)?)?\[([^\[\]]*)\]\s*", text)
+    if match is None:
+        raise UsageError("this is no input specification", where=f"--input {text}", hint=_SYNTAX)
+    name, typed, dtype, dims = match.groups()
+    if not typed and name in DTYPES:
+        name, dtype = None, name
+    if dtype is not None and dtype not in DTYPES:
+        near = difflib.get_close_matches(dtype, DTYPES, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(DTYPES)}"
+        raise UsageError(f"there is no dtype {dtype!r}", where=f"--input {text}", hint=hint)
+    axes = tuple(_parse_dim(dim.strip(), text) for dim in dims.split(",")) if dims.strip() else ()
+    return InputSpec(name, DTYPES[dtype or "float32"], axes)
+
+
+def _parse_dim(dim: str, text: str) -> int | str:
+    if re.fullmatch(r"[0-9]+", dim):
+        if int(dim) == 0:
+            raise UsageError("a dimension of size 0 leaves nothing to compute", where=f"--input {text}", hint=_SYNTAX)
+        return int(dim)
+    if not dim.isidentifier() or keyword.iskeyword(dim):
+        raise UsageError(f"{dim!r} is neither a size nor a name", where=f"--input {text}", hint=_SYNTAX)
+    return dim
+
+
+def parse_dynamic(text: str) -> tuple[str, int, int | None]:
+    """``"N=1..64"`` -> ``("N", 1, 64)``; ``"N=1.."`` and ``"N"`` -> ``("N", 1, None)``.
+
+    Raises:
+        UsageError: the text is no range, or the range holds fewer than two sizes.
+    """
+    match = re.fullmatch(r"\s*([^\W\d]\w*)\s*(?:=\s*([0-9]+)\s*\.\.\s*([0-9]+)?)?\s*", text)
+    if match is None or keyword.iskeyword(match[1]):
+        raise UsageError("this is no range of a dynamic dimension", where=f"--dynamic {text}", hint=_RANGE_SYNTAX)
+    low, high = int(match[2] or 1), int(match[3]) if match[3] else None
+    if low < 1 or (high is not None and high <= low):
+        hint = f"The first size is at least 1 and the last is larger. {_RANGE_SYNTAX}; a fixed size is a number"
+        raise UsageError("the range is empty or a single size", where=f"--dynamic {text}", hint=hint)
+    return match[1], low, high
+
+
+def example(
+    specs: Sequence[InputSpec], parameters: Sequence[str], *, ranges: Mapping[str, Range], seed: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, dict[int, Any]]]:
+    """Example inputs for ``torch.export``.
+
+    Float tensors are standard normal. Integers are 0 and 1, which every embedding has; so are booleans.
+    Sizes of dynamic dimensions are at least 2 and differ from one another where their ranges allow it, because
+    ``torch.export`` specialises a size of 1.
+
+    Args:
+        specs: one per input, named or in order.
+        parameters: names of the parameters of ``forward``, in order.
+        ranges: of dynamic dimensions; one that is absent is 1 or more.
+        seed: of the random values.
+
+    Returns:
+        ``args``, ``kwargs`` and ``dynamic_shapes`` as ``torch.export.export`` takes them. Inputs are positional as far
+        as the leading parameters are covered.
+
+    Raises:
+        InputError: the model has no such input, too few of them, or one is given twice.
+        UsageError: a range names a dimension that no input has, or holds no size of 2 or more.
+    """
+    named = _match(specs, parameters)
+    sizes = _sizes(list(named.values()), ranges)
+    dims = {letter: _dim(letter, *ranges.get(letter, _ANY)) for letter in sizes}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: _random(spec, sizes, generator) for name, spec in named.items()}
+    shapes = {
+        name: {axis: dims[dim] for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
+        for name, spec in named.items()
+    }
+    leading = list(itertools.takewhile(tensors.__contains__, parameters))
+    args = tuple(tensors.pop(name) for name in leading)
+    return args, tensors, shapes
+
+
+def _match(specs: Sequence[InputSpec], parameters: Sequence[str]) -> dict[str, InputSpec]:
+    """Specifications by parameter, in the order of the parameters."""
+    found: dict[str, InputSpec] = {}
+    for spec in specs:
+        if spec.name is None:
+            continue
+        if spec.name in found:
+            raise InputError("this input is given twice", where=f"--input {spec.name}")
+        if spec.name not in parameters:
+            near = difflib.get_close_matches(spec.name, parameters, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(parameters) or 'none'}"
+            raise InputError(f"the model has no input {spec.name!r}", where=f"--input {spec.name}", hint=hint)
+        found[spec.name] = spec
+    unnamed = [spec for spec in specs if spec.name is None]
+    free = [name for name in parameters if name not in found]
+    if len(unnamed) > len(free):
+        raise InputError(
+            f"{len(specs)} inputs are given and the model has {len(parameters)}",
+            where="--input",
+            hint=f"They are {', '.join(parameters)}" if parameters else "Its forward takes none",
+        )
+    found |= dict(zip(free, unnamed))
+    return {name: found[name] for name in parameters if name in found}
+
+
+def _dim(letter: str, low: int, high: int | None) -> Any:
+    return torch.export.Dim(letter, min=low, max=high)
+
+
+def _sizes(specs: Sequence[InputSpec], ranges: Mapping[str, Range]) -> dict[str, int]:
+    """An example size for every dynamic dimension."""
+    letters = dict.fromkeys(dim for spec in specs for dim in spec.dims if isinstance(dim, str))
+    batches = {spec.dims[0] for spec in specs if spec.dims}
+    if unused := next((letter for letter in ranges if letter not in letters), None):
+        there = f"They have {', '.join(letters)}" if letters else "All their sizes are fixed"
+        raise UsageError("no input has this dimension", where=f"--dynamic {unused}", hint=there)
+    sizes: dict[str, int] = {}
+    # The narrowest first: it has the least choice.
+    for letter in sorted(letters, key=lambda letter: ranges.get(letter, _ANY)[1] or float("inf")):
+        low, high = ranges.get(letter, _ANY)
+        if high is not None and high < 2:
+            raise UsageError("the range holds no size of 2 or more", where=f"--dynamic {letter}", hint=_RANGE_SYNTAX)
+        choices = _choices(low, high, batch=letter in batches)
+        sizes[letter] = next((size for size in choices if size not in sizes.values()), max(2, low))
+    return {letter: sizes[letter] for letter in letters}
+
+
+def _choices(low: int, high: int | None, *, batch: bool) -> Iterator[int]:
+    small = itertools.count(max(2, low))
+    spatial = itertools.count(max(_SPATIAL_START, low), _SPATIAL_STEP)
+    for sizes in (small,) if batch else (spatial, small):
+        yield from sizes if high is None else itertools.takewhile(high.__ge__, sizes)
+
+
+def _random(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+    shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
+    try:
+        if spec.dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(spec.dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
+    except RuntimeError as error:
+        what = f"an input of shape {list(shape)} does not fit into memory"
+        raise InputError(what, where=f"--input {spec.name or ''}".strip()) from error
+
+
+def widen_batch(
+    args: Sequence[Any], kwargs: Mapping[str, Any], batch: int = 2
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat a batch of 1, which ``torch.export`` would take for a constant.
+
+    When the first tensor that is no scalar has a leading dimension of 1, every tensor with a leading dimension of 1
+    is repeated ``batch`` times along it. Tensors are found at any depth of lists, tuples and dictionaries. The
+    caller's stay.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    first = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
+    if first is not None and first.shape[0] == 1:
+        leaves = [_repeat(leaf, batch) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    widened: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return widened
+
+
+def _repeat(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    return tensor.repeat(batch, *[1] * (tensor.ndim - 1)) if tensor.ndim and tensor.shape[0] == 1 else tensor
+
+
+def load_data(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Read samples from an .npz (arrays named like the inputs, optionally ``labels``) or, for one input, an .npy.
+
+    Args:
+        path: nothing in the file is unpickled.
+        names: of the model's inputs.
+
+    Returns:
+        One array per input, all of shape (samples, ...), and the labels, of shape (samples, ...).
+
+    Raises:
+        InputError: missing, damaged or no NumPy file; an array is missing, empty, without a first dimension or not
+            numeric; numbers of samples differ.
+    """
+    arrays = _read_arrays(path)
+    labels = arrays.pop("labels", None) if "labels" not in names else None
+    if len(names) == 1 and len(arrays) == 1 and names[0] not in arrays:
+        # One array for one input needs no name; a name that was given and differs is still a mistake.
+        key = next(iter(arrays))
+        arrays = {names[0]: arrays[key]} if key in ("", "arr_0") else arrays
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        there = ", ".join(name or "one without a name" for name in arrays) or "none"
+        raise InputError(f"no array for {', '.join(missing)}", where=str(path), hint=f"The file's arrays: {there}")
+    data = {name: arrays[name] for name in names}
+    checked = data if labels is None else {**data, "labels": labels}
+    for name, array in checked.items():
+        if array.dtype.kind not in "biuf" or array.ndim == 0 or array.size == 0:
+            what = f"array {name!r} is empty or not numeric (shape {array.shape}, dtype {array.dtype})"
+            raise InputError(what, where=str(path), hint="Its shape must be (samples, ...)")
+    counts = {name: len(array) for name, array in checked.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        hint = "The first dimension of every array is the sample"
+        raise InputError(f"the arrays differ in their number of samples: {listed}", where=str(path), hint=hint)
+    return data, labels
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of the file; that of an .npy has the name ""."""
+    try:
+        # Opened here, because np.load leaves a damaged file open.
+        with path.open("rb") as file:
+            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):
+                raise ValueError("it is neither .npz nor .npy")
+            file.seek(0)
+            content = np.load(file, allow_pickle=False)
+            arrays = {"": content} if isinstance(content, np.ndarray) else {key: content[key] for key in content.files}
+    except FileNotFoundError as error:
+        raise InputError("there is no such file", where=str(path)) from error
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        if "Object arrays" in str(error):
+            hint = "Save arrays of numbers with numpy.savez; bnfold unpickles nothing from a data file"
+            raise InputError("the file holds Python objects, no plain arrays", where=str(path), hint=hint) from error
+        hint = "Write it with numpy.savez(path, x=..., labels=...)"
+        raise InputError(f"this is no readable NumPy file ({error})", where=str(path), hint=hint) from error
+    # A member that is no .npy comes back as bytes.
+    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}

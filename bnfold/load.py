@@ -1,0 +1,502 @@
+"""A source that the user names -> a module, its example inputs, and where it came from.
+
+Every kind of source is one row of ``_SOURCES``.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from bnfold import checkpoint
+from bnfold.checkpoint import Kind
+from bnfold.errors import BnfoldError, InputError, UsageError
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model came from, fit to be published: no absolute or parent path.
+
+    Attributes:
+        source: what the user typed; of a path outside the working directory, the file name alone.
+        weights: file name of the weights.
+        sha256: of the weights file, or of the file that is the source; None where there is no file.
+        parameters: number of parameter elements, a shared one counted once.
+    """
+
+    source: str
+    weights: str | None
+    sha256: str | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as its source gave it: neither its mode nor any flag is changed.
+
+    Attributes:
+        model: the module or exported program.
+        args: positional example inputs where the source carries them.
+        kwargs: example inputs by name.
+        provenance: where it came from.
+    """
+
+    model: torch.nn.Module | torch.export.ExportedProgram
+    args: tuple[Any, ...] | None
+    kwargs: dict[str, Any]
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class _Request:
+    source: str
+    weights: Path | None = None
+    weights_key: str | None = None
+    strip_prefix: str | None = None
+    factory_args: Mapping[str, Any] = field(default_factory=dict)
+    unsafe_pickle: bool = False
+
+
+def load(
+    source: str,
+    *,
+    weights: str | Path | None = None,
+    weights_key: str | None = None,
+    strip_prefix: str | None = None,
+    factory_args: Mapping[str, Any] | None = None,
+    unsafe_pickle: bool = False,
+) -> Loaded:
+    """Load the model that ``source`` names.
+
+    Args:
+        source: ``net.pt2``, ``pkg.module:factory``, ``path/to/file.py:factory``, or ``net.pt`` with a pickled module.
+        weights: checkpoint for what the factory builds (.safetensors, or written by ``torch.save``).
+        weights_key: where in the checkpoint the state dict is, with dots for nested keys.
+        strip_prefix: taken off every key of the state dict that begins with it.
+        factory_args: keyword arguments of the factory.
+        unsafe_pickle: allow pickles that can run any code.
+
+    Raises:
+        UsageError: the source is of no known form, or an option does not apply to it.
+        InputError: a file is missing, damaged or of another kind; the user's code fails; the weights do not fit.
+    """
+    request = _Request(
+        source, Path(weights) if weights else None, weights_key, strip_prefix, dict(factory_args or {}), unsafe_pickle
+    )
+    row = next((row for row in _SOURCES if row.matches(source)), None) if "\0" not in source else None
+    if row is None:
+        forms = "; ".join(row.form for row in _SOURCES)
+        raise UsageError(f"{source!r} is no source of a model", hint=f"A source is one of: {forms}")
+    if not row.takes_weights and (weights or factory_args):
+        raise UsageError(f"{row.form} takes neither --weights nor --arg: it is a whole model", where=source)
+    if (weights_key or strip_prefix) and not weights:
+        raise UsageError("--weights-key and --strip-prefix need --weights", where=source)
+    return row.read(request)
+
+
+def parse_factory_arg(text: str) -> tuple[str, Any]:
+    """``"width=32"`` -> ``("width", 32)``: a Python literal, else the text itself.
+
+    Raises:
+        UsageError: there is no name, or no "=".
+    """
+    name, equals, value = text.partition("=")
+    name, value = name.strip(), value.strip()
+    if not equals or not name.isidentifier():
+        raise UsageError(f"{text!r} is no argument", where="--arg", hint="Write NAME=VALUE, for example --arg width=32")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return name, value
+
+
+# ---- whole models in a file ------------------------------------------------------------------------------------------
+
+
+def _from_file(request: _Request) -> Loaded:
+    path = Path(request.source)
+    if path.suffix == ".py" and path.is_file():
+        raise UsageError("the factory's name is missing", where=request.source, hint=f"Write {request.source}:FACTORY")
+    kind = checkpoint.identify(path)
+    if kind is Kind.PROGRAM:
+        return _from_program(request, path)
+    if kind is Kind.SAFETENSORS:
+        raise _only_weights(request.source)
+    content = checkpoint.unpickle(path, kind, unsafe=request.unsafe_pickle)
+    if isinstance(content, Mapping):
+        inner = [content[key] for key in checkpoint.WRAPPERS if isinstance(content.get(key), torch.nn.Module)]
+        if len(inner) != 1:
+            raise _only_weights(request.source)
+        content = inner[0]
+    if not isinstance(content, torch.nn.Module):
+        raise InputError(f"the file holds a {type(content).__name__}, no module", where=request.source)
+    return _loaded(request, content, *_own_example(content), sha256=checkpoint.sha256(path))
+
+
+def _only_weights(source: str) -> InputError:
+    hint = f"Give the code that builds the model, path/to/file.py:factory, and --weights {source}"
+    return InputError("the file holds weights and no model", where=source, hint=hint)
+
+
+def _from_program(request: _Request, path: Path) -> Loaded:
+    checkpoint.verify_archive(path)
+    try:
+        if not request.unsafe_pickle:
+            _refuse_code(path)
+        with _quiet_loader(restricted=not request.unsafe_pickle):
+            program = torch.export.load(path)
+    except InputError:
+        raise
+    except Exception as error:
+        text = re.split(r"\.\s|\n", str(error))[0]
+        raise InputError(
+            f"the exported program cannot be loaded ({type(error).__name__}: {text})",
+            where=request.source,
+            hint="Export it again with the installed torch, or install the torch that wrote it",
+        ) from error
+    args, kwargs = program.example_inputs or (None, {})
+    return _loaded(request, program, args, kwargs, sha256=checkpoint.sha256(path))
+
+
+@contextmanager
+def _quiet_loader(*, restricted: bool) -> Iterator[None]:
+    """torch.export.load asks for the full unpickler, which only the environment can overrule; it logs tracebacks."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    logger = logging.getLogger("torch.export")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        if restricted:
+            os.environ[names[0]] = "1"
+        yield
+    finally:
+        logger.disabled = disabled
+        os.environ.pop(names[0], None)
+        os.environ.update(saved)
+
+
+_TARGET = re.compile(
+    r"torch\.ops\.(\w+\.\w+|higher_order)\.\w+|torch\._?sym_\w+|math\.\w+|_operator\.(?!call$|attrgetter$|methodcaller$)\w+"
+)
+#: What may stand before an opening parenthesis in an expression or a guard, besides torch's own sympy functions.
+_CALLS = {
+    *(
+        "Symbol",
+        "Integer",
+        "Rational",
+        "Float",
+        "Add",
+        "Mul",
+        "Pow",
+        "Abs",
+        "Min",
+        "Max",
+        "Piecewise",
+        "And",
+        "Or",
+        "Not",
+    ),
+    *("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictGreaterThan", "StrictLessThan"),
+    *("GreaterThan", "LessThan", "L.size", "And", "Or", "Not", "and", "or", "not"),
+}
+_FREE_TEXT = {"as_string", "as_strings", "metadata"}
+
+
+def _refuse_code(path: Path) -> None:
+    """Refuse an exported program that would run code of its own.
+
+    ``torch.export.load`` unpickles objects, opens compiled libraries and evaluates the expressions of dynamic
+    shapes as Python; the program's guards and names end up in Python source that ``ExportedProgram.module`` executes.
+    """
+    from torch.export.pt2_archive import PT2ArchiveReader
+
+    with PT2ArchiveReader(str(path)) as archive:
+        names = archive.get_file_names()
+        programs = [json.loads(archive.read_bytes(name)) for name in names if name.startswith("models/")]
+        configs = [json.loads(archive.read_bytes(name)) for name in names if name.endswith("constants_config.json")]
+    found = [name for name in names if name.startswith("data/aotinductor/")]
+    objects = [entry["path_name"] for config in configs for entry in config["config"].values()]
+    found += [name for name in objects if not name.startswith("tensor_")]
+    found += [text for program in programs for text in _suspicious(program)]
+    if found:
+        raise InputError(
+            f"the exported program holds what can run any code ({found[0][:60]!r})",
+            where=str(path),
+            hint="If you trust where it comes from, pass --unsafe-pickle",
+        )
+
+
+def _suspicious(value: Any, key: str = "") -> Iterator[str]:
+    """The strings of a serialised program that are more than names, operators and arithmetic over sizes."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _suspicious(name)
+            if name not in _FREE_TEXT:
+                yield from _suspicious(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _suspicious(inner, key)
+    elif isinstance(value, str) and not _harmless(value, key):
+        yield value
+
+
+def _harmless(text: str, key: str) -> bool:
+    from torch.utils._sympy import functions
+
+    if key in ("target", "as_operator"):
+        return _TARGET.fullmatch(text) is not None
+    if key in ("in_spec", "out_spec"):
+        # Both make pytree import a module; an escape could hide them.
+        return re.search(r"__enum__|default_factory|\\u", text) is None
+    calls = set(re.findall(r"([\w.)\]}]+)\s*\(", re.sub(r"\[(\d+|'\w*')\]|'\w*'", "", text)))
+    unknown = {call for call in calls - _CALLS if not (call[0].isupper() and hasattr(functions, call))}
+    return not unknown and re.search(r"[\"`\\;\r\n]", text) is None
+
+
+# ---- factories -------------------------------------------------------------------------------------------------------
+
+#: Modules that earlier sources imported from their own folder: a later source's ``import blocks`` must find its own.
+_siblings: set[str] = set()
+
+
+def _from_python_file(request: _Request) -> Loaded:
+    name, _, attribute = request.source.rpartition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise InputError("there is no such file", where=name)
+    folder = path.resolve().parent
+    for stale in _siblings:
+        sys.modules.pop(stale, None)
+    _siblings.clear()
+    spec = importlib.util.spec_from_file_location(f"bnfold_source_{path.stem}", path.resolve())
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
+    sys.modules[spec.name] = module
+    try:
+        with _importable(folder):
+            with _user_code("importing it", name):
+                spec.loader.exec_module(module)
+            return _from_attribute(request, module, attribute)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    finally:
+        _siblings.update(key for key in set(sys.modules) - before - {spec.name} if _is_inside(sys.modules[key], folder))
+
+
+def _from_python_module(request: _Request) -> Loaded:
+    name, _, attribute = request.source.partition(":")
+    with _importable(Path.cwd()):
+        with _user_code("importing it", name):
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                    raise
+                hint = "Install it, run from the folder that holds it, or give path/to/file.py:factory"
+                raise InputError(
+                    f"there is no Python module {error.name!r}", where=request.source, hint=hint
+                ) from error
+        return _from_attribute(request, module, attribute)
+
+
+def _from_attribute(request: _Request, module: ModuleType, name: str) -> Loaded:
+    """Build the model with the module's attribute ``name``, and give it its weights."""
+    if not hasattr(module, name):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        own = [key for key in there if getattr(getattr(module, key), "__module__", None) == module.__name__]
+        near = difflib.get_close_matches(name, there, n=3) or own[:5]
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Nothing in it can be called"
+        raise InputError(f"there is no {name!r} in it", where=request.source, hint=hint)
+    factory = getattr(module, name)
+    if isinstance(factory, torch.nn.Module):
+        if request.factory_args:
+            raise UsageError("this is a module and no factory: it takes no --arg", where=request.source)
+        # The importing code goes on to own its instance; weights go into a copy.
+        result: Any = copy.deepcopy(factory)
+    elif callable(factory):
+        result = _call(factory, request)
+    else:
+        hint = "Name a function that returns an nn.Module, an nn.Module class, or an instance of one"
+        raise InputError(
+            f"{name!r} is a {type(factory).__name__} and cannot be called", where=request.source, hint=hint
+        )
+    model, args, kwargs = _unpack(result, request.source)
+    if args is None and not kwargs:
+        args, kwargs = _own_example(model)
+    if args is None and not kwargs and isinstance(example := getattr(module, "example_inputs", None), tuple):
+        args = example
+    if request.weights is None:
+        return _loaded(request, model, args, kwargs, sha256=None)
+    checkpoint.load_weights(
+        model,
+        request.weights,
+        key=request.weights_key,
+        strip_prefix=request.strip_prefix,
+        unsafe=request.unsafe_pickle,
+    )
+    return _loaded(request, model, args, kwargs, sha256=checkpoint.sha256(request.weights))
+
+
+def _call(factory: Callable[..., Any], request: _Request) -> Any:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # a builtin without one
+        signature = None
+    try:
+        if signature is not None:
+            signature.bind(**request.factory_args)
+    except TypeError as error:
+        hint = f"Its signature is {signature}; arguments are given as --arg name=value"
+        raise InputError(f"the factory cannot be called: {error}", where=request.source, hint=hint) from error
+    with _user_code("the factory", request.source):
+        return factory(**request.factory_args)
+
+
+def _unpack(result: Any, source: str) -> tuple[torch.nn.Module, tuple[Any, ...] | None, dict[str, Any]]:
+    parts = result if isinstance(result, tuple) else (result,)
+    # What a shorter tuple leaves out: no example, no keywords.
+    model, args, kwargs = (*parts, *(None, {})[len(parts) - 1 :]) if 1 <= len(parts) <= 3 else (None, None, {})
+    if isinstance(model, torch.jit.ScriptModule):
+        hint = "Give the Python class that it was scripted from"
+        raise InputError("this is a TorchScript module, which torch.export cannot capture", where=source, hint=hint)
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    well_formed = isinstance(args, tuple | list | None) and isinstance(kwargs, Mapping)
+    if not isinstance(model, torch.nn.Module) or not well_formed:
+        raise InputError(
+            f"the factory returned {', '.join(type(part).__name__ for part in parts) or 'nothing'}",
+            where=source,
+            hint="It must return an nn.Module, (nn.Module, args) or (nn.Module, args, kwargs)",
+        )
+    return model, None if args is None else tuple(args), dict(kwargs)
+
+
+def _own_example(model: torch.nn.Module) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
+    """The example that a module carries, as Lightning's ``example_input_array`` or as ``example_inputs``."""
+    for name in ("example_input_array", "example_inputs"):
+        value = getattr(model, name, None)
+        if isinstance(value, torch.Tensor):
+            return (value,), {}
+        if isinstance(value, tuple):
+            return value, {}
+        if isinstance(value, Mapping):
+            return (), dict(value)
+    return None, {}
+
+
+# ---- what every source shares ----------------------------------------------------------------------------------------
+
+
+def _loaded(
+    request: _Request,
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    *,
+    sha256: str | None,
+) -> Loaded:
+    parameters = {id(p): p.numel() for p in model.parameters() if not torch.nn.parameter.is_lazy(p)}
+    provenance = Provenance(
+        source=_public(request.source),
+        weights=request.weights.name if request.weights else None,
+        sha256=sha256,
+        parameters=sum(parameters.values()),
+    )
+    return Loaded(model, args, dict(kwargs), provenance)
+
+
+def _public(source: str) -> str:
+    path = Path(source)
+    return path.name if path.is_absolute() or ".." in path.parts else source
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    saved = list(sys.path)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = saved
+
+
+@contextmanager
+def _user_code(what: str, where: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one line with the place in that code."""
+    try:
+        yield
+    except BnfoldError:
+        raise
+    except (Exception, SystemExit) as error:
+        hint = f"It happened at {_place(error)}"
+        if "relative import" in str(error):
+            hint += "; a file inside a package is given as pkg.module:factory"
+        raise InputError(f"{what} failed with {type(error).__name__}: {error}", where=where, hint=hint) from error
+
+
+def _place(error: BaseException) -> str:
+    """file:line of the user's code, of the innermost frame that is neither Python's nor an installed package's."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen", __file__)
+    own = [frame for frame in frames if not frame.filename.startswith(foreign)]
+    frame = (own or list(frames))[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _is_inside(module: ModuleType, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).is_relative_to(folder) and "site-packages" not in Path(file).parts
+
+
+# ---- the kinds of source ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One kind of source: how it is written, which strings are it, who reads it."""
+
+    form: str
+    matches: Callable[[str], bool]
+    read: Callable[[_Request], Loaded]
+    takes_weights: bool
+
+
+def _written(pattern: str) -> Callable[[str], bool]:
+    return lambda source: re.fullmatch(pattern, source) is not None
+
+
+def _is_file_name(source: str) -> bool:
+    # One letter before the colon is a Windows drive, several are a kind of source.
+    return bool(source.strip()) and (Path(source).exists() or re.match(r"[^\W\d][\w+.-]+:", source) is None)
+
+
+_NAME = r"[^\W\d]\w*"
+#: In this order; the first that matches reads the source.
+_SOURCES: tuple[_Source, ...] = (
+    _Source("path/to/file.py:factory", _written(rf".+\.py:{_NAME}"), _from_python_file, takes_weights=True),
+    _Source("pkg.module:factory", _written(rf"{_NAME}(\.{_NAME})*:{_NAME}"), _from_python_module, takes_weights=True),
+    _Source("net.pt2, or net.pt with a whole pickled module", _is_file_name, _from_file, takes_weights=False),
+)

@@ -1,0 +1,252 @@
+"""Lowering: a folded program -> ONNX, with nothing between our pass and the gate folding unseen.
+
+torch.onnx.export's own optimiser folds Conv-BN (ignoring the training flag), so it stays off, and onnxsim sees a
+skeleton whose large initializers are graph inputs: what it cannot see it cannot fold, and it takes the same time for
+any size of weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch.export import ExportedProgram
+
+from bnfold.errors import LowerError
+from bnfold.graph import with_outputs
+from bnfold.names import output_names
+
+#: Initializers above this many bytes are hidden from onnxsim.
+SKELETON_BYTES = 1024
+#: Files above this many bytes keep their weights in a file beside them.
+EXTERNAL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ONNX model in memory: ``model``, and ``sites``, the values of the program that it still holds by name."""
+
+    model: ir.Model
+    sites: tuple[str, ...]
+
+    @property
+    def nodes(self) -> int:
+        """Number of operators."""
+        return len(self.model.graph)
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return self.model.opset_imports[""]
+
+    @property
+    def batch_norms(self) -> int:
+        """Number of BatchNormalization operators."""
+        return sum(node.op_type == "BatchNormalization" for node in self.model.graph)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the initializers."""
+        return sum(v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None)
+
+
+def lower(
+    program: ExportedProgram,
+    *,
+    opset: int | None = None,
+    simplify: bool = True,
+    dims: Mapping[str, str] | None = None,
+    outputs: Iterable[str] | None = None,
+    sites: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Lowered:
+    """Writes ``program`` as ONNX.
+
+    Args:
+        program: a functional program.
+        opset: version of the default operator set; torch.onnx's default where None.
+        simplify: run onnxsim on the skeleton.
+        dims: symbolic dimension -> the name it gets in the file.
+        outputs: names for the outputs.
+        sites: values whose names must survive into the file where the values do.
+        metadata: entries for the file's ``metadata_props``.
+
+    Raises:
+        LowerError: torch.onnx cannot translate an operator, or the result does not pass onnx.checker.
+    """
+    own = len(program.graph_signature.output_specs)
+    returned = {spec.arg.name for spec in program.graph_signature.output_specs}
+    tagged = [name for name in dict.fromkeys(sites) if name not in returned]
+    model = _translate(with_outputs(program, tagged) if tagged else program, opset)
+    graph = model.graph
+    for value, name in zip(list(graph.outputs)[own:], tagged):
+        value.name = f"site:{name}"
+    del graph.outputs[own:]
+    _strip(model)
+    _tidy(model)
+    if simplify:
+        model = _simplify(model)
+    _name(model, dims or {}, list(outputs or output_names(program)))
+    present = {value.name for node in model.graph for value in node.outputs}
+    kept = [name for name in tagged if name in present]
+    kept += [spec.arg.name for spec in program.graph_signature.output_specs if spec.arg.name in set(sites)]
+    model.metadata_props.update(metadata or {})
+    model.producer_name, model.producer_version = "bnfold", ""
+    return Lowered(model, tuple(kept))
+
+
+def save(lowered: Lowered, path: Path, *, external: str | None = None) -> None:
+    """Writes the model to ``path``, its weights to ``external`` beside it where given, and has onnx.checker read it.
+
+    Raises:
+        LowerError: onnx.checker rejects the file.
+    """
+    ir.save(lowered.model, path, external_data=external, size_threshold_bytes=SKELETON_BYTES)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise LowerError(f"onnx.checker rejects the file: {error}", hint="Please report this model") from error
+    except onnx.shape_inference.InferenceError as error:
+        raise LowerError(f"onnx's shape inference rejects the file: {error}", hint="Please report this model") from error
+
+
+def _translate(program: ExportedProgram, opset: int | None) -> ir.Model:
+    try:
+        with _quiet(), torch.no_grad():
+            result = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = re.sub(r"\x1b\[\d+m", "", str(cause)).strip().split("\n")[0]
+        raise LowerError(
+            f"torch.onnx cannot translate the model: {type(cause).__name__}: {first}",
+            hint="Replace the operator it names, or try another --opset",
+        ) from error
+    assert result is not None
+    return result.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _strip(model: ir.Model) -> None:
+    """Takes out stack traces and paths; keeps the module that each node came from."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        node.metadata_props.clear()
+        node.doc_string = None
+        module = scopes[-2] if len(scopes) > 1 else ""
+        if module and not module.startswith("_empty_nn_module_stack"):
+            node.metadata_props["module"] = module.split("@")[0]
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _tidy(model: ir.Model) -> None:
+    from onnxscript.optimizer import fold_constants
+
+    with _quiet():
+        fold_constants(model)
+        for run in (
+            passes.IdentityEliminationPass(),
+            passes.CommonSubexpressionEliminationPass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            passes.DeduplicateInitializersPass(),
+            passes.RemoveUnusedNodesPass(),
+            passes.NameFixPass(),
+        ):
+            run(model)
+
+
+def _simplify(model: ir.Model) -> ir.Model:
+    """onnxsim on the skeleton; its verdict about large weights is impossible, since it does not have them."""
+    import onnxsim
+
+    modules = {v.name: n.metadata_props.get("module") for n in model.graph for v in n.outputs}
+    hidden: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > SKELETON_BYTES:
+            hidden[name] = tensor
+            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            del model.graph.initializers[name]
+            value.const_value = None
+            model.graph.inputs.append(value)
+    skeleton = ir.to_proto(model)
+    try:
+        with _quiet():
+            small, _ = onnxsim.simplify(skeleton, skip_fuse_bn=True)
+    except Exception as error:
+        raise LowerError(
+            f"onnxsim failed: {type(error).__name__}: {str(error).splitlines()[0]}", hint="Try --no-simplify"
+        ) from error
+    simplified = ir.from_proto(small)
+    simplified.metadata_props.clear()
+    for value in list(simplified.graph.inputs):
+        if value.name in hidden:
+            simplified.graph.inputs.remove(value)
+            if value.uses():
+                value.const_value = hidden[value.name]
+                simplified.graph.register_initializer(value)
+    for node in simplified.graph:
+        module = next((m for v in node.outputs if (m := modules.get(v.name))), None)
+        if module:
+            node.metadata_props["module"] = module
+    return simplified
+
+
+def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> None:
+    """Names dimensions as the user knows them, nodes after their modules, outputs after the model's structure."""
+    graph = model.graph
+    for value, name in zip(graph.outputs, outputs):
+        value.name = name
+    taken = {v.name for v in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
+    counts: dict[str, int] = {}
+    for node in graph:
+        base = "/".join(part for part in (node.metadata_props.get("module", ""), node.op_type) if part)
+        counts[base] = counts.get(base, -1) + 1
+        node.name = base if counts[base] == 0 else f"{base}_{counts[base]}"
+        for value in node.outputs:
+            if value.name and value.name.startswith("site:"):
+                wanted = value.name.removeprefix("site:")
+                value.name = wanted if wanted not in taken else f"{wanted}_value"
+                taken.add(value.name)
+    values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+    pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in sorted(dims, key=len, reverse=True)) or r"$^")
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    pattern.sub(lambda m: dims[m.group()], str(d.value))
+                    if isinstance(d, ir.SymbolicDim) and d.value is not None
+                    else d
+                    for d in value.shape
+                ]
+            )

@@ -1,0 +1,385 @@
+"""The data flow, a line per stage. Whoever reads this file knows the program.
+
+    load -> capture -> fold -> lower -> check -> store
+    source  graph      graph   ONNX     verdict  file on disk
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bnfold import store
+from bnfold._version import __version__
+from bnfold.capture import Captured, capture, tensor_inputs
+from bnfold.check import LIMIT, Gate
+from bnfold.errors import FoldError, InputError, UsageError
+from bnfold.fold import fold as fold_graph
+from bnfold.graph import Graph
+from bnfold.inputs import InputSpec, example, load_data, widen_batch
+from bnfold.load import Loaded, Provenance
+from bnfold.lower import EXTERNAL_BYTES, Lowered, lower, save
+from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
+from bnfold.runtime import resolve_device
+
+Model = nn.Module | ExportedProgram
+Device = Literal["auto", "cpu", "cuda"]
+#: Called with a stage's name, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded model.
+
+    Attributes:
+        program: the folded program; ``torch.export.save`` takes it.
+        ledger: one entry per affine: where it went, or why it stays.
+        captured: the unfolded program that it came from.
+    """
+
+    program: ExportedProgram
+    ledger: Ledger
+    captured: Captured
+
+    @property
+    def module(self) -> nn.Module:
+        """The folded model as a torch.nn.Module with the same signature."""
+        module: nn.Module = self.program.module()
+        return module
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``export`` can be asked for beyond its model and its inputs; see the README's table."""
+
+    device: Device = "auto"
+    data: Path | str | Mapping[str, Any] | None = None
+    samples: int = 16
+    seed: int = 0
+    limit: float = LIMIT
+    opset: int | None = None
+    dtype: torch.dtype | None = None
+    static: bool = False
+    fold: bool = True
+    simplify: bool = True
+    check: bool = True
+    external_data: bool | None = None
+    allow_nonfinite: bool = False
+    keep_failed: bool = False
+    dry_run: bool = False
+    provenance: Provenance | None = None
+    sources: Sequence[Path] = ()
+    progress: Progress = field(default=_silent, repr=False)
+
+
+def fold(
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dtype: torch.dtype | None = None,
+    static: bool = False,
+    allow_nonfinite: bool = True,
+) -> Folded:
+    """Folds every per-channel affine that algebra allows; ``model`` is not touched.
+
+    Args:
+        model: a module in any mode (eval mode is what is folded), or an ExportedProgram.
+        args: positional example inputs, as for ``torch.export.export``.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
+        dtype: convert to this floating-point dtype; folding still starts from the stored constants.
+        static: make no dimension dynamic by default.
+        allow_nonfinite: leave a BatchNorm with NaN or infinite constants in place instead of raising.
+
+    Raises:
+        InputError: no example inputs, or not those that the program takes.
+        CaptureError: torch.export cannot capture the model.
+        FoldError: NaN or infinite constants and not ``allow_nonfinite``.
+    """
+    captured = _capture(model, args, kwargs, dynamic_shapes, dtype, static)
+    folded = _fold(captured)
+    if not allow_nonfinite:
+        _refuse_nonfinite(folded.ledger)
+    return folded
+
+
+def export(
+    model: Model,
+    path: str | Path,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | None = None,
+    **more: Any,
+) -> ExportReport:
+    """Folds ``model``, writes it as ONNX, and proves the file equal to the unfolded model before it is there.
+
+    Args:
+        model: a module in any mode, or an ExportedProgram; not touched.
+        path: where the file goes; untouched unless the verdict is a pass.
+        args: positional example inputs, as for ``torch.export.export``.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
+        options: everything else, or its fields one by one as keyword arguments (``device="cuda"``).
+
+    Returns:
+        What was folded, the verdict, and the file if one was written.
+
+    Raises:
+        BnfoldError: any stage failed; ``exit_code`` says which kind. A failed verdict is no exception: ask ``passed``.
+    """
+    options = replace(options or Options(), **more)
+    path, clock = Path(path), Clock(options.progress)
+    device = resolve_device(options.device) if options.check else "cpu"
+    store.check_destination(path, sources=options.sources)
+    with clock("capture"):
+        captured = _capture(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+        data, labels = _data(options.data, captured)
+    with clock("fold"):
+        folded = _fold(captured) if options.fold else Folded(captured.program, Ledger(), captured)
+        if not options.allow_nonfinite:
+            _refuse_nonfinite(folded.ledger)
+    with clock("lower"):
+        lowered = lower(
+            folded.program, opset=_opset(options), simplify=options.simplify, dims=captured.dims,
+            sites=folded.ledger.sites, metadata=_metadata(options, folded),
+        )  # fmt: skip
+    with store.stage(path) as staging:
+        with clock("write"):
+            file = _write(lowered, staging, options.external_data)
+        verdict = None
+        if options.check:
+            with clock("check"):
+                verdict = Gate(
+                    captured, folded.ledger, folded.program, staging.folder / staging.path.name, device,
+                    samples=options.samples, seed=options.seed, limit=options.limit, data=data, labels=labels,
+                    progress=options.progress,
+                ).judge()  # fmt: skip
+        report = ExportReport(
+            _source(options.provenance, model), folded.ledger, verdict, None, _operators(captured, folded), clock.spent
+        )
+        if options.dry_run:
+            return report
+        if verdict is None or verdict.passed:
+            staging.commit(staging.path.name, file.data)
+            return replace(report, file=replace(file, path=str(path)))
+        if options.keep_failed:
+            name = f"{path.stem}.failed{path.suffix}"
+            staging.commit(staging.path.name, file.data, name=name)
+            return replace(report, file=replace(file, path=str(path.with_name(name))))
+    return report
+
+
+def check(
+    path: str | Path,
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | None = None,
+    **more: Any,
+) -> CheckReport:
+    """The gate alone: judges an existing ONNX file against a torch model.
+
+    Args:
+        path: the ONNX file; its inputs are matched to the model's by name, else by position and shape.
+        model: the unfolded model.
+        args: positional example inputs, as for ``torch.export.export``.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as for ``torch.export.export``.
+        options: as for ``export``.
+
+    Raises:
+        InputError: the file is missing or damaged, or its inputs do not fit the model's.
+        CaptureError: torch.export cannot capture the model.
+    """
+    options, path = replace(options or Options(), **more), Path(path)
+    if not path.is_file():
+        raise InputError("there is no such file", where=str(path))
+    device = resolve_device(options.device)
+    captured = _capture(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+    data, labels = _data(options.data, captured)
+    return Gate(
+        captured, Ledger(), None, path, device, samples=options.samples, seed=options.seed, limit=options.limit,
+        data=data, labels=labels, progress=options.progress,
+    ).judge()  # fmt: skip
+
+
+def model_inputs(
+    loaded: Loaded, specs: Sequence[InputSpec], ranges: Mapping[str, tuple[int, int | None]], *, seed: int = 0
+) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
+    """Example inputs of a loaded source: from the user's ``--input``, else the source's own, else its configuration.
+
+    Returns:
+        ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
+
+    Raises:
+        InputError: nothing says what the model takes.
+    """
+    if specs:
+        if isinstance(loaded.model, ExportedProgram):
+            raise UsageError("--input does not apply to a .pt2 program", hint="Its inputs are those it was exported with")
+        import inspect
+
+        parameters = list(inspect.signature(loaded.model.forward).parameters)
+        return example(specs, parameters, ranges=ranges, seed=seed)
+    if ranges:
+        raise UsageError("--dynamic names a dimension of --input, and there is no --input")
+    if loaded.args is None and not loaded.kwargs and not isinstance(loaded.model, ExportedProgram):
+        raise InputError(
+            "nothing says what the model takes",
+            where=loaded.provenance.source,
+            hint="Give --input NAME:DTYPE[N,3,224,224], or set example_inputs on the module",
+        )
+    return loaded.args, loaded.kwargs, None
+
+
+class Clock:
+    """Times the stages and reports them as they begin."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.spent: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times one stage, in seconds."""
+        self._progress(stage, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.spent[stage] = time.perf_counter() - start
+        self._progress(stage, 1, 1)
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def _capture(
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | None, static: bool
+) -> Captured:
+    if args is not None and not isinstance(args, tuple):
+        raise InputError(f"args must be a tuple of inputs, not {type(args).__name__}", hint="Write (x,) for one input")
+    if not isinstance(model, ExportedProgram) and not static:
+        # Whatever batch the user shows, a batch of 1 would be captured as a constant.
+        args, kwargs = widen_batch(args or (), kwargs or {})
+    return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, dtype=dtype, static=static)
+
+
+def _fold(captured: Captured) -> Folded:
+    graph = Graph(captured.program, captured.masters)
+    ledger = fold_graph(graph)
+    return Folded(graph.finish(), ledger, captured)
+
+
+def _refuse_nonfinite(ledger: Ledger) -> None:
+    for entry in ledger.left:
+        for refusal in entry.refusals:
+            if refusal.reason == "nonfinite":
+                raise FoldError(
+                    refusal.detail or "a constant is NaN or infinite",
+                    where=f"module '{refusal.blocker}'",
+                    hint="Repair the checkpoint, or export it unfolded as it is with --allow-nonfinite",
+                )
+
+
+def _opset(options: Options) -> int | None:
+    # ONNX knows a bfloat16 Conv from opset 22 on.
+    return 22 if options.opset is None and options.dtype is torch.bfloat16 else options.opset
+
+
+def _write(lowered: Lowered, staging: store.Staging, external: bool | None) -> FileReport:
+    target, data = staging.folder / staging.path.name, None
+    if external if external is not None else lowered.weight_bytes > EXTERNAL_BYTES:
+        save(lowered, target, external="weights")
+        data, digest = staging.seal_data("weights")
+        relocate(target, data, digest)
+    else:
+        save(lowered, target)
+    size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
+    return FileReport(str(target), size, lowered.nodes, lowered.opset, lowered.batch_norms, data)
+
+
+def relocate(path: Path, data: str, digest: str) -> None:
+    """Points the external weights of a staged file to their final name and notes their SHA-256 in the metadata."""
+    import onnx
+
+    model = onnx.load_model(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data
+    model.metadata_props.add(key="bnfold.data_sha256", value=digest)
+    path.write_bytes(model.SerializeToString())
+
+
+def _metadata(options: Options, folded: Folded) -> dict[str, str]:
+    batch_norms = folded.ledger.batch_norms
+    left = sum(entry.outcome == "left" for entry in batch_norms)
+    found = {
+        "bnfold.version": __version__,
+        "bnfold.torch_version": str(torch.__version__),
+        "bnfold.batch_norms_folded": str(len(batch_norms) - left),
+        "bnfold.batch_norms_left": str(left),
+        # The file that is judged is, byte for byte, the file that is stored; one that fails is not stored.
+        "bnfold.verdict": "pass" if options.check else "not checked",
+    }
+    if options.provenance is not None:
+        found["bnfold.source"] = options.provenance.source
+        if options.provenance.sha256:
+            found["bnfold.source_sha256"] = options.provenance.sha256
+    return found
+
+
+def _source(provenance: Provenance | None, model: Model) -> dict[str, Any]:
+    if provenance is None:
+        return {"source": type(model).__name__}
+    return {
+        "source": provenance.source,
+        "weights": provenance.weights,
+        "sha256": provenance.sha256,
+        "parameters": provenance.parameters,
+    }
+
+
+def _operators(captured: Captured, folded: Folded) -> tuple[int, int]:
+    def count(program: ExportedProgram) -> int:
+        return sum(n.op == "call_function" and isinstance(n.meta.get("val"), Tensor) for n in program.graph.nodes)
+
+    return count(captured.program), count(folded.program)
+
+
+def _data(data: Any, captured: Captured) -> tuple[dict[str, np.ndarray] | None, np.ndarray | None]:
+    if data is None:
+        return None, None
+    names = tensor_inputs(captured.program)
+    if isinstance(data, (str, Path)):
+        arrays, labels = load_data(Path(data), names)
+    else:
+        labels = np.asarray(data["labels"]) if "labels" in data else None
+        arrays = {name: np.asarray(value) for name, value in data.items() if name in names}
+    for name, rows in arrays.items():
+        value = captured.flat[captured.names.index(name)]
+        if isinstance(value, Tensor) and tuple(rows.shape[1:]) != tuple(value.shape[1:]):
+            raise InputError(
+                f"array '{name}' has samples of shape {tuple(rows.shape[1:])}, the model takes {tuple(value.shape[1:])}",
+                hint="The first axis of every array is the sample",
+            )
+    return arrays, labels

@@ -1,0 +1,168 @@
+"""The inputs that the gate runs: several batch sizes, several scales, every dynamic dimension at more than one size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+#: Factors on the example's own scale, in turn: most samples look like the example, some are small, some large.
+SCALES = (1.0, 1.0, 0.25, 4.0)
+BATCHES = (1, 2, 7)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Flat inputs for one run. ``size`` is the batch size, 0 where the model has no dynamic batch."""
+
+    flat: tuple[Any, ...]
+    size: int
+    sizes: str
+
+    @property
+    def samples(self) -> int:
+        """How many samples it holds: one where there is no batch axis."""
+        return self.size or 1
+
+
+def batches(
+    program: ExportedProgram,
+    names: Sequence[str],
+    example: Sequence[Any],
+    *,
+    samples: int = 16,
+    seed: int = 0,
+    data: Mapping[str, np.ndarray] | None = None,
+    ranges: Mapping[str, tuple[int, int | None]] | None = None,
+) -> list[Batch]:
+    """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
+
+    Args:
+        program: a captured program; its placeholders say which sizes are symbolic.
+        names: flat input names.
+        example: flat example inputs; generated floats share their mean, spread and sign, integers and booleans are
+            drawn between their extremes.
+        samples: how many samples to make.
+        seed: of the generator.
+        data: real samples, by input name; used in place of random ones as far as they go.
+        ranges: lowest and highest size by symbol.
+    """
+    shapes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)}
+    symbols = _symbols(shapes)
+    batch = next((s for shape in shapes.values() for s in shape[:1] if isinstance(s, torch.SymInt)), None)
+    batch_symbol = batch.node.expr if batch is not None and batch.node.expr.is_symbol else None
+    generator = torch.Generator().manual_seed(seed)
+    made: list[Batch] = []
+    offset = 0
+    counts = _counts(samples, (ranges or {}).get(str(batch_symbol)), known=batch_symbol is not None)
+    others = list(_other_sizes(symbols, batch_symbol, ranges or {}))
+    for i, count in enumerate(counts):
+        sizes = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
+        scale_at = 0 if data is None else offset
+        flat = []
+        for name, leaf in zip(names, example):
+            if name not in shapes or not isinstance(leaf, Tensor):
+                flat.append(leaf)
+            elif data is not None and name in data:
+                flat.append(_rows(data[name], leaf, offset, count, batch_symbol is not None))
+            else:
+                shape = [_size(s, sizes) for s in shapes[name]]
+                batched = batch_symbol is not None and bool(shape) and shape[0] == count
+                flat.append(_draw(shape, leaf, generator, scale_at if batched else None, i))
+        offset += count
+        words = ", ".join(f"{k}={v}" for k, v in sizes.items() if k != batch_symbol)
+        made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words))
+    return made
+
+
+def stored_batches(
+    names: Sequence[str], example: Sequence[Any], data: Mapping[str, np.ndarray], *, size: int
+) -> Iterator[tuple[Any, ...]]:
+    """All the rows of ``data`` in flat batches of ``size``."""
+    count = min(len(rows) for rows in data.values())
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield tuple(
+            torch.from_numpy(np.ascontiguousarray(data[name][start:stop])).to(leaf.dtype) if name in data else leaf
+            for name, leaf in zip(names, example)
+        )
+
+
+def _is_tensor(node: torch.fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
+
+
+def _symbols(shapes: Mapping[str, Sequence[Any]]) -> dict[Any, int]:
+    return {
+        size.node.expr: int(size.node.hint)
+        for shape in shapes.values()
+        for size in shape
+        if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.has_hint()
+    }
+
+
+def _counts(samples: int, limits: tuple[int, int | None] | None, *, known: bool) -> list[int]:
+    if not known:
+        return [1] * samples
+    # torch.export writes "from 2" where it could not tell 1 apart; 1 is what people deploy, so it is always tried.
+    high = limits[1] if limits and limits[1] is not None else None
+    fixed = [n for n in BATCHES if high is None or n <= high] or [high or 1]
+    rest = max(samples - sum(fixed), 0)
+    step = min(rest, high or rest) or 1
+    counts = [*fixed, *([step] * (rest // step)), *([rest % step] if rest % step else [])]
+    return counts if high is None or high in counts or high > 64 else [*counts, high]
+
+
+def _other_sizes(
+    symbols: Mapping[Any, int], batch: Any, ranges: Mapping[str, tuple[int, int | None]]
+) -> Iterator[dict[Any, int]]:
+    others = {s: n for s, n in symbols.items() if s != batch}
+    yield dict(others)
+    for factor in (2.0, 0.5, 1.5):
+        changed = {}
+        for symbol, n in others.items():
+            low, high = ranges.get(str(symbol), (1, None))
+            size = max(int(n * factor), low)
+            changed[symbol] = size if high is None else min(size, high)
+        if others:
+            yield changed
+
+
+def _size(size: Any, sizes: Mapping[Any, int]) -> int:
+    return size if isinstance(size, int) else int(sympy.sympify(size.node.expr).subs(sizes))
+
+
+def _rows(rows: np.ndarray, leaf: Tensor, offset: int, count: int, batched: bool) -> Tensor:
+    if not batched:
+        picked = rows[offset % len(rows)]
+        picked = picked if picked.ndim == leaf.ndim else picked[None]
+    else:
+        picked = rows[np.arange(offset, offset + count) % len(rows)]
+    return torch.from_numpy(np.ascontiguousarray(picked)).to(leaf.dtype)
+
+
+def _draw(
+    shape: Sequence[int], leaf: Tensor, generator: torch.Generator, scale_at: int | None, run: int
+) -> Tensor:
+    if not leaf.dtype.is_floating_point:
+        low, high = (int(leaf.min()), int(leaf.max())) if leaf.numel() else (0, 1)
+        return torch.randint(low, high + 1, tuple(shape), generator=generator).to(leaf.dtype)
+    known = leaf.double()
+    spread = float(known.std()) if known.numel() > 1 else 0.0
+    mean = float(known.mean()) if spread > 0 else 0.0
+    value = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * (spread or 1.0)
+    if scale_at is None:
+        value = value * SCALES[run % len(SCALES)]
+    else:
+        factors = torch.tensor([SCALES[(scale_at + i) % len(SCALES)] for i in range(shape[0])], dtype=torch.float64)
+        value = value * factors.reshape(-1, *(1,) * (len(shape) - 1))
+    value = value + mean
+    if spread > 0 and bool((known >= 0).all()):
+        value = value.abs()  # whatever takes only non-negative values (images in 0..1, probabilities) gets such
+    return value.to(leaf.dtype)
