@@ -87,12 +87,12 @@ class Affine:
         return bool(self.scale.isfinite().all() and self.shift.isfinite().all())
 
     def compressed(self) -> Affine:
-        """The same affine with size 1 on every axis along which all elements that are not free agree."""
+        """The same affine with size 1 on every axis along which all elements agree; free ones stay free."""
         return Affine(_compressed(self.scale), _compressed(self.shift))
 
     def settled(self) -> Affine:
-        """Compressed, and the identity wherever an element is still free."""
-        scale, shift = _compressed(self.scale), _compressed(self.shift)
+        """Free elements take the value that lets the most axes be of size 1; the identity where none is asked for."""
+        scale, shift = _compressed(self.scale, fill=True), _compressed(self.shift, fill=True)
         return Affine(torch.nan_to_num(scale, nan=1.0), torch.nan_to_num(shift, nan=0.0))
 
     def agree(self, other: Affine) -> Affine | None:
@@ -114,15 +114,16 @@ class Affine:
         return Affine(self.scale.reshape(lead + self.scale.shape), self.shift.reshape(lead + self.shift.shape))
 
 
-def _compressed(t: Tensor) -> Tensor:
+def _compressed(t: Tensor, *, fill: bool = False) -> Tensor:
     for axis in range(t.ndim):
         if t.shape[axis] <= 1:
             continue
         free = t.isnan()
         low = t.masked_fill(free, torch.inf).amin(axis, keepdim=True)
         high = t.masked_fill(free, -torch.inf).amax(axis, keepdim=True)
-        if bool((low >= high).all()):  # equal, or low=inf > high=-inf where all are free
-            t = torch.where(low > high, torch.nan, low)
+        all_free = low > high
+        if bool(((low >= high) & (all_free | ~free.any(axis, keepdim=True) | fill)).all()):
+            t = torch.where(all_free, torch.nan, low)
     return t
 
 

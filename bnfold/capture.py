@@ -8,6 +8,7 @@ eval mode and captured. Buffers are copied because an operator may update them i
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError, InputError
 from bnfold.functional import make_functional
-from bnfold.graph import copy_graph, rebuild
+from bnfold.program import copy_graph, output_specs, rebuild
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def flatten_output(output: Any) -> list[Any]:
 def capture(
     model: nn.Module | ExportedProgram,
     args: tuple[Any, ...] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
@@ -93,25 +94,26 @@ def capture(
     if isinstance(model, ExportedProgram):
         if dtype is not None:
             raise InputError("a .pt2 program keeps the dtype it was captured in", hint="Give the module instead")
-        example = model.example_inputs
-        args, kwargs = (args, kwargs) if args is not None else (example or (None, None))
-        if args is None:
-            raise InputError("the program holds no example inputs", hint="Give them with --input")
-        return _captured(model, None, tuple(args), dict(kwargs or {}), None, None)
+        if not args and not kwargs:
+            if model.example_inputs is None:
+                raise InputError("the program holds no example inputs", hint="Give them as args")
+            args, kwargs = model.example_inputs
+        return _captured(model, None, tuple(args or ()), dict(kwargs or {}), None, None)
     if args is None and not kwargs:
         raise InputError("no example inputs", hint="Give them with --input NAME:DTYPE[N,...]")
-    args, kwargs = tuple(args or ()), dict(kwargs or {})
-    masters = None
+    args = tuple(args or ())
+    kwargs = dict(kwargs or {})
+    masters: dict[str, Tensor] | None = None
     module = eval_copy(model)
     if dtype is not None:
-        masters = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
-        masters = {name: t.detach() for name, t in masters.items() if t.is_floating_point()}
+        stored = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        masters = {name: tensor.detach() for name, tensor in stored if tensor.is_floating_point()}
         module = copy.deepcopy(module).to(dtype)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
         )
     if dynamic_shapes is None and not static:
-        dynamic_shapes = _dynamic_batch(args, kwargs)
+        dynamic_shapes = _dynamic_batch(module, args, kwargs)
     program = _export(module, args, kwargs, dynamic_shapes)
     return _captured(program, module, args, kwargs, dynamic_shapes, masters)
 
@@ -129,7 +131,7 @@ def eval_copy(model: nn.Module) -> nn.Module:
     return duplicate.eval()
 
 
-def _dynamic_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _dynamic_batch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves or leaves[0].shape[0] < 2:
         return None
@@ -138,23 +140,16 @@ def _dynamic_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     def spec(leaf: Any) -> Any:
         return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
 
-    shapes = pytree.tree_map(spec, (args, dict(kwargs)))
-    return shapes[0] if not kwargs else {**_positional(shapes[0]), **shapes[1]}
-
-
-def _positional(shapes: tuple[Any, ...]) -> dict[str, Any]:
-    # torch.export takes names for all once there are keyword inputs; ``_export`` fills in the real ones.
-    return {f"\0{i}": shape for i, shape in enumerate(shapes)}
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit forward: {error}", hint=f"Its signature is {inspect.signature(module.forward)}"
+        ) from error
+    return pytree.tree_map(spec, dict(bound.arguments))
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    if isinstance(dynamic_shapes, dict) and any(str(name).startswith("\0") for name in dynamic_shapes):
-        import inspect
-
-        names = list(inspect.signature(module.forward).parameters)
-        dynamic_shapes = {
-            names[int(name[1:])] if name.startswith("\0") else name: shape for name, shape in dynamic_shapes.items()
-        }
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -210,7 +205,8 @@ def _captured(
         )
     graph = copy_graph(program.graph)
     in_place = make_functional(graph, inputs=set(user), constants=constants)
-    functional = rebuild(program, graph, signature, dict(program.state_dict), dict(program.constants))
+    outputs = ExportGraphSignature(list(signature.input_specs), output_specs(program, graph))
+    functional = rebuild(program, graph, outputs, dict(program.state_dict), dict(program.constants))
     # torch.export orders keyword inputs as forward declares them.
     order = program.call_spec.in_spec
     if kwargs and order is not None:
@@ -225,33 +221,31 @@ def _captured(
         for symbol, r in program.range_constraints.items()
         if r.lower.is_Integer
     }
-    return Captured(
-        functional, eager, spec, tuple(flat), tuple(user), dims, masters, tuple(notes), in_place, ranges
-    )
+    return Captured(functional, eager, spec, tuple(flat), tuple(user), dims, masters, tuple(notes), in_place, ranges)
 
 
 def _dimensions(
     program: ExportedProgram, flat: list[Any], user: list[str], dynamic_shapes: Any
 ) -> tuple[dict[str, str], list[str]]:
     """Names for the symbolic dimensions: the user's own, ``batch`` for a first axis, ``dim`` for the rest."""
-    asked = {}
-    for leaf_name, shape in _asked(dynamic_shapes, user):
-        asked[leaf_name] = shape
+    asked = dict(_asked(dynamic_shapes, user))
     dims: dict[str, str] = {}
     notes: list[str] = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op != "placeholder" or node.name not in user or not isinstance(value, Tensor):
             continue
-        for axis, size in enumerate(value.shape):
+        sizes: Any = value.shape
+        for axis, size in enumerate(sizes):
             wanted = asked.get(node.name, {}).get(axis) if isinstance(asked.get(node.name), dict) else None
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                symbol = str(size.node.expr)
+            expression = None if isinstance(size, int) else size.node.expr
+            if expression is not None and expression.is_symbol:
+                symbol = str(expression)
                 name = getattr(wanted, "__name__", None)
                 fresh = name or ("batch" if axis == 0 else f"{node.name}_dim{axis}")
                 if symbol not in dims:
                     dims[symbol] = fresh if fresh not in dims.values() else f"{node.name}_{fresh}"
-            elif wanted is not None and isinstance(size, int):
+            elif wanted is not None and (expression is None or expression.is_number):
                 notes.append(f"axis {axis} of input '{node.name}' is fixed at {size}: the model's code specialises it")
     return dims, notes
 

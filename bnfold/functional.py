@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +58,17 @@ def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, s
                     member.meta[FROZEN] = True
                 continue
             node.target = functional
-            target.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+            target.replace_all_uses_with(node, delete_user_cb=partial(_reads_after, order, order[node]))
         if not written:
             for operand in _aliased(node):
                 classes.join(node, operand)
                 if operand.meta.get(FROZEN):
                     node.meta[FROZEN] = True
     return left
+
+
+def _reads_after(order: dict[fx.Node, int], position: int, user: fx.Node) -> bool:
+    return order[user] > position
 
 
 class _Aliases:

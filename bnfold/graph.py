@@ -7,8 +7,8 @@ keeps what it had. Everything that leans on how torch.export builds a program st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -16,20 +16,19 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
-    OutputKind,
-    OutputSpec,
     TensorArgument,
 )
-from torch.utils import _pytree as pytree
 
+from bnfold.call import Call
 from bnfold.errors import FoldError
 from bnfold.functional import FROZEN, module_of
 from bnfold.interpret import constant_of, evaluate_constant
+from bnfold.program import copy_graph, output_specs, rebuild
 from bnfold.semantics import Shape
 
 Node = fx.Node
@@ -41,96 +40,6 @@ class Overflow:
 
     largest: float
     index: tuple[int, ...]
-
-
-class Call:
-    """One operator application, its arguments by their names in the operator's schema."""
-
-    def __init__(self, graph: Graph, value: Node) -> None:
-        self.graph, self.value = graph, value
-        # One item of an operator that returns several stands for that operator.
-        self.item = value.args[1] if value.target is getitem and graph.is_list(value.args[0]) else None
-        self.node: Node = value.args[0] if self.item is not None else value  # type: ignore[assignment]
-        self.arguments: dict[str, Any] = {}
-        if isinstance(self.node.target, OpOverload):
-            for i, argument in enumerate(self.node.target._schema.arguments):
-                if i < len(self.node.args) and not argument.kwarg_only:
-                    self.arguments[argument.name] = self.node.args[i]
-                else:
-                    default = argument.default_value if argument.has_default_value() else None
-                    self.arguments[argument.name] = self.node.kwargs.get(argument.name, default)
-
-    @property
-    def operator(self) -> str:
-        """``"aten.conv2d"``: the overload packet's name; another callable's own name."""
-        target = self.node.target
-        if isinstance(target, OpOverload):
-            return f"{target.namespace}.{target._opname}"
-        return getattr(target, "__name__", str(target))
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arguments
-
-    def at(self, slot: str) -> Any:
-        """The argument in a slot: a name, or ``name.i`` for an item of a list."""
-        name, _, index = slot.partition(".")
-        return self.arguments[name][int(index)] if index else self.arguments[name]
-
-    def slots(self) -> Iterator[tuple[str, Node]]:
-        """Every slot that holds a value."""
-        for name, value in self.arguments.items():
-            if isinstance(value, Node):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Node))
-
-    def shape(self, slot: str) -> Shape:
-        """The concrete shape of a slot's tensor; ``()`` for a number."""
-        value = self.at(slot)
-        return self.graph.shape(value) if isinstance(value, Node) else ()
-
-    @property
-    def out_shape(self) -> Shape:
-        """The concrete shape of the output."""
-        return self.graph.shape(self.value)
-
-    def concrete(self, name: str) -> Any:
-        """An argument with its symbolic sizes made concrete."""
-        return fx.node.map_arg(self.arguments[name], self.graph.number)
-
-    def constant(self, slot: str) -> Tensor | None:
-        """The float64 value of a slot that depends on no input, a number included; else None."""
-        value = self.at(slot)
-        if isinstance(value, Node):
-            return self.graph.constant(value)
-        return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
-
-    def run(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The operator at concrete sizes on ``tensors``, by slot; operands not named there are zeros."""
-
-        def fill(name: str, value: Any, index: int | None = None) -> Any:
-            slot = name if index is None else f"{name}.{index}"
-            if slot in tensors:
-                return tensors[slot]
-            if isinstance(value, (list, tuple)):
-                return [fill(name, item, i) for i, item in enumerate(value)]
-            if isinstance(value, Node):
-                number = self.graph.number(value)
-                return torch.zeros(()).expand(self.graph.shape(value)) if number is None else number
-            return value
-
-        assert isinstance(self.node.target, OpOverload)
-        positional = [a.name for a in self.node.target._schema.arguments if not a.kwarg_only]
-        filled = {name: fill(name, value) for name, value in self.arguments.items()}
-        with torch.no_grad():
-            out = self.node.target(
-                *(filled[name] for name in positional),
-                **{name: value for name, value in filled.items() if name not in positional},
-            )
-        return out if self.item is None else out[self.item]
 
 
 class Graph:
@@ -218,11 +127,11 @@ class Graph:
                 self._constants[node] = self._evaluate(node)
         return self._constants[value]
 
-    def _constant_cone(self, value: Node) -> list[Node]:
+    def _constant_cone(self, value: Node, *, all_of_it: bool = False) -> list[Node]:
         cone, stack = set(), [value]
         while stack:
             node = stack.pop()
-            if node not in cone and node not in self._constants:
+            if node not in cone and (all_of_it or node not in self._constants):
                 cone.add(node)
                 stack += node.all_input_nodes
         return sorted(cone, key=self.order.__getitem__)
@@ -302,6 +211,25 @@ class Graph:
         """A value's name, unique in the graph and kept by edits."""
         return value.name
 
+    def materialise(self) -> None:
+        """Replaces floating-point subgraphs of constants alone (weight_norm, spectral_norm, weight standardisation,
+        FrozenBatchNorm's arithmetic) by their value, where that is no larger than what it is computed from."""
+        for node in list(self.graph.nodes):
+            computed = node.op == "call_function" and node in self._fixed and self.is_float(node)
+            if not computed or all(user in self._fixed for user in node.users):
+                continue
+            leaves = [
+                n for n in self._constant_cone(node, all_of_it=True) if n.op == "placeholder" and self.is_float(n)
+            ]
+            value = self.constant(node)
+            assert value is not None
+            if leaves and value.numel() <= sum(n.meta["val"].numel() for n in leaves):
+                names = [self._targets[n] for n in leaves if n in self._targets]
+                new = self._placeholder(
+                    value, self.dtype(node), _common_name(names) or self._invent(self.call(node), "constant")
+                )
+                self.bypass(node, new)
+
     # -- editing ---------------------------------------------------------------------------------------------------
 
     def overflow(self, value: Node, slot: str, tensor: Tensor) -> Overflow | None:
@@ -362,7 +290,7 @@ class Graph:
         if self.is_float(old):
             return self.dtype(old)
         sibling = call.arguments.get("weight")  # a new bias takes the dtype of the weight beside it
-        return self.dtype(sibling if self.is_float(sibling) else call.value)
+        return self.dtype(sibling if isinstance(sibling, Node) and self.is_float(sibling) else call.value)
 
     def _invent(self, call: Call, slot: str) -> str:
         weight = call.arguments.get("weight")
@@ -402,7 +330,6 @@ class Graph:
         self.graph.eliminate_dead_code()
         old = self.program
         specs = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
-        keep: list[InputSpec] = []
         state: dict[str, Tensor] = {}
         constants: dict[str, Any] = dict(old.constants)
         live = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -424,16 +351,9 @@ class Graph:
             rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
             state[name] = torch.nn.Parameter(rounded, requires_grad=False)
             specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                keep.append(specs[node.name])
-        returned = next(n for n in self.graph.nodes if n.op == "output").args[0]
-        outputs = [
-            replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, Node) else spec
-            for spec, node in zip(old.graph_signature.output_specs, returned)
-        ]
+        keep = [specs[node.name] for node in self.graph.nodes if node.op == "placeholder"]
         try:
-            return rebuild(old, self.graph, ExportGraphSignature(keep, outputs), state, constants)
+            return rebuild(old, self.graph, ExportGraphSignature(keep, output_specs(old, self.graph)), state, constants)
         except Exception as error:
             raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
 
@@ -442,35 +362,15 @@ class UnknownSizeError(ValueError):
     """A size that depends on the data that runs through the graph."""
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy whose nodes keep their names and have metadata of their own."""
-    new = fx.Graph()
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        mapping[node] = new.node_copy(node, mapping.__getitem__)
-    return new
-
-
-def rebuild(
-    old: ExportedProgram,
-    graph: fx.Graph,
-    signature: ExportGraphSignature,
-    state: dict[str, Any],
-    constants: dict[str, Any],
-    module_call_graph: list[ModuleCallEntry] | None = None,
-) -> ExportedProgram:
-    """An ExportedProgram like ``old`` around another graph. Its constructor validates."""
-    return ExportedProgram(
-        root=old.graph_module,
-        graph=graph,
-        graph_signature=signature,
-        state_dict=state,
-        range_constraints=dict(old.range_constraints),
-        module_call_graph=module_call_graph or old.module_call_graph,
-        example_inputs=old.example_inputs,
-        constants=constants,
-        verifiers=old.verifiers,
-    )
+def _common_name(names: list[str]) -> str | None:
+    """The parameter that a parametrisation's originals make up: ``conv.parametrizations.weight.original0`` -> weight."""
+    for name in names:
+        module, mark, rest = name.rpartition("parametrizations.")
+        if mark:
+            return module + rest.split(".")[0]
+        if name.endswith("_g"):
+            return name[:-2]
+    return names[0] if len(names) == 1 else None
 
 
 def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:
@@ -478,23 +378,3 @@ def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:
     while any(name in names for names in taken):
         name, n = f"{wanted}.{n}", n + 1
     return name
-
-
-def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedProgram:
-    """``program`` with more values returned, after its own outputs and as one flat tuple."""
-    graph = copy_graph(program.graph)
-    output = next(n for n in graph.nodes if n.op == "output")
-    wanted = list(values)
-    nodes = {n.name: n for n in graph.nodes if n.name in set(wanted)}
-    more = [nodes[name] for name in wanted]
-    output.args = ((*output.args[0], *more),)
-    old = program.graph_signature
-    added = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in more]
-    signature = ExportGraphSignature(list(old.input_specs), [*old.output_specs, *added])
-    top, *rest = program.module_call_graph
-    assert top.signature is not None
-    spec = pytree.tree_structure(tuple(output.args[0]), is_leaf=lambda leaf: leaf is not output.args[0])
-    flat = replace(top.signature, out_spec=spec, outputs=[s.arg for s in signature.output_specs])
-    return rebuild(
-        program, graph, signature, dict(program.state_dict), dict(program.constants), [replace(top, signature=flat), *rest]
-    )

@@ -23,8 +23,8 @@ import torch
 from torch.export import ExportedProgram
 
 from bnfold.errors import LowerError
-from bnfold.graph import with_outputs
 from bnfold.names import output_names
+from bnfold.program import with_outputs
 
 #: Initializers above this many bytes are hidden from onnxsim.
 SKELETON_BYTES = 1024
@@ -47,7 +47,7 @@ class Lowered:
     @property
     def opset(self) -> int:
         """Version of the default operator set."""
-        return self.model.opset_imports[""]
+        return int(self.model.opset_imports[""])
 
     @property
     def batch_norms(self) -> int:
@@ -117,7 +117,9 @@ def save(lowered: Lowered, path: Path, *, external: str | None = None) -> None:
     except onnx.checker.ValidationError as error:
         raise LowerError(f"onnx.checker rejects the file: {error}", hint="Please report this model") from error
     except onnx.shape_inference.InferenceError as error:
-        raise LowerError(f"onnx's shape inference rejects the file: {error}", hint="Please report this model") from error
+        raise LowerError(
+            f"onnx's shape inference rejects the file: {error}", hint="Please report this model"
+        ) from error
 
 
 def _translate(program: ExportedProgram, opset: int | None) -> ir.Model:

@@ -1,7 +1,7 @@
 """The data flow, a line per stage. Whoever reads this file knows the program.
 
-    load -> capture -> fold -> lower -> check -> store
-    source  graph      graph   ONNX     verdict  file on disk
+load -> capture -> fold -> lower -> check -> store
+source  graph      graph   ONNX     verdict  file on disk
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ def model_inputs(
     """
     if specs:
         if isinstance(loaded.model, ExportedProgram):
-            raise UsageError("--input does not apply to a .pt2 program", hint="Its inputs are those it was exported with")
+            raise UsageError(
+                "--input does not apply to a .pt2 program", hint="Its inputs are those it was exported with"
+            )
         import inspect
 
         parameters = list(inspect.signature(loaded.model.forward).parameters)

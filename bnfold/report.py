@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 #: Why an affine stays, and what the user can do about it. The README's table is tested against this.
@@ -29,7 +31,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "add a row to bnfold/aten (README, 'Add an operator')",
     ),
     "shift-through-activation": ("a shift does not pass an activation", "nothing: the algebra does not allow it"),
-    "shift-through-product": ("a shift does not pass a product of two values", "nothing: the algebra does not allow it"),
+    "shift-through-product": (
+        "a shift does not pass a product of two values",
+        "nothing: the algebra does not allow it",
+    ),
     "sign": (
         "a scale that is zero or negative does not pass an activation or a maximum",
         "nothing: the algebra does not allow it",
@@ -52,7 +57,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "no-saving": ("folding it would put another operator in its place", "nothing to gain"),
     "model-input": ("nothing that could absorb it lies between the model's input and the affine", "nothing"),
     "model-output": ("nothing that could absorb it lies between the affine and the model's output", "nothing"),
-    "dynamic-size": ("the fold would be exact only for one size of a dynamic dimension", "make that dimension --static"),
+    "dynamic-size": (
+        "the fold would be exact only for one size of a dynamic dimension",
+        "make that dimension --static",
+    ),
 }
 
 Outcome = Literal["backward", "forward", "left"]
@@ -82,6 +90,7 @@ class Entry:
     Attributes:
         value: name of the affine's output in the captured graph.
         module: qualified name of the module it belongs to.
+        layer: class name of that module.
         kind: ``"batch_norm"``, ``"mul"``, ``"add"`` or ``"div"``.
         outcome: went ``backward``, went ``forward``, or is ``left``.
         into: what absorbed it, as module names (operator names where there is no module).
@@ -93,6 +102,7 @@ class Entry:
 
     value: str
     module: str
+    layer: str
     kind: str
     outcome: Outcome
     into: tuple[str, ...] = ()
@@ -102,8 +112,8 @@ class Entry:
 
     @property
     def is_batch_norm(self) -> bool:
-        """Whether it is a normalisation layer rather than a bare multiply or add."""
-        return self.kind == "batch_norm"
+        """Whether it is (part of) a BatchNorm, a frozen one's arithmetic included, not a bare multiply or add."""
+        return self.kind == "batch_norm" or "BatchNorm" in self.layer
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,16 @@ class Ledger:
 
     @property
     def batch_norms(self) -> tuple[Entry, ...]:
-        """The entries of normalisation layers."""
+        """The entries of BatchNorms; a frozen one, written as a multiply and an add, has two."""
         return tuple(e for e in self.entries if e.is_batch_norm)
+
+    def count(self) -> tuple[int, int]:
+        """How many BatchNorms are folded, and how many there were."""
+        outcome: dict[tuple[str, str], bool] = {}
+        for entry in self.batch_norms:
+            key = (entry.module, entry.value if entry.kind == "batch_norm" else "frozen")
+            outcome[key] = outcome.get(key, True) and entry.outcome != "left"
+        return sum(outcome.values()), len(outcome)
 
     @property
     def sites(self) -> dict[str, str]:
@@ -238,6 +256,19 @@ class ExportReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON; NaN and infinities become null."""
-        from bnfold.render import to_json
+        return json.dumps(_plain(self), indent=indent, allow_nan=False)
 
-        return to_json(self, indent)
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and their fields as what JSON knows, with null for NaN and infinities."""
+    if is_dataclass(value) and not isinstance(value, type):
+        known = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        extra = {
+            name: _plain(getattr(value, name)) for name in ("passed", "ratio", "site_ratio") if hasattr(value, name)
+        }
+        return {**known, **extra}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

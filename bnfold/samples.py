@@ -147,9 +147,7 @@ def _rows(rows: np.ndarray, leaf: Tensor, offset: int, count: int, batched: bool
     return torch.from_numpy(np.ascontiguousarray(picked)).to(leaf.dtype)
 
 
-def _draw(
-    shape: Sequence[int], leaf: Tensor, generator: torch.Generator, scale_at: int | None, run: int
-) -> Tensor:
+def _draw(shape: Sequence[int], leaf: Tensor, generator: torch.Generator, scale_at: int | None, run: int) -> Tensor:
     if not leaf.dtype.is_floating_point:
         low, high = (int(leaf.min()), int(leaf.max())) if leaf.numel() else (0, 1)
         return torch.randint(low, high + 1, tuple(shape), generator=generator).to(leaf.dtype)

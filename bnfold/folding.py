@@ -22,6 +22,8 @@ from bnfold.graph import Graph, Node, UnknownSizeError
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
 
+DIRECTIONS: tuple[Outcome, Outcome] = ("backward", "forward")
+
 
 @dataclass
 class Plan:
@@ -50,9 +52,10 @@ class Plan:
 def fold(graph: Graph) -> Ledger:
     """Folds every affine that algebra allows, editing ``graph``.
 
-    Backward first, then forward, repeated until nothing changes. Deterministic; linear in the nodes that each affine's
-    region touches.
+    What constants alone compute becomes a constant first. Then backward, then forward, until nothing changes.
+    Deterministic; linear in the nodes that each affine's region touches.
     """
+    graph.materialise()
     return Folder(graph).run()
 
 
@@ -66,33 +69,36 @@ class Folder:
         self._homes: dict[tuple[Node, bool], bool] = {}
 
     def run(self) -> Ledger:
+        """Folds until nothing changes; the ledger has an entry for every affine there was."""
         sites = [value for value in self.graph.values() if self._is_source(value)]
         entries: dict[Node, Entry] = {}
-        plans: dict[Node, Plan] = {}
         where: dict[Node, list[Node]] = {}
         info = {site: self._describe(site) for site in sites}
         open_sites, progress = sites, True
         refusals: dict[tuple[Node, str], Refusal] = {}
         while progress and open_sites:
             progress = False
-            for direction, ordered in (("backward", open_sites), ("forward", open_sites[::-1])):
+            for direction in DIRECTIONS:
+                ordered = open_sites if direction == "backward" else open_sites[::-1]
                 self._find_homes()
-                done = set()
-                for site in ordered:
-                    plan = self._plan(site, direction)  # type: ignore[arg-type]
+                done: set[Node] = set()
+                for site in (s for s in ordered if s not in done):
+                    plan = self._plan(site, direction)
                     if isinstance(plan, Refusal):
                         refusals[site, direction] = plan
                         continue
-                    entries[site] = self._entry(site, info[site], plan)
-                    where[site] = self._apply(plan)
-                    plans[site] = plan
-                    done.add(site)
+                    into, through = self._words(plan)
+                    sites_of_result = self._apply(plan)
+                    # Affines that were composed on the way are gone with it.
+                    for gone in (value for value, _ in plan.bypasses if value in info):
+                        entries[gone] = Entry(*info[gone], plan.direction, into, through)
+                        where[gone] = sites_of_result
+                        done.add(gone)
                 open_sites = [site for site in open_sites if site not in done]
                 progress = progress or bool(done)
         for site in open_sites:
-            module, kind, value = info[site]
-            found = tuple(refusals[site, d] for d in ("backward", "forward"))
-            entries[site] = Entry(value, module, kind, "left", refusals=found)
+            found = tuple(refusals[site, d] for d in DIRECTIONS)
+            entries[site] = Entry(*info[site], "left", refusals=found)
         return Ledger(tuple(self._with_sites(entries[site], where.get(site, [])) for site in sites))
 
     # -- sources ---------------------------------------------------------------------------------------------------
@@ -106,10 +112,10 @@ class Folder:
         # Along more than one axis it is a table (a position embedding, an attention bias), not a per-channel affine.
         return len(semantics.affine.varies()) <= 1
 
-    def _describe(self, site: Node) -> tuple[str, str, str]:
+    def _describe(self, site: Node) -> tuple[str, str, str, str]:
         semantics = self._at(site)
         assert isinstance(semantics, (Scaling, Refused))
-        return self.graph.module(site), semantics.kind, self.graph.name(site)
+        return self.graph.name(site), self.graph.module(site), self.graph.module_class(site), semantics.kind
 
     # -- planning --------------------------------------------------------------------------------------------------
 
@@ -135,7 +141,9 @@ class Folder:
             self.graph.resize(1)
             self._semantics = kept
         if isinstance(second, Refusal) or not plan.equals(second):
-            return self._refuse(site, No("dynamic-size", "its constants would depend on the size of a dynamic dimension"))
+            return self._refuse(
+                site, No("dynamic-size", "its constants would depend on the size of a dynamic dimension")
+            )
         return plan
 
     def _planned(self, site: Node, semantics: Scaling, direction: Outcome) -> Plan | Refusal:
@@ -180,7 +188,7 @@ class Folder:
             if graph.is_frozen(value):
                 return self._refuse(value, No("in-place"))
             plan.mixed = plan.mixed or bool(set(agreed.varies()) & set(graph.dynamic_axes(value)))
-            answer = self._ask(value, lambda s, a=agreed: s.pull(a))  # type: ignore[misc]
+            answer = self._ask(value, lambda s, a=agreed: s.pull(a))
             if isinstance(answer, No):
                 return self._refuse(value, answer)
             self._note(plan, value, answer.constants, answer.add, bool(answer.operands))
@@ -249,7 +257,7 @@ class Folder:
             }
             if not given:
                 continue
-            answer = self._ask(reader, lambda s, g=given: s.push(g))  # type: ignore[misc]
+            answer = self._ask(reader, lambda s, g=given: s.push(g))
             if isinstance(answer, No):
                 return self._refuse(reader, answer)
             passes = answer.out is not None and not answer.out.is_identity
@@ -264,9 +272,7 @@ class Folder:
                 spread(reader)
         return None
 
-    def _note(
-        self, plan: Plan, value: Node, constants: Mapping[str, Tensor], add: Tensor | None, passes: bool
-    ) -> None:
+    def _note(self, plan: Plan, value: Node, constants: Mapping[str, Tensor], add: Tensor | None, passes: bool) -> None:
         plan.constants += [(value, slot, tensor) for slot, tensor in constants.items()]
         if add is not None:
             plan.adds.append((value, add))
@@ -344,7 +350,7 @@ class Folder:
         replaced: dict[Node, Node] = {}
         for value, slot in plan.bypasses:
             by = graph.call(value).at(slot)
-            stale |= set(graph.readers(value)) | {u for u in value.users}
+            stale |= set(graph.readers(value)) | set(value.users)
             graph.bypass(value, by)
             replaced[value] = by
         for value in stale | set(replaced):
@@ -366,11 +372,10 @@ class Folder:
 
     # -- words -----------------------------------------------------------------------------------------------------
 
-    def _entry(self, site: Node, info: tuple[str, str, str], plan: Plan) -> Entry:
-        module, kind, value = info
-        names = list(dict.fromkeys(self._where(v) for v in plan.absorbers))
+    def _words(self, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        into = dict.fromkeys(self._where(v) for v in plan.absorbers)
         through = dict.fromkeys(self.graph.call(v).operator.removeprefix("aten.") for v in plan.carriers)
-        return Entry(value, module, kind, plan.direction, tuple(names), tuple(through))
+        return tuple(into), tuple(through)
 
     def _where(self, value: Node) -> str:
         operator = self.graph.call(value).operator if value.op == "call_function" else "output"

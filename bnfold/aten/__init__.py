@@ -1,0 +1,117 @@
+"""THE table: what every ATen operator does to an Affine. Only this module knows ATen.
+
+A row is the operator's name and a function from a call to its semantics. To add an operator, add a row (and a case to
+``tests/test_aten.py``). An operator without a row is Unknown: nothing passes, and the ledger says which one it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from bnfold.aten.common import OPAQUE, Row
+from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul
+from bnfold.aten.moving import (
+    cast,
+    dropout,
+    embedding,
+    max_pool,
+    max_pool_with_indices,
+    maximum,
+    mean,
+    move,
+    pad,
+    pool,
+    prelu,
+    relu,
+    same,
+    sdpa,
+    upsample,
+)
+from bnfold.aten.scaling import additive, batch_norm, div, instance_norm, mul, native_batch_norm
+from bnfold.semantics import Refused, Semantics, ShapeOnly, Unknown
+
+if TYPE_CHECKING:
+    from bnfold.call import Call
+
+
+def _row(semantics: Semantics) -> Row:
+    return lambda call: semantics
+
+
+def _rows(names: str, row: Row) -> Iterable[tuple[str, Row]]:
+    return ((f"aten.{name}", row) for name in names.split())
+
+
+def shape_only(call: Call) -> Semantics:
+    """Reads the shape of its first operand."""
+    return ShapeOnly(next(slot for slot, _ in call.slots()))
+
+
+TABLE: dict[str, Row] = dict(
+    [
+        # Scaling: multiplies and adds constants
+        *_rows("batch_norm", batch_norm),
+        *_rows("_native_batch_norm_legit_no_training native_batch_norm", native_batch_norm),
+        *_rows("instance_norm", instance_norm),
+        *_rows("mul multiply", mul),
+        *_rows("div divide true_divide", div),
+        *_rows("add", additive(+1.0)),
+        *_rows("sub subtract", additive(-1.0)),
+        # Contraction: linear in its data, with a constant weight
+        *_rows("conv1d conv2d conv3d convolution", convolution),
+        *_rows("conv_transpose1d conv_transpose2d conv_transpose3d", conv_transpose),
+        *_rows("linear", linear),
+        *_rows("addmm", addmm),
+        *_rows("matmul mm bmm", matmul),
+        *_rows("einsum", einsum),
+        # Movement: moves elements and changes none
+        *_rows("view reshape _unsafe_view flatten unflatten view_as reshape_as ravel", move),
+        *_rows("permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT adjoint", move),
+        *_rows("squeeze unsqueeze expand expand_as repeat repeat_interleave tile broadcast_to", move),
+        *_rows("slice select narrow split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk", move),
+        *_rows("cat concat concatenate stack hstack vstack flip roll rot90 unfold im2col", move),
+        *_rows("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle", move),
+        *_rows("pad constant_pad_nd", pad),
+        *_rows("reflection_pad1d reflection_pad2d reflection_pad3d", move),
+        *_rows("replication_pad1d replication_pad2d replication_pad3d", move),
+        *_rows("clone contiguous detach alias lift_fresh_copy positive", same),
+        *_rows("to _to_copy type_as", cast),
+        *_rows("dropout feature_dropout alpha_dropout feature_alpha_dropout", dropout),
+        *_rows("embedding", embedding),
+        # Average: a weighted mean
+        *_rows("avg_pool1d avg_pool2d avg_pool3d", pool),
+        *_rows("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", pool),
+        *_rows("_adaptive_avg_pool2d _adaptive_avg_pool3d", pool),
+        *_rows("mean", mean(sums_to_one=True)),
+        *_rows("sum", mean(sums_to_one=False)),
+        *_rows("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d", upsample),
+        *_rows("upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d", upsample),
+        *_rows("_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d", upsample),
+        *_rows("_upsample_bilinear2d_aa _upsample_bicubic2d_aa", upsample),
+        *_rows("scaled_dot_product_attention", sdpa),
+        # Homogeneous: a positive scale passes
+        *_rows("relu leaky_relu", relu),
+        *_rows("prelu", prelu),
+        *_rows("max_pool1d max_pool2d max_pool3d", max_pool),
+        *_rows("max_pool2d_with_indices max_pool3d_with_indices", max_pool_with_indices),
+        *_rows("maximum minimum", maximum),
+        # Read for their shape alone
+        *_rows("sym_size sym_numel sym_stride sym_is_contiguous _assert_tensor_metadata", shape_only),
+        *_rows("zeros_like ones_like full_like empty_like rand_like randn_like", shape_only),
+        *_rows("new_zeros new_ones new_full new_empty", shape_only),
+        # Known to let nothing pass
+        *_rows("relu6 hardtanh clamp clamp_min clamp_max clip hardswish hardsigmoid hardshrink", _row(OPAQUE)),
+        *_rows("gelu silu mish elu selu celu sigmoid logsigmoid tanh softplus", _row(OPAQUE)),
+        *_rows("exp log sqrt rsqrt pow erf abs", _row(OPAQUE)),
+        *_rows("softmax log_softmax layer_norm group_norm rms_norm native_layer_norm native_group_norm", _row(OPAQUE)),
+    ]
+)  # fmt: skip
+
+
+def semantics(call: Call) -> Semantics:
+    """What the operator of a call does to an Affine."""
+    if call.graph.is_frozen(call.value):
+        return Refused("in-place", "an in-place operator shares its storage", kind="in-place")
+    row = TABLE.get(call.operator)
+    return Unknown() if row is None else row(call)

@@ -1,0 +1,199 @@
+"""Rows for operators with a constant weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bnfold.aten.common import OPAQUE, constant_operands
+from bnfold.semantics import (
+    Contraction,
+    Semantics,
+)
+
+if TYPE_CHECKING:
+    from bnfold.call import Call
+
+from bnfold.aten.moving import attention
+
+
+def _contraction(
+    call: Call,
+    data: str,
+    weight: str,
+    *,
+    view: Sequence[int],
+    letters: str,
+    out: tuple[str, ...],
+    inp: tuple[str, ...],
+    bias: str | None = None,
+    bias_axis: int | None = None,
+    bias_scale: float = 1.0,
+    transposed: bool = False,
+    no_shift: str | None = None,
+) -> Semantics:
+    stored = call.shape(weight)
+    ndim = len(out)
+
+    def get_weight() -> Tensor:
+        tensor = call.constant(weight)
+        assert tensor is not None
+        return tensor.reshape(tuple(view))
+
+    def get_bias() -> Tensor | None:
+        if bias is None or call[bias] is None:
+            return None
+        tensor = call.constant(bias)
+        assert tensor is not None
+        lead = (1,) * (ndim - tensor.ndim) if bias_axis is None else (1,) * bias_axis
+        tail = () if bias_axis is None else (1,) * (ndim - bias_axis - 1)
+        return tensor.reshape(lead + tuple(tensor.shape) + tail) * bias_scale
+
+    def set_bias(value: Tensor) -> Mapping[str, Tensor] | None:
+        if bias is None:
+            return None
+        if bias_axis is None:
+            return {bias: value / bias_scale}
+        channels = call.out_shape[bias_axis]
+        if any(n > 1 for axis, n in enumerate(value.shape) if axis != bias_axis):
+            return None
+        return {bias: value.flatten().expand(channels).clone()}
+
+    return Contraction(
+        data,
+        weight,
+        tuple(view),
+        letters,
+        out,
+        inp,
+        get_weight,
+        lambda w: w.reshape(stored),
+        get_bias,
+        set_bias,
+        no_shift,
+    )
+
+
+def convolution(call: Call) -> Semantics:
+    """conv1d/2d/3d: weight (Cout, Cin/G, k...), batched or not; core ATen's ``convolution`` may be transposed."""
+    if call.arguments.get("transposed"):
+        return conv_transpose(call)
+    if not constant_operands(call, "weight", "bias"):
+        return OPAQUE
+    out_channels, per_group, *kernel = call.shape("weight")
+    groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
+    lead, tail = ("",) * batched, ("",) * len(kernel)
+    padding = call["padding"]
+    if isinstance(padding, str):
+        padded = padding != "valid" and prod(kernel) > 1
+    else:
+        padded = any(p != 0 for p in call.concrete("padding"))
+    return _contraction(
+        call, "input", "weight",
+        view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
+        out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
+        bias="bias", bias_axis=batched, no_shift="zero-padding" if padded else None,
+    )  # fmt: skip
+
+
+def conv_transpose(call: Call) -> Semantics:
+    """conv_transpose1d/2d/3d: weight (Cin, Cout/G, k...); its borders see fewer taps, so no shift comes in."""
+    if not constant_operands(call, "weight", "bias"):
+        return OPAQUE
+    in_channels, per_group, *kernel = call.shape("weight")
+    groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
+    lead, tail = ("",) * batched, ("",) * len(kernel)
+    return _contraction(
+        call, "input", "weight",
+        view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
+        out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
+        bias="bias", bias_axis=batched, no_shift="zero-padding",
+    )  # fmt: skip
+
+
+def linear(call: Call) -> Semantics:
+    """``x @ W.T + b``: weight (out_features, in_features), the last axis of x."""
+    if not constant_operands(call, "weight", "bias") or len(call.shape("weight")) != 2:
+        return OPAQUE
+    lead = ("",) * (len(call.out_shape) - 1)
+    return _contraction(
+        call, "input", "weight", view=call.shape("weight"), letters="oi", out=(*lead, "o"), inp=(*lead, "i"),
+        bias="bias", bias_axis=len(lead),
+    )  # fmt: skip
+
+
+def addmm(call: Call) -> Semantics:
+    """``beta*C + alpha*(x @ W)``: C takes the shift; alpha stays, beta is divided out."""
+    if not constant_operands(call, "self", "mat2") or call["beta"] == 0 or call["alpha"] == 0:
+        return OPAQUE
+    semantics = _contraction(
+        call, "mat1", "mat2", view=call.shape("mat2"), letters="io", out=("", "o"), inp=("", "i"),
+        bias="self", bias_scale=float(call["beta"]),
+    )  # fmt: skip
+    # W is used as alpha*W, and a shift that comes in from before passes through that product.
+    return _scaled_weight(semantics, float(call["alpha"]))
+
+
+def _scaled_weight(semantics: Semantics, alpha: float) -> Semantics:
+    assert isinstance(semantics, Contraction)
+    if alpha == 1.0:
+        return semantics
+    get, put = semantics.get_weight, semantics.set_weight
+    return replace(semantics, get_weight=lambda: get() * alpha, set_weight=lambda w: put(w / alpha))
+
+
+def matmul(call: Call) -> Semantics:
+    """``x @ W`` or ``W @ x`` with a constant W; an average over values where the left side is a softmax."""
+    left, right = (call.operator in ("aten.mm", "aten.bmm") and "mat2") or "other", "self"
+    right, left = left, right
+    a, b, out = call.shape(left), call.shape(right), call.out_shape
+    if call.graph.is_constant(call[right]):
+        data, weight, side, other = left, right, "io", a
+    elif call.graph.is_constant(call[left]):
+        data, weight, side, other = right, left, "oi", b
+    else:
+        return attention(call, left, right)
+    shape = call.shape(weight)
+    if len(shape) < 2 or len(other) < 2 or len(other) != len(out):
+        return OPAQUE
+    batch = "abcdef"[: len(shape) - 2]
+    if len(shape) - 2 > len(out) - 2 or len(shape) > 8:
+        return OPAQUE
+    lead = [""] * (len(out) - len(shape)) + [
+        letter if size == out[len(out) - len(shape) + i] and size == other[len(out) - len(shape) + i] else "?"
+        for i, (letter, size) in enumerate(zip(batch, shape))
+    ]
+    if any(letter == "?" and size != 1 for letter, size in zip(lead[len(out) - len(shape) :], shape)):
+        return OPAQUE
+    known = tuple("" if letter == "?" else letter for letter in lead)
+    mine = "".join(letter for letter in known if letter)
+    view = [n for n, letter in zip(shape, lead[len(out) - len(shape) :]) if letter != "?"] + list(shape[-2:])
+    rows_out, rows_in = (("", "o"), ("", "i")) if side == "io" else (("o", ""), ("i", ""))
+    return _contraction(
+        call, data, weight, view=view, letters=mine + side, out=(*known, *rows_out), inp=(*known, *rows_in),
+    )  # fmt: skip
+
+
+def einsum(call: Call) -> Semantics:
+    """One constant operand, no ellipsis, no letter twice in an operand."""
+    equation = call["equation"].replace(" ", "")
+    tensors = call["tensors"]
+    if len(tensors) != 2 or "." in equation or "->" not in equation:
+        return OPAQUE
+    terms, output = equation.split("->")
+    parts = terms.split(",")
+    constants = [i for i, tensor in enumerate(tensors) if call.graph.is_constant(tensor)]
+    if len(constants) != 1 or any(len(set(p)) != len(p) for p in [*parts, output]):
+        return OPAQUE
+    w = constants[0]
+    letters, inp = parts[w], parts[1 - w]
+    if set(inp) - set(output) - set(letters):
+        return OPAQUE  # the data is also summed on its own
+    return _contraction(
+        call, f"tensors.{1 - w}", f"tensors.{w}", view=call.shape(f"tensors.{w}"), letters=letters,
+        out=tuple(c if c in letters else "" for c in output), inp=tuple(c if c in letters else "" for c in inp),
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Rows for operators that move, average or compare elements."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bnfold.aten.common import OPAQUE, Row, constant_operands
+from bnfold.semantics import (
+    Average,
+    Homogeneous,
+    Lookup,
+    Movement,
+    Same,
+    Semantics,
+)
+
+if TYPE_CHECKING:
+    from bnfold.call import Call
+
+
+def attention(call: Call, weights: str, values: str) -> Semantics:
+    """``softmax(...) @ V``: every output row is a weighted mean of V's rows, with weights that sum to one."""
+    ndim = len(call.out_shape)
+    if len(call.shape(values)) != ndim or not _row_stochastic(call, call[weights]):
+        return OPAQUE
+    if call.shape(values)[:-2] != call.out_shape[:-2]:
+        return OPAQUE
+    return Average(values, (ndim - 2,), ndim)
+
+
+def _row_stochastic(call: Call, value: Any) -> bool:
+    while True:
+        made = call.graph.call(value)
+        name = made.operator
+        if name in ("aten.softmax", "aten._softmax"):
+            return bool(made["dim"] % len(made.out_shape) == len(made.out_shape) - 1)
+        shapes = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.flatten", "aten.unflatten")
+        same = ("aten.clone", "aten.contiguous", "aten.to", "aten.detach", "aten.alias", "aten.type_as")
+        if name not in shapes + same or not made.shape("self") or made.shape("self")[-1] != made.out_shape[-1]:
+            return False
+        value = made["self"]
+
+
+def sdpa(call: Call) -> Semantics:
+    """scaled_dot_product_attention commutes with an affine on its values."""
+    ndim = len(call.out_shape)
+    same = call.shape("value")[:-2] == call.out_shape[:-2]
+    if call["enable_gqa"] or float(call["dropout_p"]) != 0.0 or not same:
+        return OPAQUE
+    return Average("value", (ndim - 2,), ndim)
+
+
+def pool(call: Call) -> Semantics:
+    """avg_pool1d/2d/3d and adaptive_avg_pool1d/2d/3d."""
+    ndim = len(call.out_shape)
+    dims = int(call.operator[-2])
+    counted = any(p != 0 for p in _listed(call, "padding")) and bool(call.arguments.get("count_include_pad", False))
+    divisor = call.arguments.get("divisor_override")
+    kernel = _listed(call, "kernel_size")
+    window = prod(kernel) if len(kernel) == dims else prod(kernel) ** dims
+    padded = any(p != 0 for p in _listed(call, "padding"))
+    partial = padded or bool(call.arguments.get("ceil_mode", False))
+    one = not counted if divisor is None else (divisor == window and not partial)
+    return Average("self", tuple(range(ndim - dims, ndim)), ndim, sums_to_one=one)
+
+
+def _listed(call: Call, name: str) -> list[int]:
+    value = call.concrete(name) if name in call else []
+    return [value] if isinstance(value, int) else list(value or [])
+
+
+def mean(sums_to_one: bool) -> Row:
+    """mean and, with weights that do not sum to one, sum."""
+
+    def row(call: Call) -> Semantics:
+        ndim = len(call.shape("self"))
+        dims = call.arguments.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        axes = tuple(d % ndim for d in dims) if dims else tuple(range(ndim))
+        keep = bool(call.arguments.get("keepdim", False))
+        return Average("self", axes, ndim, drops=not keep, sums_to_one=sums_to_one)
+
+    return row
+
+
+def upsample(call: Call) -> Semantics:
+    """nearest, linear, bilinear, bicubic, trilinear, with or without antialiasing: weights sum to one."""
+    ndim = len(call.out_shape)
+    slot = "input" if "input" in call else "self"
+    return Average(slot, tuple(range(2, ndim)), ndim)
+
+
+def move(call: Call) -> Semantics:
+    """Runs the operator itself on indices; operands that it reads only for their shape do not move."""
+    ignored = tuple(slot for slot in ("other", "tensors") if slot == "other" and "other" in call)
+    slots = tuple(slot for slot, _ in call.slots() if slot not in ignored and call.graph.is_float(call.at(slot)))
+    shapes = tuple(call.shape(slot) for slot in slots)
+    if not slots or any(size == 0 for shape in shapes for size in shape):
+        return OPAQUE
+    return Movement(slots, shapes, lambda parts: call.run(dict(zip(slots, parts))), ignored)
+
+
+def pad(call: Call) -> Semantics:
+    """Constant zero, reflect, replicate and circular padding; another constant is no movement."""
+    constant = call.operator == "aten.constant_pad_nd" or call.arguments.get("mode", "constant") == "constant"
+    value = call.arguments.get("value")
+    return OPAQUE if constant and value not in (None, 0, 0.0) else move(call)
+
+
+def cast(call: Call) -> Semantics:
+    """A cast that loses nothing leaves every element where it is; a narrowing one rounds."""
+    slot = "self"
+    if not (call.graph.is_float(call[slot]) and call.graph.is_float(call.value)):
+        return OPAQUE
+    wide, narrow = call.graph.dtype(call.value), call.graph.dtype(call[slot])
+    exact = torch.promote_types(wide, narrow) == wide
+    return Same(slot) if exact else OPAQUE
+
+
+def same(call: Call) -> Semantics:
+    """Every element stays where it is."""
+    return Same("self" if "self" in call else "input")
+
+
+def dropout(call: Call) -> Semantics:
+    """Dropout in eval mode."""
+    return OPAQUE if call["train"] else Same("input")
+
+
+def embedding(call: Call) -> Semantics:
+    """Rows of a constant table."""
+    return Lookup("weight") if constant_operands(call, "weight") else OPAQUE
+
+
+def relu(call: Call) -> Semantics:
+    """relu and leaky_relu: ``f(s*x) = s*f(x)`` for s > 0."""
+    return Homogeneous(("self",))
+
+
+def prelu(call: Call) -> Semantics:
+    """PReLU with a constant slope."""
+    return Homogeneous(("self",)) if constant_operands(call, "weight") else OPAQUE
+
+
+def max_pool(call: Call) -> Semantics:
+    """max_pool1d/2d/3d and adaptive_max_pool: padding is -inf, so shifts pass."""
+    ndim, dims = len(call.out_shape), int(call.operator[-2])
+    return Homogeneous(("self",), tuple(range(ndim - dims, ndim)), shifts=True)
+
+
+def max_pool_with_indices(call: Call) -> Semantics:
+    """The values of a max pool; its indices do not change under an affine that the values pass, but are not floats."""
+    if call.item != 0 or len(call.node.users) > 1:
+        return OPAQUE
+    ndim, dims = len(call.out_shape), 2 if "2d" in call.operator else 3
+    return Homogeneous(("self",), tuple(range(ndim - dims, ndim)), shifts=True)
+
+
+def maximum(call: Call) -> Semantics:
+    """Elementwise maximum or minimum of two values of one shape."""
+    if call.graph.is_constant(call["self"]) or call.graph.is_constant(call["other"]):
+        return OPAQUE
+    return Homogeneous(("self", "other"), shifts=True) if call.shape("self") == call.shape("other") else OPAQUE

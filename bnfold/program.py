@@ -1,0 +1,78 @@
+"""Building one ExportedProgram from another. Whatever leans on how torch.export builds a program stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export.graph_signature import ExportGraphSignature, OutputKind, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes keep their names and have metadata of their own."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copied = mapping[node] = new.node_copy(node, mapping.__getitem__)
+        copied.name = node.name  # fx would rename an input called ``input``
+    return new
+
+
+def output_specs(program: ExportedProgram, graph: fx.Graph) -> list[OutputSpec]:
+    """The program's output specs, naming the values that ``graph``, its edited copy, returns."""
+    returned = next(n for n in graph.nodes if n.op == "output").args[0]
+    return [
+        replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, fx.Node) else spec
+        for spec, node in zip(program.graph_signature.output_specs, returned)
+    ]
+
+
+def rebuild(
+    old: ExportedProgram,
+    graph: fx.Graph,
+    signature: ExportGraphSignature,
+    state: dict[str, Any],
+    constants: dict[str, Any],
+    module_call_graph: list[ModuleCallEntry] | None = None,
+) -> ExportedProgram:
+    """An ExportedProgram like ``old`` around another graph. Its constructor validates."""
+    return ExportedProgram(
+        root=old.graph_module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=state,
+        range_constraints=dict(old.range_constraints),
+        module_call_graph=module_call_graph or old.module_call_graph,
+        example_inputs=old.example_inputs,
+        constants=constants,
+        verifiers=old.verifiers,
+    )
+
+
+def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedProgram:
+    """``program`` with more values returned, after its own outputs and as one flat tuple."""
+    graph = copy_graph(program.graph)
+    output = next(n for n in graph.nodes if n.op == "output")
+    wanted = list(values)
+    nodes = {n.name: n for n in graph.nodes if n.name in set(wanted)}
+    more = [nodes[name] for name in wanted]
+    output.args = ((*output.args[0], *more),)
+    old = program.graph_signature
+    added = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in more]
+    signature = ExportGraphSignature(list(old.input_specs), [*old.output_specs, *added])
+    top, *rest = program.module_call_graph
+    assert top.signature is not None
+    spec = pytree.tree_structure(tuple(output.args[0]), is_leaf=lambda leaf: leaf is not output.args[0])
+    flat = replace(top.signature, out_spec=spec, outputs=[s.arg for s in signature.output_specs])
+    return rebuild(
+        program,
+        graph,
+        signature,
+        dict(program.state_dict),
+        dict(program.constants),
+        [replace(top, signature=flat), *rest],
+    )

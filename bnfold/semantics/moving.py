@@ -1,0 +1,151 @@
+"""Operators that move elements, or average them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnfold.affine import Affine
+from bnfold.semantics.base import Answer, No, Semantics, Shape, Yes
+
+
+@dataclass(frozen=True)
+class Movement(Semantics):
+    """Moves elements and changes none: view, permute, slice, cat, pad, roll, pixel_shuffle, ...
+
+    A movement is a gather, so it is described by running it on the indices of its operands' elements: output element
+    ``j`` is operand element ``index[j]``, and 0 stands for an element that it made up as zero.
+    """
+
+    slots: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    apply: Callable[[Sequence[Tensor]], Tensor]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def shape_only(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The operands that only lend their shape."""
+        return self.ignored
+
+    def _index(self) -> tuple[Tensor, list[int]]:
+        start, parts, bounds = 1, [], [1]
+        for shape in self.shapes:
+            count = int(torch.Size(shape).numel())
+            # float64 holds every index exactly, and every movement is implemented for it.
+            parts.append(torch.arange(start, start + count, dtype=torch.float64).reshape(shape))
+            start += count
+            bounds.append(start)
+        return self.apply(parts).to(torch.int64), bounds
+
+    def pull(self, out: Affine) -> Answer:
+        """Scatters what is asked of the outputs to the elements they came from; copies must agree."""
+        index, bounds = self._index()
+        made_up = index == 0
+        if bool(made_up.any()) and bool((out.shift.expand(index.shape)[made_up].nan_to_num() != 0).any()):
+            return No("zero-padding", "a shift would have to reach into padded zeros")
+        flat = index.flatten()
+        found = []
+        for wanted in (out.scale, out.shift):
+            wanted = wanted.expand(index.shape).flatten()
+            known = (flat > 0) & ~wanted.isnan()
+            buffer = torch.full((bounds[-1],), torch.nan, dtype=torch.float64)
+            buffer[flat[known]] = wanted[known]
+            if not bool((buffer[flat[known]] == wanted[known]).all()):
+                return No("copies-differ", "one element is copied to places with different affines")
+            found.append(buffer)
+        operands = {}
+        for slot, shape, low, high in zip(self.slots, self.shapes, bounds, bounds[1:]):
+            scale, shift = (buffer[low:high].reshape(shape) for buffer in found)
+            operands[slot] = Affine(scale, shift).compressed()
+        return Yes(operands=operands)
+
+    def push(self, given: Mapping[str, Affine]) -> Answer:
+        """Gathers the operands' affines; an operand without one contributes the identity, padding anything."""
+        index, bounds = self._index()
+        scale = torch.ones(bounds[-1], dtype=torch.float64)
+        shift = torch.zeros(bounds[-1], dtype=torch.float64)
+        scale[0] = torch.nan
+        for slot, shape, low, high in zip(self.slots, self.shapes, bounds, bounds[1:]):
+            if slot in given:
+                scale[low:high] = given[slot].scale.expand(shape).flatten()
+                shift[low:high] = given[slot].shift.expand(shape).flatten()
+        return Yes(out=Affine(scale[index], shift[index]).settled())
+
+    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
+        """Where all its operands do."""
+        return all(operands[slot] for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Same(Semantics):
+    """A movement that leaves every element where it is: dropout in eval mode, clone, contiguous, a widening cast."""
+
+    slot: str
+
+    def pull(self, out: Affine) -> Answer:
+        """Asks the same of its operand."""
+        return Yes(operands={self.slot: out})
+
+    def push(self, given: Mapping[str, Affine]) -> Answer:
+        """Passes it on."""
+        return Yes(out=given[self.slot])
+
+    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
+        """Where its operand does."""
+        return operands[self.slot]
+
+
+@dataclass(frozen=True)
+class Average(Semantics):
+    """A weighted mean along ``axes`` of its operand: ``mean(s*x + t) = s*mean(x) + t`` where s, t are constant there.
+
+    ``drops``: the axes are gone from the output. ``sums_to_one`` is false where padded zeros are counted, or for a sum;
+    then only a scale passes.
+    """
+
+    slot: str
+    axes: tuple[int, ...]
+    ndim: int
+    drops: bool = False
+    sums_to_one: bool = True
+
+    def _check(self, affine: Affine) -> No | None:
+        if not self.sums_to_one and affine.has_shift:
+            return No("zero-padding", "its weights do not sum to one everywhere, so a shift would change")
+        if set(self.axes) & set(affine.varies()):
+            return No("other-axis", "the affine varies along the axis that is averaged")
+        return None
+
+    def pull(self, out: Affine) -> Answer:
+        """Commutes."""
+        if self.drops:
+            shape = [1 if axis in self.axes else 0 for axis in range(self.ndim)]
+            scale, shift = iter(out.scale.shape), iter(out.shift.shape)
+            out = Affine(
+                out.scale.reshape([1 if dropped else next(scale) for dropped in shape]),
+                out.shift.reshape([1 if dropped else next(shift) for dropped in shape]),
+            )
+        return self._check(out) or Yes(operands={self.slot: out})
+
+    def push(self, given: Mapping[str, Affine]) -> Answer:
+        """Commutes."""
+        if set(given) != {self.slot}:
+            return No("nonlinear", "the weights of the average depend on it")
+        affine = given[self.slot]
+        refused = self._check(affine)
+        if refused or not self.drops:
+            return refused or Yes(out=affine)
+        kept = [axis for axis in range(self.ndim) if axis not in self.axes]
+        return Yes(
+            out=Affine(
+                affine.scale.reshape([affine.scale.shape[a] for a in kept]),
+                affine.shift.reshape([affine.shift.shape[a] for a in kept]),
+            )
+        )
+
+    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
+        """Where its operand does, a shift only if the weights sum to one."""
+        return operands[self.slot] and (self.sums_to_one or not shift)
