@@ -89,8 +89,8 @@ class Gate:
         verdict: Verdict = "fail" if self._problems else "inconclusive" if self._doubts else "pass"
         batch_sizes = tuple(dict.fromkeys(b.size for b in self._batches))
         return CheckReport(
-            verdict, provider, sum(b.samples for b in self._batches), batch_sizes, tuple(outputs), tuple(sites), capture_error, (*self._problems, *self._doubts), tuple(self._notes), accuracy,
-            self.limit, self.site_limit,
+            verdict, provider, sum(b.samples for b in self._batches), batch_sizes, tuple(outputs), tuple(sites),
+            capture_error, (*self._problems, *self._doubts), tuple(self._notes), accuracy, self.limit, self.site_limit,
         )  # fmt: skip
 
     # -- references ------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class Gate:
         if noise > max(NOISE_LIMIT, 16 * tally.eps):
             self._doubts.append(
                 f"output {index}: the unfolded model's own error is {noise:.2g} of its output, so almost anything "
-                "would pass; it is discontinuous on these inputs (top-k, rounding) or they are out of its range: try --data"
+                "would pass; it is discontinuous on these inputs (top-k, rounding) or out of its range: try --data"
             )
         return OutputResult(
             candidate.name, self._output_name(index), noise, tally.relative(tally.error), median,

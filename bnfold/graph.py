@@ -363,7 +363,7 @@ class UnknownSizeError(ValueError):
 
 
 def _common_name(names: list[str]) -> str | None:
-    """The parameter that a parametrisation's originals make up: ``conv.parametrizations.weight.original0`` -> weight."""
+    """The parameter that is computed from these: ``conv.parametrizations.weight.original0`` -> ``conv.weight``."""
     for name in names:
         module, mark, rest = name.rpartition("parametrizations.")
         if mark:

@@ -21,9 +21,9 @@ from torch.export import ExportedProgram
 from bnfold import store
 from bnfold._version import __version__
 from bnfold.capture import Captured, capture, tensor_inputs
-from bnfold.check import LIMIT, Gate
 from bnfold.errors import FoldError, InputError, UsageError
-from bnfold.fold import fold as fold_graph
+from bnfold.folding import fold as fold_graph
+from bnfold.gate import LIMIT, Gate
 from bnfold.graph import Graph
 from bnfold.inputs import InputSpec, example, load_data, widen_batch
 from bnfold.load import Loaded, Provenance
@@ -236,9 +236,7 @@ def model_inputs(
     """
     if specs:
         if isinstance(loaded.model, ExportedProgram):
-            raise UsageError(
-                "--input does not apply to a .pt2 program", hint="Its inputs are those it was exported with"
-            )
+            raise UsageError("--input does not apply to a .pt2 program", hint="Its inputs are fixed in the file")
         import inspect
 
         parameters = list(inspect.signature(loaded.model.forward).parameters)
@@ -333,13 +331,12 @@ def relocate(path: Path, data: str, digest: str) -> None:
 
 
 def _metadata(options: Options, folded: Folded) -> dict[str, str]:
-    batch_norms = folded.ledger.batch_norms
-    left = sum(entry.outcome == "left" for entry in batch_norms)
+    gone, total = folded.ledger.count()
     found = {
         "bnfold.version": __version__,
         "bnfold.torch_version": str(torch.__version__),
-        "bnfold.batch_norms_folded": str(len(batch_norms) - left),
-        "bnfold.batch_norms_left": str(left),
+        "bnfold.batch_norms_folded": str(gone),
+        "bnfold.batch_norms_left": str(total - gone),
         # The file that is judged is, byte for byte, the file that is stored; one that fails is not stored.
         "bnfold.verdict": "pass" if options.check else "not checked",
     }
@@ -381,7 +378,7 @@ def _data(data: Any, captured: Captured) -> tuple[dict[str, np.ndarray] | None, 
         value = captured.flat[captured.names.index(name)]
         if isinstance(value, Tensor) and tuple(rows.shape[1:]) != tuple(value.shape[1:]):
             raise InputError(
-                f"array '{name}' has samples of shape {tuple(rows.shape[1:])}, the model takes {tuple(value.shape[1:])}",
+                f"array '{name}' holds samples of {tuple(rows.shape[1:])}, the model takes {tuple(value.shape[1:])}",
                 hint="The first axis of every array is the sample",
             )
     return arrays, labels
