@@ -23,11 +23,13 @@ FROZEN = "bnfold_frozen"
 
 #: Operators that may return their operand although their schema does not say so.
 _SILENT_ALIASES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "einsum", "type_as", "pad"}
+#: Where a slice ends that has no end.
+_END = 2**63 - 1
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 
 
 def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, str]) -> int:
-    """Removes eval-mode dropout and in-place operators from ``graph``, itself.
+    """Removes eval-mode dropout, slices that take everything and in-place operators from ``graph``, itself.
 
     Args:
         graph: a graph in training IR; changed.
@@ -40,7 +42,7 @@ def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, s
     Raises:
         CaptureError: the model writes to one of its inputs or buffers.
     """
-    _erase_dropout(graph)
+    _erase_identities(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     classes = _Aliases()
     left = 0
@@ -89,13 +91,25 @@ class _Aliases:
                 self._class[node] = large
 
 
-def _erase_dropout(graph: fx.Graph) -> None:
+def _erase_identities(graph: fx.Graph) -> None:
+    """Erases what returns its very operand: eval-mode dropout, and the ``[:]`` of every axis before a sliced one.
+
+    Left in, ``y[:, :2]`` and ``y[:, 2:]`` would each read all of y first, and no longer be disjoint.
+    """
     for node in list(graph.nodes):
-        if isinstance(node.target, OpOverload) and node.target._opname in _DROPOUTS:
-            arguments = dict(zip(("input", "p", "train"), node.args), **node.kwargs)
-            if arguments["train"] is False:
-                node.replace_all_uses_with(arguments["input"])
-                graph.erase_node(node)
+        if not isinstance(node.target, OpOverload):
+            continue
+        arguments = {argument.name: value for argument, value in _arguments(node)}
+        if node.target._opname in _DROPOUTS:
+            identity, operand = arguments["train"] is False, arguments["input"]
+        elif node.target is torch.ops.aten.slice.Tensor:
+            start, end, step = (arguments.get(name) for name in ("start", "end", "step"))
+            identity, operand = start in (None, 0) and end in (None, _END) and step in (None, 1), arguments["self"]
+        else:
+            continue
+        if identity:
+            node.replace_all_uses_with(operand)
+            graph.erase_node(node)
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
@@ -124,6 +138,8 @@ def _aliased(node: fx.Node) -> Iterator[fx.Node]:
         yield from node.all_input_nodes  # getitem, or a higher-order operator: assume the most
         return
     silent = isinstance(node.target, OpOverload) and node.target._opname in _SILENT_ALIASES
+    if silent and node.target._opname == "pad" and any(isinstance(n, fx.Node) or n for n in node.args[1]):  # type: ignore
+        return  # only a padding of nothing returns its operand
     for argument, value in _arguments(node):
         if silent or argument.alias_info is not None:
             yield from _nodes_in(value)

@@ -7,7 +7,7 @@ keeps what it had. Everything that leans on how torch.export builds a program st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -53,6 +53,7 @@ class Graph:
     def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
         self.program = program
         self.graph = copy_graph(program.graph)
+        self.graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
         self._masters = dict(masters or {})
         self._pending: dict[Node, Tensor] = {}
         self._origin: dict[Node, str] = {}
@@ -67,6 +68,9 @@ class Graph:
             if spec.kind is not InputKind.USER_INPUT
         }
         self.added = 0
+        #: Which captured value each edited value now equals; None for one that equals none.
+        self.stands_for: dict[Node, str | None] = {}
+        self._gone: set[Node] = set()
         self.refresh()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -122,28 +126,30 @@ class Graph:
         """The float64 value of a node that depends on no input, evaluated from the stored constants; else None."""
         if value not in self._fixed:
             return None
+        if value.op == "placeholder":
+            return self._stored(value)  # not kept: a float64 copy of every weight would be the model twice over
         if value not in self._constants:
+            known: dict[Node, Any] = {}
             for node in self._constant_cone(value):
-                self._constants[node] = self._evaluate(node)
+                known[node] = self._stored(node) if node.op == "placeholder" else evaluate_constant(node, known)
+            self._constants[value] = known[value]
         return self._constants[value]
 
-    def _constant_cone(self, value: Node, *, all_of_it: bool = False) -> list[Node]:
+    def _constant_cone(self, value: Node) -> list[Node]:
         cone, stack = set(), [value]
         while stack:
             node = stack.pop()
-            if node not in cone and (all_of_it or node not in self._constants):
+            if node not in cone:
                 cone.add(node)
                 stack += node.all_input_nodes
         return sorted(cone, key=self.order.__getitem__)
 
-    def _evaluate(self, node: Node) -> Any:
+    def _stored(self, node: Node) -> Tensor:
         if node in self._pending:
             return self._pending[node]
-        if node.op == "placeholder":
-            target = self._targets[node]
-            value = self._masters.get(target, constant_of(self.program, target))
-            return value.detach().to(torch.float64) if value.is_floating_point() else value
-        return evaluate_constant(node, self._constants)
+        target = self._targets[node]
+        value: Tensor = self._masters.get(target, constant_of(self.program, target))
+        return value.detach().to(torch.float64) if value.is_floating_point() else value
 
     def dtype(self, value: Node) -> torch.dtype:
         """The dtype of a value."""
@@ -218,9 +224,7 @@ class Graph:
             computed = node.op == "call_function" and node in self._fixed and self.is_float(node)
             if not computed or all(user in self._fixed for user in node.users):
                 continue
-            leaves = [
-                n for n in self._constant_cone(node, all_of_it=True) if n.op == "placeholder" and self.is_float(n)
-            ]
+            leaves = [n for n in self._constant_cone(node) if n.op == "placeholder" and self.is_float(n)]
             value = self.constant(node)
             assert value is not None
             if leaves and value.numel() <= sum(n.meta["val"].numel() for n in leaves):
@@ -229,6 +233,18 @@ class Graph:
                     value, self.dtype(node), _common_name(names) or self._invent(self.call(node), "constant")
                 )
                 self.bypass(node, new)
+
+    def holds(self, value: Node) -> bool:
+        """Whether the value is still there."""
+        return value not in self._gone
+
+    def meaning(self, value: Node) -> str | None:
+        """The captured value that ``value`` equals; its own name where no edit has changed it."""
+        return self.stands_for.get(value, value.name)
+
+    def count_operators(self) -> int:
+        """How many operators compute something from the inputs."""
+        return sum(1 for _ in self.values())
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -249,6 +265,18 @@ class Graph:
         new = self._placeholder(tensor, self._slot_dtype(call, slot), origin or self._invent(call, slot))
         self._set(call, slot, new)
 
+    def set_operand(self, value: Node, slot: str, operand: Node) -> None:
+        """Lets a slot read another value; what nobody reads any more goes."""
+        call = self.call(value)
+        old = call.at(slot)
+        self._set(call, slot, operand)
+        self._sweep(old)
+
+    def take_shape(self, value: Node, of: Node) -> None:
+        """Gives ``value``, whose constants are about to change, the shape of another value."""
+        value.meta["val"] = of.meta["val"]
+        self._shapes.pop(value, None)
+
     def add_after(self, value: Node, tensor: Tensor) -> Node:
         """Adds a constant to a value, for all its readers."""
         new = self._placeholder(tensor, self.dtype(value), self._invent(self.call(value), "bias"))
@@ -262,12 +290,16 @@ class Graph:
     def bypass(self, value: Node, by: Node) -> None:
         """Lets every reader of ``value`` read ``by`` in its place, and drops what nobody reads any more."""
         value.replace_all_uses_with(by)
+        self._sweep(value)
+
+    def _sweep(self, value: Node) -> None:
         dead = [value]
         while dead:
             node = dead.pop()
             if not node.users and node.op == "call_function":
                 dead += node.all_input_nodes
                 self.graph.erase_node(node)
+                self._gone.add(node)
 
     def _set(self, call: Call, slot: str, new: Node) -> None:
         name, _, index = slot.partition(".")
@@ -343,11 +375,13 @@ class Graph:
                 constants.pop(spec.target or "", None)
             elif spec.target in old.state_dict:
                 state[spec.target] = old.state_dict[spec.target]
+        taken, numbers = _with_modules([*state, *constants]), dict[str, int]()
         for node in [n for n in live if n in self._pending]:
             if not node.users:
                 self.graph.erase_node(node)
                 continue
-            name = _free_name(self._origin[node], state, constants)
+            name = _free_name(self._origin[node], taken, numbers)
+            taken.add(name)
             rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
             state[name] = torch.nn.Parameter(rounded, requires_grad=False)
             specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
@@ -373,8 +407,23 @@ def _common_name(names: list[str]) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:
-    name, n = wanted, 1
-    while any(name in names for names in taken):
-        name, n = f"{wanted}.{n}", n + 1
+def _free_name(wanted: str, taken: set[str], numbers: dict[str, int]) -> str:
+    """``wanted``, or with a number after it, such that it names neither a tensor nor a module that holds one.
+
+    ``numbers`` keeps how far every name has been counted, for the weight that a thousand layers share.
+    """
+    name = wanted
+    while name in taken:
+        numbers[wanted] = numbers.get(wanted, 0) + 1
+        name = f"{wanted}_{numbers[wanted]}"
     return name
+
+
+def _with_modules(names: Iterable[str]) -> set[str]:
+    """The names, and those of the modules that they stand in."""
+    found = set(names)
+    for name in list(found):
+        while "." in name:
+            name = name.rpartition(".")[0]
+            found.add(name)
+    return found

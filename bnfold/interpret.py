@@ -60,10 +60,17 @@ class Runner(fx.Interpreter):
         precise: in float64 instead of the graph's own dtypes.
         masters: constants, by their name in the program, that take the place of the stored ones; lets a float16
             program be judged against the float32 weights that it was rounded from.
+        jitter: disturbs every floating-point constant by up to half of this, relative: what rounding the constants
+            once to a dtype of that epsilon does.
     """
 
     def __init__(
-        self, program: ExportedProgram, *, precise: bool = False, masters: Mapping[str, Tensor] | None = None
+        self,
+        program: ExportedProgram,
+        *,
+        precise: bool = False,
+        masters: Mapping[str, Tensor] | None = None,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
         self.extra_traceback = False
@@ -71,13 +78,17 @@ class Runner(fx.Interpreter):
         self._constants: dict[str, Any] = {}
         self._keep: Collection[str] = ()
         self.kept: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 continue
             value = constant_of(program, spec.target or "")
             if masters is not None and spec.target in masters:
                 value = masters[spec.target]
-            self._constants[spec.arg.name] = raise_tensor(value) if precise else value
+            value = raise_tensor(value) if precise else value
+            if jitter and isinstance(value, Tensor) and value.is_floating_point():
+                value = value * (1 + jitter * (torch.rand(value.shape, generator=generator, dtype=value.dtype) - 0.5))
+            self._constants[spec.arg.name] = value
         self._user = [
             spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
         ]

@@ -28,7 +28,7 @@ from bnfold.aten.moving import (
     sdpa,
     upsample,
 )
-from bnfold.aten.scaling import additive, batch_norm, div, instance_norm, mul, native_batch_norm
+from bnfold.aten.scaling import additive, batch_norm, div, instance_norm, mul, native_batch_norm, neg, rsub
 from bnfold.semantics import Refused, Semantics, ShapeOnly, Unknown
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ TABLE: dict[str, Row] = dict(
         *_rows("div divide true_divide", div),
         *_rows("add", additive(+1.0)),
         *_rows("sub subtract", additive(-1.0)),
+        *_rows("rsub", rsub),
+        *_rows("neg negative", neg),
         # Contraction: linear in its data, with a constant weight
         *_rows("conv1d conv2d conv3d convolution", convolution),
         *_rows("conv_transpose1d conv_transpose2d conv_transpose3d", conv_transpose),
@@ -102,7 +104,7 @@ TABLE: dict[str, Row] = dict(
         *_rows("new_zeros new_ones new_full new_empty", shape_only),
         # Known to let nothing pass
         *_rows("relu6 hardtanh clamp clamp_min clamp_max clip hardswish hardsigmoid hardshrink", _row(OPAQUE)),
-        *_rows("gelu silu mish elu selu celu sigmoid logsigmoid tanh softplus", _row(OPAQUE)),
+        *_rows("gelu silu mish elu selu celu sigmoid log_sigmoid tanh softplus", _row(OPAQUE)),
         *_rows("exp log sqrt rsqrt pow erf abs", _row(OPAQUE)),
         *_rows("softmax log_softmax layer_norm group_norm rms_norm native_layer_norm native_group_norm", _row(OPAQUE)),
     ]
@@ -112,6 +114,8 @@ TABLE: dict[str, Row] = dict(
 def semantics(call: Call) -> Semantics:
     """What the operator of a call does to an Affine."""
     if call.graph.is_frozen(call.value):
-        return Refused("in-place", "an in-place operator shares its storage", kind="in-place")
+        # A BatchNorm among them is still one that stays, and the ledger says so.
+        kind = "batch_norm" if call.operator.endswith(("batch_norm", "instance_norm")) else "in-place"
+        return Refused("in-place", "an in-place operator shares its storage", kind)
     row = TABLE.get(call.operator)
     return Unknown() if row is None else row(call)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bnfold.aten.common import OPAQUE, constant_operands
-from bnfold.semantics import (
-    Contraction,
-    Semantics,
-)
+from bnfold.aten.common import OPAQUE, constant_operands, per_axis
+from bnfold.semantics import Contraction, Geometry, Semantics
 
 if TYPE_CHECKING:
     from bnfold.call import Call
@@ -33,8 +29,8 @@ def _contraction(
     bias: str | None = None,
     bias_axis: int | None = None,
     bias_scale: float = 1.0,
-    transposed: bool = False,
     no_shift: str | None = None,
+    geometry: Geometry | None = None,
 ) -> Semantics:
     stored = call.shape(weight)
     ndim = len(out)
@@ -75,6 +71,7 @@ def _contraction(
         get_bias,
         set_bias,
         no_shift,
+        geometry,
     )
 
 
@@ -87,16 +84,21 @@ def convolution(call: Call) -> Semantics:
     out_channels, per_group, *kernel = call.shape("weight")
     groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
     lead, tail = ("",) * batched, ("",) * len(kernel)
+    spatial = len(kernel)
+    stride, dilation = per_axis(call, "stride", spatial), per_axis(call, "dilation", spatial)
     padding = call["padding"]
     if isinstance(padding, str):
-        padded = padding != "valid" and prod(kernel) > 1
+        total = [0 if padding == "valid" else d * (k - 1) for d, k in zip(dilation, kernel)]
+        padded, even = any(total), all(n % 2 == 0 for n in total)
+        geometry = Geometry(stride, tuple(n // 2 for n in total), dilation) if even else None
     else:
-        padded = any(p != 0 for p in call.concrete("padding"))
+        geometry = Geometry(stride, per_axis(call, "padding", spatial), dilation)
+        padded = any(geometry.padding)
     return _contraction(
         call, "input", "weight",
         view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
         out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
-        bias="bias", bias_axis=batched, no_shift="zero-padding" if padded else None,
+        bias="bias", bias_axis=batched, no_shift="zero-padding" if padded else None, geometry=geometry,
     )  # fmt: skip
 
 
@@ -107,11 +109,15 @@ def conv_transpose(call: Call) -> Semantics:
     in_channels, per_group, *kernel = call.shape("weight")
     groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
     lead, tail = ("",) * batched, ("",) * len(kernel)
+    stride, padding, dilation, more = (
+        per_axis(call, name, len(kernel)) for name in ("stride", "padding", "dilation", "output_padding")
+    )
+    geometry = Geometry(stride, padding, dilation, transposed=True, output_padding=more)
     return _contraction(
         call, "input", "weight",
         view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
         out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
-        bias="bias", bias_axis=batched, no_shift="zero-padding",
+        bias="bias", bias_axis=batched, no_shift="zero-padding", geometry=geometry,
     )  # fmt: skip
 
 
@@ -122,7 +128,7 @@ def linear(call: Call) -> Semantics:
     lead = ("",) * (len(call.out_shape) - 1)
     return _contraction(
         call, "input", "weight", view=call.shape("weight"), letters="oi", out=(*lead, "o"), inp=(*lead, "i"),
-        bias="bias", bias_axis=len(lead),
+        bias="bias", bias_axis=len(lead), geometry=Geometry(),
     )  # fmt: skip
 
 

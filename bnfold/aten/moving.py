@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bnfold.aten.common import OPAQUE, Row, constant_operands
+from bnfold.aten.common import OPAQUE, Row, constant_operands, per_axis
 from bnfold.semantics import (
     Average,
+    Geometry,
     Homogeneous,
     Lookup,
     Movement,
@@ -31,15 +32,21 @@ def attention(call: Call, weights: str, values: str) -> Semantics:
     return Average(values, (ndim - 2,), ndim)
 
 
+#: Operators that keep rows together where they keep the length of the last axis.
+_ROW_KEEPING = {
+    *("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.flatten", "aten.unflatten"),
+    *("aten.squeeze", "aten.unsqueeze", "aten.clone", "aten.contiguous", "aten.to", "aten.detach", "aten.alias"),
+    "aten.type_as",
+}
+
+
 def _row_stochastic(call: Call, value: Any) -> bool:
     while True:
         made = call.graph.call(value)
         name = made.operator
         if name in ("aten.softmax", "aten._softmax"):
             return bool(made["dim"] % len(made.out_shape) == len(made.out_shape) - 1)
-        shapes = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.flatten", "aten.unflatten")
-        same = ("aten.clone", "aten.contiguous", "aten.to", "aten.detach", "aten.alias", "aten.type_as")
-        if name not in shapes + same or not made.shape("self") or made.shape("self")[-1] != made.out_shape[-1]:
+        if name not in _ROW_KEEPING or not made.shape("self") or made.shape("self")[-1] != made.out_shape[-1]:
             return False
         value = made["self"]
 
@@ -48,28 +55,38 @@ def sdpa(call: Call) -> Semantics:
     """scaled_dot_product_attention commutes with an affine on its values."""
     ndim = len(call.out_shape)
     same = call.shape("value")[:-2] == call.out_shape[:-2]
-    if call["enable_gqa"] or float(call["dropout_p"]) != 0.0 or not same:
+    weights = (call["query"], call["key"], call["attn_mask"])
+    if call["enable_gqa"] or float(call["dropout_p"]) != 0.0 or not same or call["value"] in weights:
         return OPAQUE
-    return Average("value", (ndim - 2,), ndim)
+    return Average("value", (ndim - 2,), ndim, sums_to_one=_every_query_sees_a_key(call))
+
+
+def _every_query_sees_a_key(call: Call) -> bool:
+    # Where a mask hides every key the output is zero: there the weights do not sum to one.
+    if call["attn_mask"] is None:
+        return True
+    mask = call.constant("attn_mask")
+    if mask is None:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+    return bool(seen.any(-1).all())
 
 
 def pool(call: Call) -> Semantics:
     """avg_pool1d/2d/3d and adaptive_avg_pool1d/2d/3d."""
     ndim = len(call.out_shape)
     dims = int(call.operator[-2])
-    counted = any(p != 0 for p in _listed(call, "padding")) and bool(call.arguments.get("count_include_pad", False))
-    divisor = call.arguments.get("divisor_override")
-    kernel = _listed(call, "kernel_size")
-    window = prod(kernel) if len(kernel) == dims else prod(kernel) ** dims
-    padded = any(p != 0 for p in _listed(call, "padding"))
-    partial = padded or bool(call.arguments.get("ceil_mode", False))
-    one = not counted if divisor is None else (divisor == window and not partial)
-    return Average("self", tuple(range(ndim - dims, ndim)), ndim, sums_to_one=one)
-
-
-def _listed(call: Call, name: str) -> list[int]:
-    value = call.concrete(name) if name in call else []
-    return [value] if isinstance(value, int) else list(value or [])
+    axes = tuple(range(ndim - dims, ndim))
+    window, padding = per_axis(call, "kernel_size", dims), per_axis(call, "padding", dims)
+    if not window:  # adaptive
+        return Average("self", axes, ndim)
+    padded, divisor = any(padding), call.arguments.get("divisor_override")
+    counts, ceil = bool(call.arguments.get("count_include_pad")), bool(call.arguments.get("ceil_mode"))
+    one = not (padded and counts) if divisor is None else (divisor == prod(window) and not padded and not ceil)
+    equal = (counts or not padded) and not ceil and divisor in (None, prod(window))
+    stride = per_axis(call, "stride", dims) or window
+    geometry = Geometry(stride, padding, (1,) * dims) if equal else None
+    return Average("self", axes, ndim, sums_to_one=one, window=window, geometry=geometry)
 
 
 def mean(sums_to_one: bool) -> Row:
@@ -100,7 +117,8 @@ def move(call: Call) -> Semantics:
     shapes = tuple(call.shape(slot) for slot in slots)
     if not slots or any(size == 0 for shape in shapes for size in shape):
         return OPAQUE
-    return Movement(slots, shapes, lambda parts: call.run(dict(zip(slots, parts))), ignored)
+    joins = call.arguments.get("dim", 0) % len(call.out_shape) if call.operator == "aten.cat" else None
+    return Movement(slots, shapes, lambda parts: call.run(dict(zip(slots, parts))), ignored, joins)
 
 
 def pad(call: Call) -> Semantics:

@@ -81,22 +81,22 @@ def _constant_affine(
     ndim = len(call.out_shape)
     if len(call.shape(slot)) != ndim or call.shape(slot) != call.out_shape:
         return OPAQUE  # the constant broadcasts the value: its elements are copied
-    constant = constant.reshape((1,) * (ndim - constant.ndim) + tuple(constant.shape))
-    if not bool(constant.isfinite().all()):
-        return OPAQUE  # a mask of -inf is no affine
+    found = affine(constant.reshape((1,) * (ndim - constant.ndim) + tuple(constant.shape)))
+    if not found.is_finite:
+        return OPAQUE  # a mask of -inf is no affine, nor is a division by zero
 
     def write(new: Affine) -> Mapping[str, Tensor] | None:
         value = of(new)
         return None if value is None or not bool(value.isfinite().all()) else {other: value}
 
-    return Scaling(slot, affine(constant).compressed(), kind, write)
+    return Scaling(slot, found.compressed(), kind, write)
 
 
 def mul(call: Call) -> Semantics:
     """By a constant: a Scaling. Of two values: a Product."""
     slot = _value_slot(call)
     if slot is None:
-        return _pairwise(call, Product, ("self", "other"))
+        return _pairwise(call, Product, ("self", "other"), square=call["self"] is call["other"])
 
     def affine(c: Tensor) -> Affine:
         return Affine(c, torch.zeros((1,) * c.ndim, dtype=torch.float64))
@@ -110,12 +110,16 @@ def div(call: Call) -> Semantics:
         return OPAQUE
     slot = _value_slot(call)
     if slot != "self":
-        return _pairwise(call, Product, ("self",)) if slot is None else OPAQUE
+        return _dividend(call) if slot is None else OPAQUE
 
     def affine(c: Tensor) -> Affine:
         return Affine(1 / c, torch.zeros((1,) * c.ndim, dtype=torch.float64))
 
     return _constant_affine(call, slot, affine, lambda new: None if new.has_shift else 1 / new.scale, "div")
+
+
+def _dividend(call: Call) -> Semantics:
+    return _pairwise(call, Product, ("self",), square=call["self"] is call["other"])
 
 
 def additive(sign: float) -> Row:
@@ -140,6 +144,25 @@ def additive(sign: float) -> Row:
         return _constant_affine(call, slot, affine, lambda new: None if new.has_scale else new.shift / factor, "add")
 
     return row
+
+
+def rsub(call: Call) -> Semantics:
+    """``b - alpha*a``: from a constant a Scaling, of two values a Sum."""
+    slot, alpha = _value_slot(call), float(call["alpha"])
+    if slot is None:
+        return _pairwise(call, Sum, ("other", "self"), alpha=-alpha)
+    scale, of_constant = (-alpha, 1.0) if slot == "self" else (1.0, -alpha)
+
+    def affine(c: Tensor) -> Affine:
+        return Affine(torch.full((1,) * c.ndim, scale, dtype=torch.float64), c * of_constant)
+
+    return _constant_affine(call, slot, affine, lambda new: None, "add")
+
+
+def neg(call: Call) -> Semantics:
+    """``-x``: a Scaling without a constant of its own."""
+    ndim = len(call.out_shape)
+    return Scaling("self", Affine.per_channel(-1.0, 0.0, ndim), "mul", lambda new: None)
 
 
 def _value_slot(call: Call) -> str | None:

@@ -23,7 +23,7 @@ A slot is the name of an operand in the operator's schema, with an index for lis
 """
 
 from bnfold.semantics.base import Answer, No, Opaque, Refused, Semantics, Shape, ShapeOnly, Unknown, Yes
-from bnfold.semantics.contraction import Contraction, Lookup
+from bnfold.semantics.contraction import Contraction, Geometry, Lookup
 from bnfold.semantics.moving import Average, Movement, Same
 from bnfold.semantics.pointwise import Homogeneous, Product, Scaling, Sum
 
@@ -31,6 +31,7 @@ __all__ = [
     "Answer",
     "Average",
     "Contraction",
+    "Geometry",
     "Homogeneous",
     "Lookup",
     "Movement",

@@ -12,6 +12,22 @@ from bnfold.semantics.base import Answer, No, Semantics, Shape, Yes
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How a convolution or a pool walks over the spatial axes: one number per axis; none for a linear layer."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def pointwise(cls, spatial: int) -> Geometry:
+        """Every position on its own."""
+        return cls((1,) * spatial, (0,) * spatial, (1,) * spatial)
+
+
+@dataclass(frozen=True)
 class Contraction(Semantics):
     """Linear in its data with a constant weight.
 
@@ -36,6 +52,8 @@ class Contraction(Semantics):
     set_bias: Callable[[Tensor], Mapping[str, Tensor] | None]
     #: Why a shift cannot come in from before, if it cannot.
     no_shift: str | None = None
+    #: For a convolution or a linear layer: what merging must know.
+    geometry: Geometry | None = None
 
     def pull(self, out: Affine) -> Answer:
         """Absorbs an affine on its output."""

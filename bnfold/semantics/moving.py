@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.semantics.base import Answer, No, Semantics, Shape, Yes
+from bnfold.semantics.contraction import Geometry
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Movement(Semantics):
     shapes: tuple[Shape, ...]
     apply: Callable[[Sequence[Tensor]], Tensor]
     ignored: tuple[str, ...] = ()
+    #: For a concatenation, the axis it joins along.
+    joins: int | None = None
 
     @property
     def shape_only(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -111,6 +114,9 @@ class Average(Semantics):
     ndim: int
     drops: bool = False
     sums_to_one: bool = True
+    #: For a pool that is a convolution with equal weights: its window and how it walks.
+    window: tuple[int, ...] = ()
+    geometry: Geometry | None = None
 
     def _check(self, affine: Affine) -> No | None:
         if not self.sums_to_one and affine.has_shift:

@@ -103,11 +103,15 @@ class Product(Semantics):
     shapes: tuple[Shape, ...]
     out_ndim: int
     home: str | None = None
+    #: Both operands are one value, so that no factor can be scaled alone.
+    square: bool = False
 
     def pull(self, out: Affine) -> Answer:
         """``s*(a*b) = (s*a)*b``."""
         if out.has_shift:
             return No("shift-through-product", "a shift does not pass a product of two values")
+        if self.square:
+            return No("several-readers", "both factors are one value")
         for slot, shape in sorted(zip(self.slots, self.shapes), key=lambda pair: pair[0] != self.home):
             part = out.unbroadcast(shape)
             if part is not None:
@@ -127,7 +131,7 @@ class Product(Semantics):
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """A scale, where one factor does."""
-        return not shift and any(operands[slot] for slot in self.slots)
+        return not shift and not self.square and any(operands[slot] for slot in self.slots)
 
 
 @dataclass(frozen=True)
