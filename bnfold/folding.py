@@ -49,6 +49,27 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a fold did, for the ledger: the values that absorbed the affine with their names, and what it passed."""
+
+    into: dict[Node, str]
+    through: dict[str, None]
+
+
+def _follow(took: dict[Node, Words]) -> None:
+    """Where an affine was composed into another that went on itself, names what took that one in the end."""
+    for site in reversed(took):
+        words = took[site]
+        onward = [took[v] for v in words.into if v in took]
+        if onward:
+            into = {v: name for v, name in words.into.items() if v not in took}
+            took[site] = Words(
+                into | {v: name for w in onward for v, name in w.into.items()},
+                words.through | {name: None for w in onward for name in w.through},
+            )
+
+
 def fold(graph: Graph) -> Ledger:
     """Folds every affine that algebra allows, editing ``graph``.
 
@@ -60,26 +81,29 @@ def fold(graph: Graph) -> Ledger:
 
 
 class Folder:
-    """The state of one pass: the semantics of the nodes, and which captured value each value now stands for."""
+    """The state of one pass: the semantics of the nodes, and where shifts and scales would find a home."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._semantics: dict[Node, Semantics] = {}
-        self._stands_for: dict[Node, str | None] = {}
         self._homes: dict[tuple[Node, bool], bool] = {}
+        self._parts: dict[tuple[Node, Node], Affine] = {}
 
     def run(self) -> Ledger:
         """Folds until nothing changes; the ledger has an entry for every affine there was."""
         sites = [value for value in self.graph.values() if self._is_source(value)]
         entries: dict[Node, Entry] = {}
         where: dict[Node, list[Node]] = {}
+        took: dict[Node, Words] = {}
         info = {site: self._describe(site) for site in sites}
         open_sites, progress = sites, True
         refusals: dict[tuple[Node, str], Refusal] = {}
         while progress and open_sites:
             progress = False
             for direction in DIRECTIONS:
-                ordered = open_sites if direction == "backward" else open_sites[::-1]
+                # Against the direction of travel, so that a chain of affines is composed link by link: each then meets
+                # the next one, and none walks the whole chain.
+                ordered = open_sites[::-1] if direction == "backward" else open_sites
                 self._find_homes()
                 done: set[Node] = set()
                 for site in (s for s in ordered if s not in done):
@@ -87,11 +111,12 @@ class Folder:
                     if isinstance(plan, Refusal):
                         refusals[site, direction] = plan
                         continue
-                    into, through = self._words(plan)
+                    words = self._words(plan)
                     sites_of_result = self._apply(plan)
                     # Affines that were composed on the way are gone with it.
                     for gone in (value for value, _ in plan.bypasses if value in info):
-                        entries[gone] = Entry(*info[gone], plan.direction, into, through)
+                        entries[gone] = Entry(*info[gone], plan.direction)
+                        took[gone] = words
                         where[gone] = sites_of_result
                         done.add(gone)
                 open_sites = [site for site in open_sites if site not in done]
@@ -99,7 +124,11 @@ class Folder:
         for site in open_sites:
             found = tuple(refusals[site, d] for d in DIRECTIONS)
             entries[site] = Entry(*info[site], "left", refusals=found)
-        return Ledger(tuple(self._with_sites(entries[site], where.get(site, [])) for site in sites))
+        _follow(took)
+        self.graph.refresh()
+        return Ledger(
+            tuple(self._with_sites(self._with_words(entries[s], took.get(s)), where.get(s, [])) for s in sites)
+        )
 
     # -- sources ---------------------------------------------------------------------------------------------------
 
@@ -135,11 +164,12 @@ class Folder:
         # A dynamic dimension was mixed into an axis that the affine varies along: the edits must not depend on it.
         try:
             self.graph.resize(3)
-            kept, self._semantics = self._semantics, {}
+            kept = self._semantics, self._parts
+            self._semantics, self._parts = {}, {}
             second = self._planned(site, semantics, direction)
         finally:
             self.graph.resize(1)
-            self._semantics = kept
+            self._semantics, self._parts = kept
         if isinstance(second, Refusal) or not plan.equals(second):
             return self._refuse(
                 site, No("dynamic-size", "its constants would depend on the size of a dynamic dimension")
@@ -159,6 +189,7 @@ class Folder:
         graph, site = self.graph, plan.site
         wanted: dict[Node, dict[Node, Affine]] = {}
         queue: list[tuple[float, Node]] = []
+        queued: set[Node] = set()
 
         def ask(reader: Node, slot: str, affine: Affine) -> Refusal | None:
             value = graph.call(reader).at(slot)
@@ -173,7 +204,8 @@ class Folder:
             if both is None:
                 return self._refuse(reader, No("several-readers", "it reads the value twice, differently"))
             asked[reader] = both
-            if not affine.settled().is_identity and not any(entry[1] is value for entry in queue):
+            if value not in queued and not affine.settled().is_identity:
+                queued.add(value)
                 heapq.heappush(queue, (-graph.order[value], value))
             return None
 
@@ -226,8 +258,11 @@ class Folder:
         if all(slot in semantics.shape_only for slot in slots):
             return None
         if isinstance(semantics, Movement) and len(slots) == 1:
-            answer = self._ask(reader, lambda s: s.pull(Affine.identity(len(self.graph.shape(reader)))))
-            return identity if isinstance(answer, No) else answer.operands[slots[0]]
+            # Every affine on one of many slices asks this of all the others, so the answer is kept.
+            if (reader, value) not in self._parts:
+                answer = self._ask(reader, lambda s: s.pull(Affine.identity(len(self.graph.shape(reader)))))
+                self._parts[reader, value] = identity if isinstance(answer, No) else answer.operands[slots[0]]
+            return self._parts[reader, value]
         return identity
 
     def _push(self, plan: Plan, source: Scaling) -> Refusal | None:
@@ -338,15 +373,15 @@ class Folder:
             graph.set_constant(value, slot, tensor)
         for value, tensor in plan.adds:
             added = graph.add_after(value, tensor)
-            self._stands_for[added] = self._meaning(value)
-            self._stands_for[value] = None
+            self.graph.stands_for[added] = self.graph.meaning(value)
+            self.graph.stands_for[value] = None
             stale |= set(added.users)
-        meaning = self._meaning(site)
+        meaning = self.graph.meaning(site)
         for carrier in plan.carriers:
-            self._stands_for[carrier] = None
+            self.graph.stands_for[carrier] = None
         if plan.direction == "backward":
             for absorber in plan.absorbers:
-                self._stands_for[absorber] = None
+                self.graph.stands_for[absorber] = None
         replaced: dict[Node, Node] = {}
         for value, slot in plan.bypasses:
             by = graph.call(value).at(slot)
@@ -360,22 +395,25 @@ class Folder:
         by = replaced[site]
         while by in replaced:
             by = replaced[by]
-        self._stands_for[by] = meaning
+        self.graph.stands_for[by] = meaning
         return [by]
 
-    def _meaning(self, value: Node) -> str | None:
-        return self._stands_for.get(value, self.graph.name(value))
-
     def _with_sites(self, entry: Entry, values: Iterable[Node]) -> Entry:
-        sites = tuple((self.graph.name(v), m) for v in values if (m := self._meaning(v)) is not None)
+        # What took it may itself be gone: an affine, composed into another on its way.
+        still = [v for v in values if v in self.graph.order]
+        sites = tuple((self.graph.name(v), m) for v in still if (m := self.graph.meaning(v)) is not None)
         return replace(entry, site=sites)
 
     # -- words -----------------------------------------------------------------------------------------------------
 
-    def _words(self, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        into = dict.fromkeys(self._where(v) for v in plan.absorbers)
-        through = dict.fromkeys(self.graph.call(v).operator.removeprefix("aten.") for v in plan.carriers)
-        return tuple(into), tuple(through)
+    def _words(self, plan: Plan) -> Words:
+        into = {v: self._where(v) for v in sorted(plan.absorbers, key=self.graph.order.__getitem__)}
+        return Words(into, dict.fromkeys(self.graph.call(v).operator.removeprefix("aten.") for v in plan.carriers))
+
+    def _with_words(self, entry: Entry, words: Words | None) -> Entry:
+        if words is None:
+            return entry
+        return replace(entry, into=tuple(dict.fromkeys(words.into.values())), through=tuple(words.through))
 
     def _where(self, value: Node) -> str:
         operator = self.graph.call(value).operator if value.op == "call_function" else "output"

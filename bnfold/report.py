@@ -63,7 +63,7 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
 }
 
-Outcome = Literal["backward", "forward", "left"]
+Outcome = Literal["backward", "forward", "merged", "left"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Entry:
         module: qualified name of the module it belongs to.
         layer: class name of that module.
         kind: ``"batch_norm"``, ``"mul"``, ``"add"`` or ``"div"``.
-        outcome: went ``backward``, went ``forward``, or is ``left``.
+        outcome: went ``backward``, went ``forward``, was ``merged`` with a parallel branch, or is ``left``.
         into: what absorbed it, as module names (operator names where there is no module).
         through: the operators it passed on the way.
         refusals: where it is left, why it could go neither backward nor forward.
@@ -117,10 +117,35 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Linear maps that became one.
+
+    Attributes:
+        value: name of the value in the folded graph that takes their place.
+        kind: ``"parallel"`` (a sum), ``"serial"`` (one after the other) or ``"joined"`` (a concatenation).
+        modules: the modules that were merged; ``into`` is the one that stays.
+        values: names of the values that are gone.
+        operators: how many operators fewer.
+        multiply_adds: how many multiply-adds fewer per sample (per position for a linear layer).
+        site: as an Entry's.
+    """
+
+    value: str
+    kind: str
+    modules: tuple[str, ...]
+    into: str
+    values: tuple[str, ...]
+    operators: int
+    multiply_adds: int
+    site: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Ledger:
-    """One entry per affine of the model, in the order of the captured graph."""
+    """One entry per affine of the model, in the order of the captured graph, and one per merge."""
 
     entries: tuple[Entry, ...] = ()
+    merges: tuple[Merge, ...] = ()
 
     @property
     def left(self) -> tuple[Entry, ...]:
@@ -139,16 +164,21 @@ class Ledger:
 
     def count(self) -> tuple[int, int]:
         """How many BatchNorms are folded, and how many there were."""
-        outcome: dict[tuple[str, str], bool] = {}
+        groups = self.grouped()
+        return sum(all(e.outcome != "left" for e in group) for group in groups), len(groups)
+
+    def grouped(self) -> list[list[Entry]]:
+        """The entries of every BatchNorm: one, or two for a frozen one."""
+        groups: dict[tuple[str, str], list[Entry]] = {}
         for entry in self.batch_norms:
-            key = (entry.module, entry.value if entry.kind == "batch_norm" else "frozen")
-            outcome[key] = outcome.get(key, True) and entry.outcome != "left"
-        return sum(outcome.values()), len(outcome)
+            groups.setdefault((entry.module, entry.value if entry.kind == "batch_norm" else "frozen"), []).append(entry)
+        return list(groups.values())
 
     @property
     def sites(self) -> dict[str, str]:
         """Folded value -> the captured value that it must equal."""
-        return {folded: captured for entry in self.entries for folded, captured in entry.site}
+        everything: tuple[Entry | Merge, ...] = (*self.entries, *self.merges)
+        return {folded: captured for item in everything for folded, captured in item.site}
 
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -225,22 +255,26 @@ class CheckReport:
         """The largest ratio at any fold site, channels included."""
         return max((max(s.ratio, s.channel_ratio) for s in self.sites), default=0.0)
 
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON; NaN and infinities become null."""
+        return _json(self, indent)
+
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was written."""
+    """What was written; ``nodes`` counts the operators of a .pt2, which has no ``opset``."""
 
     path: str
     bytes: int
     nodes: int
-    opset: int
+    opset: int | None
     batch_norms: int
     data: str | None = None
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Everything that ``export`` found out."""
+    """Everything that ``export`` found out; ``operators`` before and after folding, ``timings`` in seconds."""
 
     source: dict[str, Any]
     ledger: Ledger
@@ -248,6 +282,7 @@ class ExportReport:
     file: FileReport | None
     operators: tuple[int, int] = (0, 0)
     timings: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -256,7 +291,11 @@ class ExportReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON; NaN and infinities become null."""
-        return json.dumps(_plain(self), indent=indent, allow_nan=False)
+        return _json(self, indent)
+
+
+def _json(report: object, indent: int | None) -> str:
+    return json.dumps(_plain(report), indent=indent, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
