@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -51,11 +51,11 @@ class OnnxCandidate:
 
     def __init__(
         self, path: Path, *, device: Literal["cpu", "cuda"], optimized: bool, inputs: Sequence[tuple[int, str]],
-        widen: bool = False, tf32: bool = False,
+        widen: bool = False, tf32: bool = False, names: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
         self._path, self._device, self._optimized, self._tf32 = path, device, optimized, tf32
-        self._inputs, self.widen = list(inputs), widen
+        self._inputs, self.widen, self._names = list(inputs), widen, names or {}
         self._session: Session | None = None
 
     @property
@@ -75,11 +75,12 @@ class OnnxCandidate:
         return [from_numpy(value) for value in self.session.run(self._feeds(self.session, flat))]
 
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """Intermediate values by name, through a session of its own that returns them."""
-        with _with_outputs(self._path, names, widen=self.widen) as (path, present):
+        """Intermediate values by the program's names, through a session of its own that returns them."""
+        mine = {self._names[name]: name for name in names if name in self._names}
+        with _with_outputs(self._path, list(mine), widen=self.widen) as (path, present):
             session = open_session(path, device=self._device, optimized=False)
-            found = session.run(self._feeds(session, flat), outputs=present)
-        return {name: from_numpy(value) for name, value in zip(present, found)}
+            found = session.run(self._feeds(session, flat), outputs=present) if present else []
+        return {mine[name]: from_numpy(value) for name, value in zip(present, found)}
 
     def _feeds(self, session: Session, flat: Sequence[Any]) -> dict[str, np.ndarray]:
         wanted = {value.name: value for value in session.inputs}
@@ -161,7 +162,10 @@ def needs_widening(path: Path, device: str) -> bool:
 
     if device == "cuda":
         return False
-    model = onnx.load_model(path, load_external_data=False)
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
+        raise InputError("this is no ONNX file, or a damaged one", where=str(path), hint="Export it again") from error
     return any(t.data_type == onnx.TensorProto.BFLOAT16 for t in model.graph.initializer) or any(
         v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for v in model.graph.input
     )

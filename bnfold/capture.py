@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError, InputError
@@ -34,7 +37,7 @@ class Captured:
 
     Attributes:
         program: functional program in training IR.
-        eager: the module that was captured, in eval mode; None for an ExportedProgram.
+        eager: the module that was captured, in eval mode; an ExportedProgram's own module, which checks its guards.
         masters: float32 (or wider) constants by name that a lower-precision program was rounded from.
         spec: how flat inputs make up ``(args, kwargs)``.
         flat: the example inputs, flat.
@@ -98,11 +101,10 @@ def capture(
             if model.example_inputs is None:
                 raise InputError("the program holds no example inputs", hint="Give them as args")
             args, kwargs = model.example_inputs
-        return _captured(model, None, tuple(args or ()), dict(kwargs or {}), None, None)
+        return _captured(model, model.module(), tuple(args or ()), dict(kwargs or {}), None, None)
     if args is None and not kwargs:
         raise InputError("no example inputs", hint="Give them with --input NAME:DTYPE[N,...]")
-    args = tuple(args or ())
-    kwargs = dict(kwargs or {})
+    args, kwargs = _distinct(tuple(args or ()), dict(kwargs or {}))
     masters: dict[str, Tensor] | None = None
     module = eval_copy(model)
     if dtype is not None:
@@ -112,15 +114,28 @@ def capture(
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
         )
-    if dynamic_shapes is None and not static:
-        dynamic_shapes = _dynamic_batch(module, args, kwargs)
-    program = _export(module, args, kwargs, dynamic_shapes)
-    return _captured(program, module, args, kwargs, dynamic_shapes, masters)
+    asked = _dynamic_batch(module, args, kwargs) if dynamic_shapes is None and not static else dynamic_shapes
+    program = _export(module, args, kwargs, asked)
+    bounded = None if asked is dynamic_shapes else _bounded_batch(program)
+    if bounded is None:
+        return _captured(program, module, args, kwargs, asked, masters)
+    # ONNX cannot say "up to 4": a batch that holds for some sizes only must not look like one that holds for all.
+    captured = _captured(_export(module, args, kwargs, None), module, args, kwargs, None, masters)
+    return replace(captured, notes=(*captured.notes, f"the batch is fixed: the model's code takes {bounded} only"))
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
     """A structural copy in eval mode that shares ``model``'s parameters and owns its buffers."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    if any(
+        isinstance(p, (UninitializedParameter, UninitializedBuffer)) for p in (*model.parameters(), *model.buffers())
+    ):
+        raise CaptureError(
+            "the model has lazy layers that have seen no input yet",
+            hint="Run it once on an example, or load its weights",
+        )
+    # What was made under inference_mode cannot be traced, so of that an ordinary copy is taken.
+    memo: dict[int, Any] = {id(p): _ordinary(p) if p.is_inference() else p for p in model.parameters()}
+    memo |= {id(b): b.clone() for b in model.buffers() if b.is_inference()}
     try:
         duplicate = copy.deepcopy(model, memo)
     except Exception as error:
@@ -129,6 +144,23 @@ def eval_copy(model: nn.Module) -> nn.Module:
             hint="bnfold works on a copy so that yours stays as it is; give a model that copy.deepcopy accepts",
         ) from error
     return duplicate.eval()
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with a tensor given twice as two tensors: torch.export would read one input for both."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.clone() if again else tensor
+
+    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, own, (args, kwargs))
+    return distinct
+
+
+def _ordinary(parameter: Tensor) -> Tensor:
+    return nn.Parameter(parameter.clone(), requires_grad=False)
 
 
 def _dynamic_batch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -146,7 +178,28 @@ def _dynamic_batch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         raise InputError(
             f"the inputs do not fit forward: {error}", hint=f"Its signature is {inspect.signature(module.forward)}"
         ) from error
+    if any(
+        parameter.kind is parameter.VAR_KEYWORD
+        for parameter in bound.signature.parameters.values()
+        if parameter.name in bound.arguments
+    ):
+        raise CaptureError(
+            "torch.export takes no dynamic batch through **kwargs",
+            hint="Name them in forward's signature, or use --static",
+        )
     return pytree.tree_map(spec, dict(bound.arguments))
+
+
+def _bounded_batch(program: ExportedProgram) -> str | None:
+    """The sizes of a first axis for which the capture holds, where the model's code sets an upper limit."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim:
+            size: Any = value.shape[0]
+            limits = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+            if limits is not None and limits.upper.is_Integer:
+                return f"batches of {max(int(limits.lower), 1)} to {int(limits.upper)}"
+    return None
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
@@ -159,19 +212,25 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         text = str(error)
         if "Constraints violated" in text or "constraints violated" in text.lower():
             message = " ".join(text.split("Suggested fixes")[0].split())[:400]
-            hint = "the model fixes a dimension that is declared dynamic: fix it with --static or a number in --input"
+            hint = "The model fixes a dimension that is declared dynamic: fix it with --static or a number in --input"
         elif "dynamic_shapes" in text:
             hint = "dynamic_shapes must have the structure of the inputs"
         elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
-            hint = "check the number, names, shapes and dtypes of the inputs (--input)"
-        raise CaptureError(f"{type(error).__name__}: {message}", where=where, hint=hint) from error
+            hint = "Check the number, names, shapes and dtypes of the inputs (--input)"
+        raise CaptureError(f"{type(error).__name__}: {message}".rstrip(". "), where=where, hint=hint) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    # torch logs a traceback and prints the graph beside the exception that it raises.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _user_place(error: BaseException, module: nn.Module) -> str | None:
@@ -245,7 +304,11 @@ def _dimensions(
                 fresh = name or ("batch" if axis == 0 else f"{node.name}_dim{axis}")
                 if symbol not in dims:
                     dims[symbol] = fresh if fresh not in dims.values() else f"{node.name}_{fresh}"
-            elif wanted is not None and (expression is None or expression.is_number):
+            elif expression is not None and not expression.is_number:  # such as 8*h
+                root = getattr(getattr(wanted, "root", None), "__name__", None)
+                for symbol in sorted(map(str, expression.free_symbols)):
+                    dims.setdefault(symbol, root or f"{node.name}_dim{axis}_{len(dims)}")
+            elif wanted is not None:
                 notes.append(f"axis {axis} of input '{node.name}' is fixed at {size}: the model's code specialises it")
     return dims, notes
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +18,18 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.candidates import Candidate, OnnxCandidate, TorchCandidate, match_inputs, needs_widening, widened
-from bnfold.capture import Captured
-from bnfold.errors import BnfoldError
+from bnfold.capture import Captured, tensor_inputs
+from bnfold.errors import BnfoldError, InputError
 from bnfold.interpret import Runner
-from bnfold.judge import Tally, epsilon, finite_problem, site_ratios
+from bnfold.judge import Tally, epsilon, finite_problem, median, site_ratios
 from bnfold.report import Accuracy, CheckReport, Ledger, OutputResult, SiteResult, Verdict
 from bnfold.runtime import open_session
-from bnfold.samples import Batch, batches, stored_batches
+from bnfold.samples import MIN_SAMPLES, Batch, batches, stored_batches
 
 #: Median ratio of a whole output, ratio at a fold site, and median ratio of any one run (one batch size, one shape).
 LIMIT, SITE_LIMIT, RUN_FACTOR = 4.0, 16.0, 16.0
+#: A single sample this many limits away is a wrong value or a decision that fell the other way: no pass either way.
+SAMPLE_FACTOR = 64.0
 #: A model whose own error is above this, relative, is discontinuous on these inputs and nothing follows from a ratio.
 NOISE_LIMIT = 1e-2
 #: Values at fold sites are compared for as many samples as fit into this many elements.
@@ -44,6 +46,8 @@ class Gate:
     ledger: Ledger
     folded: ExportedProgram | None = None
     path: Path | None = None
+    #: What the file calls the folded program's values.
+    file_names: Mapping[str, str] = field(default_factory=dict)
     device: Literal["cpu", "cuda"] = "cpu"
     samples: int = 16
     seed: int = 0
@@ -99,59 +103,101 @@ class Gate:
         """Truth and unfolded outputs for every batch that the unfolded model itself can run."""
         program, masters = self.captured.program, self.captured.masters
         unfolded, precise = Runner(program), Runner(program, precise=True, masters=masters)
-        self._truth: list[list[Any]] = []
-        self._unfolded: list[list[Any]] = []
+        self._truth: list[list[Tensor]] = []
+        self._unfolded: list[list[Tensor]] = []
+        self._eager: dict[int, Tally] = {}
         runnable: list[Batch] = []
+        seen: set[tuple[int, str]] = set()
+        reason = ""
         for i, batch in enumerate(self._batches):
             self.progress("truth", i, len(self._batches))
+            # The captured graph may hold for fewer sizes than the model: each size is put to the model itself once.
+            eager = None if (batch.size, batch.sizes) in seen else self._run_eager(batch)
+            seen.add((batch.size, batch.sizes))
             try:
-                own = unfolded(batch.flat)
+                own = numbers(unfolded(batch.flat))
             except Exception as error:
-                if not runnable and i == len(self._batches) - 1:
-                    raise
-                words = f"batch {batch.size}" + (f", {batch.sizes}" if batch.sizes else "")
-                self._notes.append(f"the unfolded model itself does not run at {words}: {_first_line(error)}")
+                reason = _first_line(error)
+                if isinstance(eager, list):
+                    self._problems.append(
+                        f"capture: the model runs at {_words(batch)}, its captured graph does not ({reason}): fix that "
+                        "dimension (--static)"
+                    )
+                else:
+                    self._notes.append(f"the unfolded model itself does not run at {_words(batch)}: {reason}")
+                continue
+            if isinstance(eager, Exception):
+                reason = _first_line(eager)
+                self._notes.append(f"the unfolded model itself does not run at {_words(batch)}: {reason}")
                 continue
             try:
-                truth = precise(batch.flat)
+                truth = numbers(precise(batch.flat))
             except Exception as error:
                 self._doubts.append(
                     f"the graph does not run in float64 ({_first_line(error)}), so there is no truth to compare with; "
                     "compared with the unfolded model in its own dtype instead"
                 )
-                truth = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in own]
+                truth = [v.double() if v.is_floating_point() else v for v in own]
+            if eager is not None:
+                self._add_eager(eager, own, truth, batch, len(runnable))
             runnable.append(batch)
             self._truth.append(truth)
             self._unfolded.append(own)
         self._batches = runnable
+        if not runnable:
+            raise InputError(
+                f"the unfolded model runs on none of the inputs made for it: {reason}", hint="Give real ones: --data"
+            )
+        ran = sum(batch.samples for batch in runnable)
+        if ran < MIN_SAMPLES:
+            self._doubts.append(
+                f"only {ran} samples could be run, which is too few for a verdict: give real ones, --data"
+            )
         self._doubts = list(dict.fromkeys(self._doubts))
+
+    def _run_eager(self, batch: Batch) -> list[Tensor] | Exception | None:
+        if self.captured.eager is None:
+            return None
+        try:
+            return numbers(self.captured.run_eager(batch.flat))
+        except Exception as error:
+            return error
+
+    def _add_eager(self, eager: list[Tensor], graph: list[Tensor], truth: list[Tensor], batch: Batch, run: int) -> None:
+        problem = None
+        if len(eager) != len(graph):
+            problem = f"{len(eager)} outputs and its captured graph {len(graph)}"
+        for i, (own, value, true) in enumerate(zip(eager, graph, truth)):
+            if own.shape != value.shape or own.dtype != value.dtype:
+                problem = f"{tuple(own.shape)} {own.dtype} and its captured graph {tuple(value.shape)} {value.dtype}"
+            elif not own.is_floating_point():
+                problem = problem if torch.equal(own, value) else "other integers than its captured graph"
+            elif not torch.equal(own, value):
+                differs = finite_problem(own, value)
+                problem = f"other NaNs or infinities than its captured graph: {differs}" if differs else problem
+                tally = self._eager.setdefault(i, Tally(epsilon(own.dtype)))
+                tally.add(own, value, true, batched=_batched(batch, own), run=run)
+        if problem:
+            self._problems.append(f"capture: at {_words(batch)} the model gives {problem}")
 
     def _judge_capture(self) -> float:
         """Eager model against captured graph, in one dtype: by ratio to the noise where not bitwise equal."""
-        if self.captured.eager is None or not self._batches:
-            return 0.0
-        batch = max(self._batches[:3], key=lambda b: b.samples)
-        at = self._batches.index(batch)
         worst = 0.0
-        eager = self.captured.run_eager(batch.flat)
-        pairs = [(e, g, t) for e, g, t in zip(eager, self._unfolded[at], self._truth[at]) if isinstance(t, Tensor)]
-        if len(eager) != len(self._unfolded[at]):
-            self._problems.append("capture: the eager model and the captured graph differ in their number of outputs")
-        for own, graph, truth in pairs:
-            if own.shape != graph.shape or own.dtype != graph.dtype:
-                self._problems.append(f"capture: the eager model gives {tuple(own.shape)} {own.dtype}")
-            elif own.is_floating_point():
-                if torch.equal(own, graph) or (own.isnan() & graph.isnan() | (own == graph)).all():
-                    continue
-                tally = Tally(epsilon(own.dtype))
-                tally.add(own, graph, truth, batched=batch.size > 0, run=0)
-                worst = max(worst, float(tally.ratios().median()))
-            elif not torch.equal(own, graph):
-                self._problems.append("capture: an integer output of the eager model differs from the captured graph's")
-        if worst > self.limit:
-            self._problems.append(
-                f"capture: the eager model is {worst:.3g} times as far from float64 as the captured graph"
-            )
+        for tally in self._eager.values():
+            ratios = tally.ratios(steady=True)
+            if not len(ratios):
+                continue
+            worst = max(worst, median(ratios))
+            if not median(ratios) <= self.limit:
+                self._problems.append(
+                    f"capture: the eager model is {median(ratios):.3g} times as far from float64 as the captured graph"
+                )
+            for run, ratio in tally.per_run().items():
+                if not ratio <= self.limit * RUN_FACTOR:
+                    self._problems.append(
+                        f"capture: at {_words(self._batches[run])} the model and its graph differ by {ratio:.3g} "
+                        "times the noise: its code depends on that size, so fix the dimension (--static)"
+                    )
         return worst
 
     # -- candidates ------------------------------------------------------------------------------------------------
@@ -170,7 +216,9 @@ class Gate:
             inputs = match_inputs(self.captured, probe)
             del probe
             found += [
-                OnnxCandidate(self.path, device=self.device, optimized=on, inputs=inputs, widen=widen)
+                OnnxCandidate(
+                    self.path, device=self.device, optimized=on, inputs=inputs, widen=widen, names=self.file_names
+                )
                 for on in (False, True)
             ]
         return found
@@ -182,16 +230,13 @@ class Gate:
             try:
                 outputs = candidate.run(batch.flat)
             except Exception as error:
-                words = f"batch {batch.size}" + (f", {batch.sizes}" if batch.sizes else "")
-                self._problems.append(f"{candidate.name}: fails at {words}: {_first_line(error)}")
+                self._problems.append(f"{candidate.name}: fails at {_words(batch)}: {_first_line(error)}")
                 continue
-            expected = [v for v in unfolded if isinstance(v, Tensor)]
-            truths = [v for v in truth if isinstance(v, Tensor)]
-            given = [v for v in outputs if isinstance(v, Tensor)]
-            if len(given) != len(expected):
-                self._problems.append(f"{candidate.name}: {len(given)} outputs instead of {len(expected)}")
+            given = numbers(outputs)
+            if len(given) != len(unfolded):
+                self._problems.append(f"{candidate.name}: {len(given)} outputs instead of {len(unfolded)}")
                 return []
-            for i, (own, value, true) in enumerate(zip(expected, given, truths)):
+            for i, (own, value, true) in enumerate(zip(unfolded, given, truth)):
                 where = f"{candidate.name}, output {i}"
                 widened = self._widened_ok(candidate, own, value)
                 if value.shape != own.shape or (value.dtype != own.dtype and not widened):
@@ -202,10 +247,9 @@ class Gate:
                 if problem_found:
                     self._problems.append(f"{where}: {problem_found}")
                 if own.is_floating_point():
-                    batched = batch.size > 0 and own.ndim > 0 and own.shape[0] == batch.size
                     tally = tallies.setdefault(i, Tally(epsilon(own.dtype)))
-                    tally.add(value, own, true, batched=batched, run=run)
-                elif not own.is_complex():
+                    tally.add(value, own, true, batched=_batched(batch, own), run=run)
+                else:
                     wrong, total = wrong_integers.get(i, (0, 0))
                     wrong_integers[i] = (wrong + int((value != own).sum()), total + own.numel())
         for i, (wrong, total) in wrong_integers.items():
@@ -215,8 +259,8 @@ class Gate:
                     "cannot be told"
                 )
         results = [self._judge_tally(candidate, i, tally) for i, tally in tallies.items()]
-        if not results and wrong_integers:
-            results = [OutputResult(candidate.name, str(i), 0.0, 0.0, 0.0, 0.0, self.samples) for i in wrong_integers]
+        ran = sum(batch.samples for batch in self._batches)
+        results += [OutputResult(candidate.name, self._output_name(i), 0.0, 0.0, 0.0, 0.0, ran) for i in wrong_integers]
         self._problems = list(dict.fromkeys(self._problems))
         return results
 
@@ -229,23 +273,31 @@ class Gate:
         )
 
     def _judge_tally(self, candidate: Candidate, index: int, tally: Tally) -> OutputResult:
-        ratios = tally.ratios()
-        median, noise = float(ratios.median()), tally.relative(tally.noise)
         where = f"{candidate.name}, output {index}"
-        if not median <= self.limit:
-            self._problems.append(f"{where}: error is {median:.3g} times the noise (limit {self.limit:g})")
+        if not tally.elements:
+            self._doubts.append(f"{where}: it has no finite element to compare; give real inputs (--data)")
+            nan = float("nan")
+            return OutputResult(candidate.name, self._output_name(index), nan, nan, nan, nan, 0)
+        ratios, steady = tally.ratios(), tally.ratios(steady=True)
+        typical, noise = median(ratios), tally.relative(tally.noise)
+        if not typical <= self.limit:
+            self._problems.append(f"{where}: error is {typical:.3g} times the noise (limit {self.limit:g})")
         for run, ratio in tally.per_run().items():
             if not ratio <= self.limit * RUN_FACTOR:
-                batch = self._batches[run]
-                words = f"batch {batch.size}" + (f", {batch.sizes}" if batch.sizes else "")
-                self._problems.append(f"{where}: error is {ratio:.3g} times the noise at {words}")
+                self._problems.append(f"{where}: error is {ratio:.3g} times the noise at {_words(self._batches[run])}")
+        far = int((~(steady <= self.limit * SAMPLE_FACTOR)).sum())
+        if far:
+            self._doubts.append(
+                f"{where}: {far} of {len(steady)} samples are off by up to {float(steady.max()):.3g} times the noise, "
+                "the others not: wrong for some inputs, or a decision (top-k, rounding) that fell the other way"
+            )
         if noise > max(NOISE_LIMIT, 16 * tally.eps):
             self._doubts.append(
                 f"output {index}: the unfolded model's own error is {noise:.2g} of its output, so almost anything "
                 "would pass; it is discontinuous on these inputs (top-k, rounding) or out of its range: try --data"
             )
         return OutputResult(
-            candidate.name, self._output_name(index), noise, tally.relative(tally.error), median,
+            candidate.name, self._output_name(index), noise, tally.relative(tally.error), typical,
             float(ratios.max()), len(tally.error),
         )  # fmt: skip
 
@@ -261,7 +313,8 @@ class Gate:
         sites = self.ledger.sites
         if not sites or not self._batches:
             return []
-        modules = {value: entry for entry in self.ledger.entries for value, _ in entry.site}
+        modules = {value: entry.module or entry.value for entry in self.ledger.entries for value, _ in entry.site}
+        modules |= {value: merge.into for merge in self.ledger.merges for value, _ in merge.site}
         batch = self._site_batch(sites)
         program, masters = self.captured.program, self.captured.masters
         precise, own = Runner(program, precise=True, masters=masters), Runner(program)
@@ -270,6 +323,10 @@ class Gate:
         except Exception:  # no float64 truth: said already, and inconclusive
             return []
         own(batch.flat, keep=set(sites.values()))
+        # Outputs are in the program's dtype, so its first one says what the constants are rounded to.
+        dtype = next((v.dtype for v in self._unfolded[0] if isinstance(v, Tensor) and v.is_floating_point()), None)
+        rounded = Runner(program, precise=True, masters=masters, jitter=epsilon(dtype or torch.float32))
+        rounded(batch.flat, keep=set(sites.values()))
         results: list[SiteResult] = []
         for candidate in candidates:
             if candidate.name == "ONNX Runtime":
@@ -279,20 +336,32 @@ class Gate:
             except Exception as error:
                 self._problems.append(f"{candidate.name}: fails when asked for the fold sites: {_first_line(error)}")
                 continue
+            if missing := len(set(sites) - set(found)):
+                self._lost_sites(candidate, missing, len(sites))
             for folded, value in found.items():
                 truth, unfolded = precise.kept[sites[folded]], own.kept[sites[folded]]
-                entry = modules[folded]
-                where = f"{candidate.name}, fold of '{entry.module or entry.value}'"
+                where = f"{candidate.name}, fold of '{modules[folded]}'"
                 if value.shape != truth.shape:
                     self._problems.append(f"{where}: shape {tuple(value.shape)} instead of {tuple(truth.shape)}")
                     continue
-                ratio, channel = site_ratios(value, unfolded, truth, epsilon(unfolded.dtype))
-                results.append(SiteResult(candidate.name, folded, entry.module or entry.value, ratio, channel))
+                ratio, channel = site_ratios(
+                    value, unfolded, truth, epsilon(unfolded.dtype), rounded.kept[sites[folded]]
+                )
+                results.append(SiteResult(candidate.name, folded, modules[folded], ratio, channel))
                 if not max(ratio, channel) <= self.site_limit:
                     self._problems.append(
                         f"{where}: error is {max(ratio, channel):.3g} times the noise (limit {self.site_limit:g})"
                     )
         return results
+
+    def _lost_sites(self, candidate: Candidate, missing: int, total: int) -> None:
+        if not isinstance(candidate, OnnxCandidate):
+            self._problems.append(f"{candidate.name}: {missing} of {total} fold sites are not in the program")
+        else:
+            self._notes.append(
+                f"{missing} of {total} fold sites have no value of their own in the file (a neighbour took them in): "
+                "there the file is judged by its outputs alone"
+            )
 
     def _site_batch(self, sites: Mapping[str, str]) -> Batch:
         wanted = set(sites.values())
@@ -310,28 +379,67 @@ class Gate:
     # -- accuracy --------------------------------------------------------------------------------------------------
 
     def _judge_accuracy(self, candidates: Sequence[Candidate]) -> Accuracy | None:
-        if self.labels is None or self.data is None or not candidates or not self._batches:
+        if self.labels is None or not self.data or not candidates or not self._batches:
             return None
-        outputs = [v for v in self._unfolded[0] if isinstance(v, Tensor)]
-        index = next((i for i, v in enumerate(outputs) if v.is_floating_point() and v.ndim == 2), None)
+        index = next((i for i, v in enumerate(self._unfolded[0]) if v.is_floating_point() and v.ndim == 2), None)
         if index is None:
             self._notes.append("labels were given, but no output has the shape (samples, classes)")
             return None
+        rows, labels = min(len(r) for r in self.data.values()), torch.from_numpy(self.labels).long().flatten()
+        if len(labels) != rows:
+            raise InputError(f"there are {len(labels)} labels for {rows} samples", hint="Give one class per sample")
         candidate, unfolded = candidates[-1], Runner(self.captured.program)
-        size = 64 if self._batches[0].size else 1
+        size = self._batch_size()
         before, after = [], []
         for flat in stored_batches(self.captured.names, self.captured.flat, self.data, size=size):
-            before.append([v for v in unfolded(flat) if isinstance(v, Tensor)][index].double())
-            after.append([v for v in candidate.run(flat) if isinstance(v, Tensor)][index].double())
-        old, new, labels = torch.cat(before), torch.cat(after), torch.from_numpy(self.labels).long().flatten()
+            given = next(len(v) for v, name in zip(flat, self.captured.names) if name in self.data)
+            if not self._batches[0].size and given < size:
+                break  # a fixed batch does not take the rest
+            try:
+                before.append(numbers(unfolded(flat))[index].double())
+                after.append(numbers(candidate.run(flat))[index].double())
+            except Exception as error:
+                self._problems.append(f"{candidate.name}: fails on the labelled data: {_first_line(error)}")
+                return None
+            if before[-1].shape != after[-1].shape or len(before[-1]) != given:
+                self._notes.append("labels were given, but no output has the shape (samples, classes)")
+                return None
         if isinstance(candidate, OnnxCandidate):
             candidate.close()
+        if not before:
+            self._notes.append(f"labels were given, but fewer samples than the fixed batch of {size}")
+            return None
+        old, new = torch.cat(before), torch.cat(after)
+        labels = labels[: len(old)]
         top = old.topk(2, dim=1).values if old.shape[1] > 1 else torch.cat([old, old * 0], 1)
         margin, flipped = top[:, 0] - top[:, 1], old.argmax(1) != new.argmax(1)
-        count = len(labels)
-        correct = [float((logits.argmax(1) == labels[: len(logits)]).double().mean()) for logits in (old, new)]
+        correct = [float((logits.argmax(1) == labels).double().mean()) for logits in (old, new)]
         smallest = margin[flipped] if bool(flipped.any()) else margin
-        return Accuracy(count, correct[0], correct[1], int(flipped.sum()), float(smallest.min()))
+        return Accuracy(len(labels), correct[0], correct[1], int(flipped.sum()), float(smallest.min()))
+
+    def _batch_size(self) -> int:
+        """How many labelled samples are run at once: 64, or fewer where the batch's range or its fixed size says so."""
+        if not self._batches[0].size:
+            first = next((v for v in self.captured.flat if isinstance(v, Tensor) and v.ndim), None)
+            return 1 if first is None else int(first.shape[0])
+        node = next(n for n in self.captured.program.graph.nodes if n.name == tensor_inputs(self.captured.program)[0])
+        high = self.captured.ranges.get(str(node.meta["val"].shape[0]), (1, None))[1]
+        return min(64, high or 64)
+
+
+def numbers(values: Sequence[Any]) -> list[Tensor]:
+    """The outputs that hold numbers: tensors, complex ones as pairs of reals, as ONNX has them, and bare numbers."""
+    tensors = [torch.tensor(v) if isinstance(v, (int, float)) else v for v in values]
+    return [torch.view_as_real(v) if v.is_complex() else v for v in tensors if isinstance(v, Tensor)]
+
+
+def _batched(batch: Batch, output: Tensor) -> bool:
+    return batch.size > 0 and output.ndim > 0 and output.shape[0] == batch.size
+
+
+def _words(batch: Batch) -> str:
+    size = f"batch {batch.size}" if batch.size else "the fixed batch"
+    return f"{size}, {batch.sizes}" if batch.sizes else size
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,8 +14,11 @@ from torch import Tensor
 
 
 def epsilon(dtype: torch.dtype) -> float:
-    """Distance from 1 to the next number of a floating-point dtype."""
-    return float(torch.finfo(dtype).eps)
+    """Distance from 1 to the next number of a floating-point dtype, and for float64 a thousand times that.
+
+    A float64 model is its own truth, so its noise is unknown and the floor stands in for it.
+    """
+    return float(torch.finfo(dtype).eps) * (1024 if dtype == torch.float64 else 1)
 
 
 @dataclass
@@ -34,48 +37,76 @@ class Tally:
     elements: int = 0
 
     def add(self, candidate: Tensor, unfolded: Tensor, truth: Tensor, *, batched: bool, run: int) -> None:
-        """Adds one run; elements that are not finite in the truth are compared elsewhere."""
+        """Adds one run; elements that are not finite everywhere are for ``finite_problem``.
+
+        A sample without any finite element says nothing and is left out, or it would count as one without error.
+        """
         good = truth.isfinite() & unfolded.isfinite() & candidate.isfinite()
         rows = truth.shape[0] if batched and truth.ndim else 1
+        counts = good.reshape(rows, -1).sum(1)
+        said = counts > 0
 
-        def rms(value: Tensor) -> Tensor:
+        def rms(value: Tensor) -> list[float]:
             square = torch.where(good, value, 0.0).double().square().reshape(rows, -1)
-            return (square.sum(1) / good.reshape(rows, -1).sum(1).clamp(min=1)).sqrt()
+            found: list[float] = (square.sum(1)[said] / counts[said]).sqrt().tolist()
+            return found
 
-        self.error += rms(candidate.double() - truth).tolist()
-        self.noise += rms(unfolded.double() - truth).tolist()
-        self.scale += rms(truth).tolist()
-        self.runs += [run] * rows
-        self.elements += truth.numel()
+        self.error += rms(candidate.double() - truth)
+        self.noise += rms(unfolded.double() - truth)
+        self.scale += rms(truth)
+        self.runs += [run] * int(said.sum())
+        self.elements += int(counts.sum())
 
-    def ratios(self) -> Tensor:
-        """Per sample, error over noise."""
+    def ratios(self, *, steady: bool = False) -> Tensor:
+        """Per sample, error over noise.
+
+        ``steady`` takes at least the typical noise for every sample: one that happens to have next to none is then no
+        outlier, and one that is really wrong still is.
+        """
         noise, error, scale = (torch.tensor(x, dtype=torch.float64) for x in (self.noise, self.error, self.scale))
         largest = float(scale.max()) if scale.numel() else 0.0
-        floor = self.eps * scale.clamp(min=1e-3 * largest).clamp(min=torch.finfo(torch.float64).tiny)
+        scale = scale.clamp(min=1e-3 * largest).clamp(min=torch.finfo(torch.float64).tiny)
+        floor = max(self.eps, self.relative(self.noise) if steady else 0.0) * scale
         return error / torch.maximum(noise, floor)
 
     def relative(self, errors: Sequence[float]) -> float:
         """Median of errors relative to the truth's RMS."""
         scale = torch.tensor(self.scale, dtype=torch.float64)
         value = torch.tensor(errors, dtype=torch.float64) / scale.clamp(min=torch.finfo(torch.float64).tiny)
-        return float(value.median()) if value.numel() else 0.0
+        return median(value) if value.numel() else 0.0
 
     def per_run(self) -> dict[int, float]:
         """Median ratio of every run."""
-        ratios, runs = self.ratios(), torch.tensor(self.runs)
-        return {run: float(ratios[runs == run].median()) for run in dict.fromkeys(self.runs)}
+        ratios, runs = self.ratios(steady=True), torch.tensor(self.runs)
+        return {run: median(ratios[runs == run]) for run in dict.fromkeys(self.runs)}
 
 
-def site_ratios(candidate: Tensor, unfolded: Tensor, truth: Tensor, eps: float) -> tuple[float, float]:
+def median(values: Tensor) -> float:
+    """The median, the larger of two middle ones: of two samples one bad one is seen."""
+    return float(values.quantile(0.5, interpolation="higher"))
+
+
+def site_ratios(
+    candidate: Tensor, unfolded: Tensor, truth: Tensor, eps: float, rounded: Tensor | None = None
+) -> tuple[float, float]:
     """Error over noise at a fold site: over all elements, and for the worst channel.
 
-    A channel is an index of axis 1, and for sequences (three axes) of the last axis too, whichever the layer's are.
+    ``rounded`` is the truth with every constant disturbed as one rounding does. A folded constant has to be rounded
+    once, the unfolded one was stored exactly, and in a channel whose terms cancel that alone can be many times the
+    unfolded model's own error; so noise is both, added as independent errors are.
+
+    A channel is an index of axis 1, and of the last axis too: convolutions have theirs here, linear layers there.
     """
-    off, noise = candidate.double() - truth, unfolded.double() - truth
-    if not bool(off.isfinite().all()):
-        same = torch.equal(candidate.isfinite(), truth.isfinite())
-        return (0.0, 0.0) if same and not bool(truth.isfinite().any()) else (torch.inf, torch.inf)
+    if same_specials(candidate, truth) is not None:
+        return torch.inf, torch.inf
+    good = truth.isfinite() & unfolded.isfinite()
+    if not bool(good.any()):
+        return (0.0, 0.0) if not bool(truth.isfinite().any()) else (torch.inf, torch.inf)
+    truth = torch.where(good, truth, 0.0)
+    off, noise, turned = (
+        torch.where(good, value.double(), 0.0) - truth
+        for value in (candidate, unfolded, truth if rounded is None else rounded)
+    )
 
     def ratio(keep: int | None) -> Tensor:
         def rms(x: Tensor) -> Tensor:
@@ -85,20 +116,27 @@ def site_ratios(candidate: Tensor, unfolded: Tensor, truth: Tensor, eps: float) 
 
         scale = rms(truth)
         floor = eps * scale.clamp(min=1e-3 * float(scale.max()) if scale.numel() else 0.0)
-        return rms(off) / torch.maximum(rms(noise), floor.clamp(min=torch.finfo(torch.float64).tiny))
+        known = rms(noise) if rounded is None else torch.hypot(rms(noise), rms(turned))
+        return rms(off) / torch.maximum(known, floor.clamp(min=torch.finfo(torch.float64).tiny))
 
-    axes = [1] if truth.ndim != 3 else [1, 2]
+    axes = {1, max(truth.ndim - 1, 1)}
     return float(ratio(None).max()), max(float(ratio(axis).max()) for axis in axes)
 
 
 def finite_problem(candidate: Tensor, truth: Tensor) -> str | None:
     """What is wrong with a candidate's NaNs and infinities, given where the truth has them."""
-    if not candidate.is_floating_point():
-        return None
+    return same_specials(candidate, truth) if candidate.is_floating_point() else None
+
+
+def same_specials(candidate: Tensor, truth: Tensor) -> str | None:
+    """How the places and kinds of NaN and the infinities differ, in words; None where they are the same."""
     bad = ~candidate.isfinite() & truth.isfinite()
     if bool(bad.any()):
         return f"{int(bad.sum())} of {bad.numel()} elements are NaN or infinite where the truth is finite"
     lost = candidate.isfinite() & ~truth.isfinite()
     if bool(lost.any()):
         return f"{int(lost.sum())} of {lost.numel()} elements are finite where the truth is NaN or infinite"
+    other = (candidate.isnan() != truth.isnan()) | (candidate.isposinf() != truth.isposinf())
+    if bool(other.any()):
+        return f"{int(other.sum())} of {other.numel()} elements are another kind of NaN or infinity than the truth"
     return None

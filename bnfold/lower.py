@@ -8,6 +8,7 @@ any size of weights.
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import re
 import warnings
@@ -21,6 +22,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 
 from bnfold.errors import LowerError
 from bnfold.names import output_names
@@ -34,10 +36,10 @@ EXTERNAL_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Lowered:
-    """An ONNX model in memory: ``model``, and ``sites``, the values of the program that it still holds by name."""
+    """An ONNX model in memory: ``model``, and for the program's ``sites`` that it still holds their names in it."""
 
     model: ir.Model
-    sites: tuple[str, ...]
+    sites: dict[str, str]
 
     @property
     def nodes(self) -> int:
@@ -84,7 +86,13 @@ def lower(
     Raises:
         LowerError: torch.onnx cannot translate an operator, or the result does not pass onnx.checker.
     """
-    own = len(program.graph_signature.output_specs)
+    specs = program.graph_signature.output_specs
+    for spec, name in zip(specs, output_names(program)):
+        if isinstance(spec.arg, ConstantArgument) and spec.arg.value is not None:
+            raise LowerError(
+                f"the model's output '{name}' is {spec.arg.value!r}, no tensor", hint="Leave it out of what it returns"
+            )
+    own = len(specs)
     returned = {spec.arg.name for spec in program.graph_signature.output_specs}
     tagged = [name for name in dict.fromkeys(sites) if name not in returned]
     model = _translate(with_outputs(program, tagged) if tagged else program, opset)
@@ -96,13 +104,12 @@ def lower(
     _tidy(model)
     if simplify:
         model = _simplify(model)
-    _name(model, dims or {}, list(outputs or output_names(program)))
-    present = {value.name for node in model.graph for value in node.outputs}
-    kept = [name for name in tagged if name in present]
-    kept += [spec.arg.name for spec in program.graph_signature.output_specs if spec.arg.name in set(sites)]
+    _own_outputs(model.graph)
+    kept = _name(model, dims or {}, list(outputs or output_names(program)))
+    kept |= {s.arg.name: v.name or "" for s, v in zip(program.graph_signature.output_specs, model.graph.outputs)}
     model.metadata_props.update(metadata or {})
     model.producer_name, model.producer_version = "bnfold", ""
-    return Lowered(model, tuple(kept))
+    return Lowered(model, kept)
 
 
 def save(lowered: Lowered, path: Path, *, external: str | None = None) -> None:
@@ -120,6 +127,17 @@ def save(lowered: Lowered, path: Path, *, external: str | None = None) -> None:
         raise LowerError(
             f"onnx's shape inference rejects the file: {error}", hint="Please report this model"
         ) from error
+
+
+def relocate(path: Path, data: str, digest: str) -> None:
+    """Points the external weights of a staged file to their final name and notes their SHA-256 in the metadata."""
+    model = onnx.load_model(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data
+    model.metadata_props.add(key="bnfold.data_sha256", value=digest)
+    path.write_bytes(model.SerializeToString())
 
 
 def _translate(program: ExportedProgram, opset: int | None) -> ir.Model:
@@ -141,15 +159,17 @@ def _translate(program: ExportedProgram, opset: int | None) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _strip(model: ir.Model) -> None:
@@ -175,7 +195,9 @@ def _tidy(model: ir.Model) -> None:
     from onnxscript.optimizer import fold_constants
 
     with _quiet():
-        fold_constants(model)
+        # It stops at an operator that it has a fault with; what it has done until then stands, onnxsim does the rest.
+        with contextlib.suppress(RuntimeError):
+            fold_constants(model)
         for run in (
             passes.IdentityEliminationPass(),
             passes.CommonSubexpressionEliminationPass(),
@@ -224,12 +246,32 @@ def _simplify(model: ir.Model) -> ir.Model:
     return simplified
 
 
-def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> None:
-    """Names dimensions as the user knows them, nodes after their modules, outputs after the model's structure."""
+def _own_outputs(graph: ir.Graph) -> None:
+    """Gives every output a value of its own: an input, a constant or another output keeps its name."""
+    seen: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
+    for i, value in enumerate(list(graph.outputs)):
+        if value in seen:
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+            graph.outputs[i].shape, graph.outputs[i].type = value.shape, value.type
+        seen.add(value)
+
+
+def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> dict[str, str]:
+    """Names dimensions as the user knows them, nodes after their modules, outputs after the model's structure.
+
+    Returns the names of the tagged values that are still there.
+    """
     graph = model.graph
+    own = set(graph.outputs)
+    for value in (v for node in graph for v in node.outputs if v not in own and v.name in outputs):
+        value.name = f"{value.name}_value"
     for value, name in zip(graph.outputs, outputs):
-        value.name = name
+        value.name = f"{name}_out" if name in graph.initializers else name
     taken = {v.name for v in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
+    taken |= {value.name for node in graph for value in node.outputs}
+    sites: dict[str, str] = {}
     counts: dict[str, int] = {}
     for node in graph:
         base = "/".join(part for part in (node.metadata_props.get("module", ""), node.op_type) if part)
@@ -237,8 +279,9 @@ def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> None:
         node.name = base if counts[base] == 0 else f"{base}_{counts[base]}"
         for value in node.outputs:
             if value.name and value.name.startswith("site:"):
-                wanted = value.name.removeprefix("site:")
-                value.name = wanted if wanted not in taken else f"{wanted}_value"
+                site = value.name.removeprefix("site:")
+                # An operator's decomposition may have taken the name for a value of its own.
+                sites[site] = value.name = next(n for n in (site, f"{site}_value", f"{site}:0") if n not in taken)
                 taken.add(value.name)
     values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
     pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in sorted(dims, key=len, reverse=True)) or r"$^")
@@ -246,9 +289,15 @@ def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> None:
         if value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    pattern.sub(lambda m: dims[m.group()], str(d.value))
+                    _dimension(pattern.sub(lambda m: dims[m.group()], str(d.value)))
                     if isinstance(d, ir.SymbolicDim) and d.value is not None
                     else d
                     for d in value.shape
                 ]
             )
+    return sites
+
+
+def _dimension(text: str) -> str | int:
+    """A size that the model's code fixed may come as the name "3": that would claim a dynamic dimension."""
+    return int(text) if text.isdecimal() else text

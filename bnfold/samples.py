@@ -15,6 +15,11 @@ from torch.export import ExportedProgram
 #: Factors on the example's own scale, in turn: most samples look like the example, some are small, some large.
 SCALES = (1.0, 1.0, 0.25, 4.0)
 BATCHES = (1, 2, 7)
+#: A verdict rests on at least this many samples, whatever is asked for.
+MIN_SAMPLES = 10
+#: Sizes of the other dynamic dimensions, as factors on the example's; two dimensions get different ones at a time, or
+#: swapping height and width would go unseen. A declared range adds its ends, up to FAR times the example.
+FACTORS, FAR = (2.0, 0.5, 1.5), 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +53,10 @@ def batches(
         names: flat input names.
         example: flat example inputs; generated floats share their mean, spread and sign, integers and booleans are
             drawn between their extremes.
-        samples: how many samples to make.
+        samples: how many samples to make, at least ``MIN_SAMPLES``.
         seed: of the generator.
-        data: real samples, by input name; used in place of random ones as far as they go.
+        data: real samples, by input name, in place of random ones: in order and over again, cropped or repeated along
+            dynamic axes.
         ranges: lowest and highest size by symbol.
     """
     shapes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)}
@@ -60,8 +66,9 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     made: list[Batch] = []
     offset = 0
-    counts = _counts(samples, (ranges or {}).get(str(batch_symbol)), known=batch_symbol is not None)
+    counts = _counts(max(samples, MIN_SAMPLES), (ranges or {}).get(str(batch_symbol)), known=batch_symbol is not None)
     others = list(_other_sizes(symbols, batch_symbol, ranges or {}))
+    counts += [counts[0]] * (len(others) - len(counts))
     for i, count in enumerate(counts):
         sizes = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
         scale_at = 0 if data is None else offset
@@ -70,7 +77,8 @@ def batches(
             if name not in shapes or not isinstance(leaf, Tensor):
                 flat.append(leaf)
             elif data is not None and name in data:
-                flat.append(_rows(data[name], leaf, offset, count, batch_symbol is not None))
+                rows = _rows(data[name], leaf, offset, count, batch_symbol is not None)
+                flat.append(_resized(rows, [_size(s, sizes) for s in shapes[name]]))
             else:
                 shape = [_size(s, sizes) for s in shapes[name]]
                 batched = batch_symbol is not None and bool(shape) and shape[0] == count
@@ -99,12 +107,17 @@ def _is_tensor(node: torch.fx.Node) -> bool:
 
 
 def _symbols(shapes: Mapping[str, Sequence[Any]]) -> dict[Any, int]:
-    return {
-        size.node.expr: int(size.node.hint)
-        for shape in shapes.values()
-        for size in shape
-        if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.has_hint()
-    }
+    """Every symbol in the shapes with its size in the example; ``8*h`` in a shape makes ``h`` one of them."""
+    found: dict[Any, int] = {}
+    sizes = [size for shape in shapes.values() for size in shape if isinstance(size, torch.SymInt)]
+    for size in sorted(sizes, key=lambda size: not size.node.expr.is_symbol):
+        symbols = size.node.expr.free_symbols
+        if len(symbols) == 1 and size.node.has_hint():
+            (symbol,) = symbols
+            solved = sympy.solve(size.node.expr - int(size.node.hint), symbol)
+            if len(solved) == 1 and solved[0].is_Integer:
+                found.setdefault(symbol, int(solved[0]))
+    return found
 
 
 def _counts(samples: int, limits: tuple[int, int | None] | None, *, known: bool) -> list[int]:
@@ -124,14 +137,19 @@ def _other_sizes(
 ) -> Iterator[dict[Any, int]]:
     others = {s: n for s, n in symbols.items() if s != batch}
     yield dict(others)
-    for factor in (2.0, 0.5, 1.5):
-        changed = {}
-        for symbol, n in others.items():
-            low, high = ranges.get(str(symbol), (1, None))
-            size = max(int(n * factor), low)
-            changed[symbol] = size if high is None else min(size, high)
-        if others:
-            yield changed
+    if not others:
+        return
+
+    def within(symbol: Any, size: float) -> int:
+        low, high = ranges.get(str(symbol), (1, None))
+        return max(int(size), low) if high is None else min(max(int(size), low), high)
+
+    for turn in range(len(FACTORS)):
+        factors = (FACTORS[turn], FACTORS[turn - 1]) if turn else (FACTORS[0], FACTORS[0])
+        yield {symbol: within(symbol, n * factors[i % 2]) for i, (symbol, n) in enumerate(others.items())}
+    declared = [symbol for symbol in others if ranges.get(str(symbol), (1, None))[1] is not None]
+    for end in (0, FAR) if declared else ():
+        yield {**others, **{symbol: within(symbol, others[symbol] * end) for symbol in declared}}
 
 
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:
@@ -139,12 +157,20 @@ def _size(size: Any, sizes: Mapping[Any, int]) -> int:
 
 
 def _rows(rows: np.ndarray, leaf: Tensor, offset: int, count: int, batched: bool) -> Tensor:
-    if not batched:
-        picked = rows[offset % len(rows)]
-        picked = picked if picked.ndim == leaf.ndim else picked[None]
-    else:
-        picked = rows[np.arange(offset, offset + count) % len(rows)]
+    if not batched:  # a fixed batch takes as many rows at a time as it has
+        count = leaf.shape[0] if rows.ndim == leaf.ndim else 1
+        offset *= count
+    picked = rows[np.arange(offset, offset + count) % len(rows)]
+    picked = picked if picked.ndim == leaf.ndim else picked[0]
     return torch.from_numpy(np.ascontiguousarray(picked)).to(leaf.dtype)
+
+
+def _resized(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """``rows`` cropped or repeated to ``shape`` along every axis but the first."""
+    for axis, size in enumerate(shape[1:], 1):
+        if rows.ndim == len(shape) and rows.shape[axis] != size:
+            rows = rows.index_select(axis, torch.arange(size) % rows.shape[axis])
+    return rows
 
 
 def _draw(shape: Sequence[int], leaf: Tensor, generator: torch.Generator, scale_at: int | None, run: int) -> Tensor:

@@ -1,0 +1,58 @@
+"""Output names come from the structure of what a model returns, and never clash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnfold.names import output_names
+
+
+class Returns(nn.Module):
+    def __init__(self, run: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(x)
+
+
+NAMES: list[tuple[Callable[[Tensor], Any], list[str]]] = [
+    (lambda x: x + 1, ["output"]),
+    (lambda x: (x + 1,), ["output"]),
+    (lambda x: (x + 1, x + 2), ["output_0", "output_1"]),
+    (lambda x: {"logits": x + 1}, ["logits"]),
+    (lambda x: {"b": x + 1, "a": x + 2}, ["b", "a"]),
+    (lambda x: {"a": {"b": x + 1, "c": [x + 2, x + 3]}}, ["a.b", "a.c.0", "a.c.1"]),
+    (lambda x: (x + 1, {"aux": x + 2}), ["output_0", "1.aux"]),
+    (lambda x: {"x": x + 1, "y": x + 2}, ["x_out", "y"]),  # x is the input
+    (lambda x: {"a.b": x + 1, "a": {"b": x + 2}}, ["output_0", "output_1"]),  # both would be a.b
+    (lambda x: {0: x + 1, 1: x + 2}, ["output_0", "output_1"]),
+]
+
+
+@pytest.mark.parametrize(("run", "names"), NAMES, ids=[", ".join(n) for _, n in NAMES])
+def test_output_names(run: Callable[[Tensor], Any], names: list[str]) -> None:
+    program = torch.export.export(Returns(run), (torch.zeros(2),))
+    assert output_names(program) == names
+
+
+def test_an_input_called_like_an_output_keeps_its_name() -> None:
+    class Clash(nn.Module):
+        def forward(self, x: Tensor, x_out: Tensor) -> dict[str, Tensor]:
+            return {"x": x + x_out}
+
+    program = torch.export.export(Clash(), (torch.zeros(2), torch.zeros(2)))
+    assert not {"x", "x_out"} & set(output_names(program))
+
+
+def test_numbered_names_avoid_inputs() -> None:
+    class Clash(nn.Module):
+        def forward(self, output: Tensor) -> Tensor:
+            return output + 1
+
+    assert output_names(torch.export.export(Clash(), (torch.zeros(2),))) == ["output_out"]
