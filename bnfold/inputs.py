@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
 import keyword
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,55 @@ def parse_dynamic(text: str) -> tuple[str, int, int | None]:
     return match[1], low, high
 
 
+def model_inputs(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any],
+    specs: Sequence[InputSpec],
+    ranges: Mapping[str, Range],
+    *,
+    where: str | None = None,
+    seed: int = 0,
+) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
+    """Example inputs of a loaded source: those that the user specified, else the source's own.
+
+    Args:
+        model: what takes them.
+        args: the source's own positional example inputs.
+        kwargs: the source's own keyword example inputs.
+        specs: the user's.
+        ranges: of the dynamic dimensions in ``specs``.
+        where: the source, for messages.
+        seed: of the random values.
+
+    Returns:
+        ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
+
+    Raises:
+        InputError: nothing says what the model takes; see ``example`` as well.
+        UsageError: ranges without specifications, or specifications for a program, whose inputs are fixed.
+    """
+    if specs:
+        if isinstance(model, torch.export.ExportedProgram):
+            raise UsageError("--input does not apply to a .pt2 program", hint="Its inputs are fixed in the file")
+        parameters = inspect.signature(model.forward).parameters.values()
+        keywords = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        return example(specs, [p.name for p in parameters], ranges=ranges, seed=seed, keywords=keywords)
+    if ranges:
+        raise UsageError("--dynamic names a dimension of --input, and there is no --input")
+    if args is None and not kwargs and isinstance(model, torch.nn.Module):
+        hint = "Give --input NAME:DTYPE[N,3,224,224], or set example_inputs on the module"
+        raise InputError("nothing says what the model takes", where=where, hint=hint)
+    return args, dict(kwargs), None
+
+
 def example(
-    specs: Sequence[InputSpec], parameters: Sequence[str], *, ranges: Mapping[str, Range], seed: int = 0
+    specs: Sequence[InputSpec],
+    parameters: Sequence[str],
+    *,
+    ranges: Mapping[str, Range],
+    seed: int = 0,
+    keywords: Collection[str] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, dict[int, Any]]]:
     """Example inputs for ``torch.export``.
 
@@ -118,6 +166,7 @@ def example(
         parameters: names of the parameters of ``forward``, in order.
         ranges: of dynamic dimensions; one that is absent is 1 or more.
         seed: of the random values.
+        keywords: the parameters that are keyword-only.
 
     Returns:
         ``args``, ``kwargs`` and ``dynamic_shapes`` as ``torch.export.export`` takes them. Inputs are positional as far
@@ -136,7 +185,7 @@ def example(
         name: {axis: dims[dim] for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
         for name, spec in named.items()
     }
-    leading = list(itertools.takewhile(tensors.__contains__, parameters))
+    leading = list(itertools.takewhile(lambda name: name in tensors and name not in keywords, parameters))
     args = tuple(tensors.pop(name) for name in leading)
     return args, tensors, shapes
 

@@ -21,13 +21,15 @@ from torch.export import ExportedProgram
 from bnfold import store
 from bnfold._version import __version__
 from bnfold.capture import Captured, capture, tensor_inputs
-from bnfold.errors import FoldError, InputError, UsageError
+from bnfold.errors import FoldError, InputError, LowerError
 from bnfold.folding import fold as fold_graph
 from bnfold.gate import LIMIT, Gate
 from bnfold.graph import Graph
-from bnfold.inputs import InputSpec, example, load_data, widen_batch
-from bnfold.load import Loaded, Provenance
-from bnfold.lower import EXTERNAL_BYTES, Lowered, lower, save
+from bnfold.inputs import load_data, widen_batch
+from bnfold.load import Provenance
+from bnfold.lower import EXTERNAL_BYTES, Lowered, lower, relocate, save
+from bnfold.merge import merge as merge_graph
+from bnfold.program_file import save_program
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
 from bnfold.runtime import resolve_device
 
@@ -75,6 +77,7 @@ class Options:
     dtype: torch.dtype | None = None
     static: bool = False
     fold: bool = True
+    merge: bool = True
     simplify: bool = True
     check: bool = True
     external_data: bool | None = None
@@ -94,6 +97,7 @@ def fold(
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
     static: bool = False,
+    merge: bool = True,
     allow_nonfinite: bool = True,
 ) -> Folded:
     """Folds every per-channel affine that algebra allows; ``model`` is not touched.
@@ -105,6 +109,7 @@ def fold(
         dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
         dtype: convert to this floating-point dtype; folding still starts from the stored constants.
         static: make no dimension dynamic by default.
+        merge: make one contraction of parallel and sequential ones.
         allow_nonfinite: leave a BatchNorm with NaN or infinite constants in place instead of raising.
 
     Raises:
@@ -113,7 +118,7 @@ def fold(
         FoldError: NaN or infinite constants and not ``allow_nonfinite``.
     """
     captured = _capture(model, args, kwargs, dynamic_shapes, dtype, static)
-    folded = _fold(captured)
+    folded = _fold(captured, merge=merge)
     if not allow_nonfinite:
         _refuse_nonfinite(folded.ledger)
     return folded
@@ -149,18 +154,14 @@ def export(
     path, clock = Path(path), Clock(options.progress)
     device = resolve_device(options.device) if options.check else "cpu"
     store.check_destination(path, sources=options.sources)
-    with clock("capture"):
-        captured = _capture(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
-        data, labels = _data(options.data, captured)
-    with clock("fold"):
-        folded = _fold(captured) if options.fold else Folded(captured.program, Ledger(), captured)
-        if not options.allow_nonfinite:
-            _refuse_nonfinite(folded.ledger)
+    folded, data, labels = _prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
-            folded.program, opset=_opset(options), simplify=options.simplify, dims=captured.dims,
+            folded.program, opset=_opset(options), simplify=options.simplify, dims=folded.captured.dims,
             sites=folded.ledger.sites, metadata=_metadata(options, folded),
         )  # fmt: skip
+        if options.opset not in (None, lowered.opset):
+            raise LowerError(f"torch.onnx wrote opset {lowered.opset} instead of {options.opset}", where="--opset")
     with store.stage(path) as staging:
         with clock("write"):
             file = _write(lowered, staging, options.external_data)
@@ -168,13 +169,12 @@ def export(
         if options.check:
             with clock("check"):
                 verdict = Gate(
-                    captured, folded.ledger, folded.program, staging.folder / staging.path.name, device,
+                    folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
+                    lowered.sites, device,
                     samples=options.samples, seed=options.seed, limit=options.limit, data=data, labels=labels,
                     progress=options.progress,
                 ).judge()  # fmt: skip
-        report = ExportReport(
-            _source(options.provenance, model), folded.ledger, verdict, None, _operators(captured, folded), clock.spent
-        )
+        report = _report(model, options, folded, verdict, clock)
         if options.dry_run:
             return report
         if verdict is None or verdict.passed:
@@ -185,6 +185,72 @@ def export(
             staging.commit(staging.path.name, file.data, name=name)
             return replace(report, file=replace(file, path=str(path.with_name(name))))
     return report
+
+
+def save_folded(
+    model: Model,
+    path: str | Path,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | None = None,
+    **more: Any,
+) -> ExportReport:
+    """Folds ``model``, proves the folded program equal to it, and writes the program as ``.pt2``; no ONNX.
+
+    Args:
+        path: where the program goes; untouched unless the verdict is a pass.
+        model, args, kwargs, dynamic_shapes, options: as for ``export``.
+
+    Raises:
+        BnfoldError: any stage failed; ``exit_code`` says which kind.
+    """
+    options = replace(options or Options(), **more)
+    path, clock = Path(path), Clock(options.progress)
+    store.check_destination(path, sources=options.sources)
+    folded, data, labels = _prepare(model, args, kwargs, dynamic_shapes, options, clock)
+    verdict = None
+    if options.check:
+        with clock("check"):
+            verdict = Gate(
+                folded.captured, folded.ledger, folded.program, samples=options.samples, seed=options.seed,
+                limit=options.limit, data=data, labels=labels, progress=options.progress,
+            ).judge()  # fmt: skip
+    report = _report(model, options, folded, verdict, clock)
+    if options.dry_run or not (verdict is None or verdict.passed or options.keep_failed):
+        return report
+    if not (verdict is None or verdict.passed):
+        path = path.with_name(f"{path.stem}.failed{path.suffix}")
+    with clock("write"), store.atomic(path) as staged:
+        save_program(folded.program, staged)
+        size = staged.stat().st_size
+    gone, total = folded.ledger.count()
+    return replace(report, file=FileReport(str(path), size, report.operators[1], None, total - gone))
+
+
+def plan(
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | None = None,
+    **more: Any,
+) -> ExportReport:
+    """What folding would do to ``model``: where every affine goes, what stays and why. Writes and judges nothing.
+
+    Args:
+        model, args, kwargs, dynamic_shapes, options: as for ``export``.
+
+    Raises:
+        InputError: no example inputs, or not those that the program takes.
+        CaptureError: torch.export cannot capture the model.
+    """
+    options = replace(options or Options(), **more, allow_nonfinite=True, data=None)
+    clock = Clock(options.progress)
+    folded, _, _ = _prepare(model, args, kwargs, dynamic_shapes, options, clock)
+    return _report(model, options, folded, None, clock)
 
 
 def check(
@@ -214,42 +280,14 @@ def check(
     options, path = replace(options or Options(), **more), Path(path)
     if not path.is_file():
         raise InputError("there is no such file", where=str(path))
-    device = resolve_device(options.device)
-    captured = _capture(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
-    data, labels = _data(options.data, captured)
+    device, clock = resolve_device(options.device), Clock(options.progress)
+    with clock("capture"):
+        captured = _capture(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+        data, labels = _data(options.data, captured)
     return Gate(
-        captured, Ledger(), None, path, device, samples=options.samples, seed=options.seed, limit=options.limit,
+        captured, Ledger(), None, path, device=device, samples=options.samples, seed=options.seed, limit=options.limit,
         data=data, labels=labels, progress=options.progress,
     ).judge()  # fmt: skip
-
-
-def model_inputs(
-    loaded: Loaded, specs: Sequence[InputSpec], ranges: Mapping[str, tuple[int, int | None]], *, seed: int = 0
-) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
-    """Example inputs of a loaded source: from the user's ``--input``, else the source's own, else its configuration.
-
-    Returns:
-        ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
-
-    Raises:
-        InputError: nothing says what the model takes.
-    """
-    if specs:
-        if isinstance(loaded.model, ExportedProgram):
-            raise UsageError("--input does not apply to a .pt2 program", hint="Its inputs are fixed in the file")
-        import inspect
-
-        parameters = list(inspect.signature(loaded.model.forward).parameters)
-        return example(specs, parameters, ranges=ranges, seed=seed)
-    if ranges:
-        raise UsageError("--dynamic names a dimension of --input, and there is no --input")
-    if loaded.args is None and not loaded.kwargs and not isinstance(loaded.model, ExportedProgram):
-        raise InputError(
-            "nothing says what the model takes",
-            where=loaded.provenance.source,
-            hint="Give --input NAME:DTYPE[N,3,224,224], or set example_inputs on the module",
-        )
-    return loaded.args, loaded.kwargs, None
 
 
 class Clock:
@@ -272,6 +310,27 @@ class Clock:
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
+def _prepare(
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock
+) -> tuple[Folded, dict[str, np.ndarray] | None, np.ndarray | None]:
+    """Captures and folds, and reads the data that the gate will need."""
+    with clock("capture"):
+        captured = _capture(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+        data, labels = _data(options.data, captured)
+    with clock("fold"):
+        folded = _fold(captured, merge=options.merge) if options.fold else Folded(captured.program, Ledger(), captured)
+        if not options.allow_nonfinite:
+            _refuse_nonfinite(folded.ledger)
+    return folded, data, labels
+
+
+def _report(model: Model, options: Options, folded: Folded, verdict: CheckReport | None, clock: Clock) -> ExportReport:
+    return ExportReport(
+        source_facts(options.provenance, model), folded.ledger, verdict, None, _operators(folded), clock.spent,
+        folded.captured.notes,
+    )  # fmt: skip
+
+
 def _capture(
     model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | None, static: bool
 ) -> Captured:
@@ -283,9 +342,11 @@ def _capture(
     return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, dtype=dtype, static=static)
 
 
-def _fold(captured: Captured) -> Folded:
+def _fold(captured: Captured, *, merge: bool) -> Folded:
     graph = Graph(captured.program, captured.masters)
     ledger = fold_graph(graph)
+    if merge:
+        ledger = merge_graph(graph, ledger)
     return Folded(graph.finish(), ledger, captured)
 
 
@@ -317,19 +378,6 @@ def _write(lowered: Lowered, staging: store.Staging, external: bool | None) -> F
     return FileReport(str(target), size, lowered.nodes, lowered.opset, lowered.batch_norms, data)
 
 
-def relocate(path: Path, data: str, digest: str) -> None:
-    """Points the external weights of a staged file to their final name and notes their SHA-256 in the metadata."""
-    import onnx
-
-    model = onnx.load_model(path, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = data
-    model.metadata_props.add(key="bnfold.data_sha256", value=digest)
-    path.write_bytes(model.SerializeToString())
-
-
 def _metadata(options: Options, folded: Folded) -> dict[str, str]:
     gone, total = folded.ledger.count()
     found = {
@@ -347,7 +395,8 @@ def _metadata(options: Options, folded: Folded) -> dict[str, str]:
     return found
 
 
-def _source(provenance: Provenance | None, model: Model) -> dict[str, Any]:
+def source_facts(provenance: Provenance | None, model: Model | None = None) -> dict[str, Any]:
+    """What a report says about the model: its source, its weights' file and SHA-256, how many parameters."""
     if provenance is None:
         return {"source": type(model).__name__}
     return {
@@ -358,11 +407,11 @@ def _source(provenance: Provenance | None, model: Model) -> dict[str, Any]:
     }
 
 
-def _operators(captured: Captured, folded: Folded) -> tuple[int, int]:
+def _operators(folded: Folded) -> tuple[int, int]:
     def count(program: ExportedProgram) -> int:
         return sum(n.op == "call_function" and isinstance(n.meta.get("val"), Tensor) for n in program.graph.nodes)
 
-    return count(captured.program), count(folded.program)
+    return count(folded.captured.program), count(folded.program)
 
 
 def _data(data: Any, captured: Captured) -> tuple[dict[str, np.ndarray] | None, np.ndarray | None]:

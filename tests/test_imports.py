@@ -1,0 +1,176 @@
+"""The walls between the modules, read off the source: who imports whom, and who knows what."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "bnfold"
+
+#: Module -> what it may import of bnfold. cli -> pipeline -> stages -> shared vocabulary; stages do not import one
+#: another. A package stands for all of its modules, which may import one another.
+ALLOWED: dict[str, str] = {
+    # the front
+    "__init__": "_version errors pipeline report",
+    "__main__": "cli",
+    "cli": "_version arguments doctor errors inputs load pipeline render report store",
+    "arguments": "errors load store",
+    "render": "doctor report",
+    "doctor": "_version runtime",
+    # the data flow
+    "pipeline": "_version capture errors folding gate graph inputs load lower merge program_file report runtime store",
+    # the stages, each with the parts that are its own
+    "load": "checkpoint errors program_file",
+    "program_file": "checkpoint errors program",
+    "checkpoint": "errors",
+    "inputs": "errors",
+    "capture": "errors functional program",
+    "functional": "errors",
+    "folding": "affine aten errors graph report semantics",
+    "merge": "affine aten errors graph kernels report semantics",
+    "kernels": "affine semantics",
+    "lower": "errors names program",
+    "gate": "candidates capture errors interpret judge names report runtime samples",
+    "candidates": "capture errors interpret runtime",
+    "judge": "",
+    "samples": "",
+    "store": "errors",
+    "runtime": "errors",
+    # the vocabulary, and the graph that folding and merging edit
+    "graph": "affine call errors functional interpret program semantics",
+    "call": "graph semantics",  # graph only as a type
+    "aten": "affine call semantics",
+    "semantics": "affine",
+    "affine": "",
+    "interpret": "",
+    "program": "",
+    "names": "",
+    "report": "",
+    "errors": "",
+    "_version": "",
+}
+ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim"}
+KNOWS_ONNX = {"lower", "runtime", "candidates", "gate"}
+#: Who names an ATen operator outside of aten/, and what for.
+KNOWS_ATEN = {
+    "graph": "adds a bias where a contraction takes none",
+    "functional": "swaps in-place operators for their twins before anything is folded",
+    "folding": "takes the prefix off a name that is printed",
+}
+NO_TORCH_AT_IMPORT = {"__init__", "__main__", "cli", "arguments", "render", "report", "errors", "store", "_version"}
+
+
+def sources() -> dict[str, list[ast.Module]]:
+    """The syntax trees of every module, those of a package together."""
+    found: dict[str, list[ast.Module]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault(name, []).append(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+SOURCES = sources()
+
+
+def imported(node: ast.AST) -> set[str]:
+    """What one statement imports, as dotted names."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports hide what is imported"
+        inner = node.module == "bnfold"
+        return {f"bnfold.{alias.name}" for alias in node.names} if inner else {str(node.module)}
+    return set()
+
+
+def of_bnfold(names: set[str], own: str = "") -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("bnfold.")} - {own}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def walk(tree: ast.AST, *, functions: bool, types: bool) -> Iterator[ast.AST]:
+    """The statements that run: of the functions too, or only on import; those for type checkers only if asked for."""
+    for node in ast.iter_child_nodes(tree):
+        if is_type_checking(node) and not types:
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not functions:
+            continue
+        yield node
+        yield from walk(node, functions=functions, types=types)
+
+
+def imports(module: str, *, functions: bool = True, types: bool = True) -> set[str]:
+    return {
+        name
+        for tree in SOURCES[module]
+        for node in walk(tree, functions=functions, types=types)
+        for name in imported(node)
+    }
+
+
+def lazily_public() -> set[str]:
+    """The modules that ``bnfold.__getattr__`` imports by name."""
+    strings = (node.value for tree in SOURCES["__init__"] for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {str(text).split(".")[1] for text in strings if str(text).startswith("bnfold.")}
+
+
+def test_every_module_has_its_row() -> None:
+    assert set(SOURCES) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_a_module_imports_only_what_its_row_allows(module: str) -> None:
+    used = of_bnfold(imports(module), own=module) | (lazily_public() if module == "__init__" else set())
+    assert used <= set(ALLOWED[module].split()), f"{module} imports {used - set(ALLOWED[module].split())}"
+
+
+def test_imports_run_one_way() -> None:
+    """No cycle, even through imports inside functions; those for type checkers alone may close one."""
+    graph = {module: of_bnfold(imports(module, types=False), own=module) for module in SOURCES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(set(SOURCES) - KNOWS_ONNX))
+def test_only_the_stages_after_folding_know_onnx(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(module)} & ONNX
+
+
+def test_only_aten_names_operators() -> None:
+    found = set()
+    for module, trees in SOURCES.items():
+        for node in (node for tree in trees for node in ast.walk(tree)):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            literal = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if text.endswith("ops.aten") or literal.startswith("aten."):
+                found.add(module)
+    assert found - {"aten"} == set(KNOWS_ATEN)
+
+
+@pytest.mark.parametrize("module", sorted(NO_TORCH_AT_IMPORT))
+def test_the_front_imports_nothing_heavy(module: str) -> None:
+    """Nor does what it imports at once."""
+    seen, todo = set(), {module}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        direct = imports(name, functions=False, types=False)
+        heavy = {found.split(".")[0] for found in direct} & ({"torch", "numpy", "safetensors"} | ONNX)
+        assert not heavy, f"{name} imports {heavy}"
+        todo |= of_bnfold(direct) - seen
+
+
+def test_the_reader_of_imports_sees_them() -> None:
+    """Each wall above would fall if this did not hold."""
+    assert "torch" in imports("pipeline", functions=False, types=False)
+    assert "capture" in of_bnfold(imports("pipeline")) and "pipeline" in of_bnfold(imports("cli"))
+    assert "pipeline" not in of_bnfold(imports("cli", functions=False, types=False))
+    assert "graph" in of_bnfold(imports("call")) and "graph" not in of_bnfold(imports("call", types=False))
+    assert "onnxsim" in imports("lower") and "onnxsim" not in imports("lower", functions=False)
+    assert "pipeline" in lazily_public()
