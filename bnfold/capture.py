@@ -136,6 +136,9 @@ def eval_copy(model: nn.Module) -> nn.Module:
     # What was made under inference_mode cannot be traced, so of that an ordinary copy is taken.
     memo: dict[int, Any] = {id(p): _ordinary(p) if p.is_inference() else p for p in model.parameters()}
     memo |= {id(b): b.clone() for b in model.buffers() if b.is_inference()}
+    # Old-style weight_norm keeps the weight it computed last as a plain attribute, which deepcopy refuses.
+    plain = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+    memo |= {id(tensor): tensor.detach().clone() for tensor in plain}
     try:
         duplicate = copy.deepcopy(model, memo)
     except Exception as error:

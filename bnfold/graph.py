@@ -199,8 +199,8 @@ class Graph:
                 break
             val = node.meta.get("val")
             for size in [*val.shape] if isinstance(val, Tensor) else [val]:
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.has_hint():
-                    sizes[size.node.expr] = int(size.node.hint)
+                if isinstance(size, torch.SymInt) and size.node.has_hint():
+                    sizes.update(_solved(size))
         return sizes
 
     def module(self, value: Node) -> str:
@@ -417,6 +417,16 @@ def _free_name(wanted: str, taken: set[str], numbers: dict[str, int]) -> str:
         numbers[wanted] = numbers.get(wanted, 0) + 1
         name = f"{wanted}_{numbers[wanted]}"
     return name
+
+
+def _solved(size: torch.SymInt) -> dict[Any, int]:
+    """The example size of the symbol in a size such as ``s`` or ``8*s``."""
+    expression = size.node.expr
+    if len(expression.free_symbols) != 1:
+        return {}
+    (symbol,) = expression.free_symbols
+    found = [int(n) for n in sympy.solve(expression - int(size.node.hint), symbol) if n.is_integer]
+    return {symbol: found[0]} if found else {}
 
 
 def _with_modules(names: Iterable[str]) -> set[str]:

@@ -141,6 +141,13 @@ def constant_of(program: ExportedProgram, target: str) -> Any:
     return program.state_dict[target] if target in program.state_dict else program.constants.get(target)
 
 
+def coarsest_epsilon(program: ExportedProgram) -> float:
+    """The largest epsilon among the dtypes of a program's floating-point constants; float32's where it has none."""
+    constants = [*program.state_dict.values(), *program.constants.values()]
+    floats = [c.dtype for c in constants if isinstance(c, Tensor) and c.is_floating_point()]
+    return max((float(torch.finfo(dtype).eps) for dtype in floats), default=float(torch.finfo(torch.float32).eps))
+
+
 def evaluate_constant(node: fx.Node, known: Mapping[fx.Node, Any], *, precise: bool = True) -> Any:
     """The value of a node whose inputs are all ``known``."""
     args = fx.node.map_arg(node.args, lambda n: known[n])

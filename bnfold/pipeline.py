@@ -422,7 +422,9 @@ def _data(data: Any, captured: Captured) -> tuple[dict[str, np.ndarray] | None, 
         arrays, labels = load_data(Path(data), names)
     else:
         labels = np.asarray(data["labels"]) if "labels" in data else None
-        arrays = {name: np.asarray(value) for name, value in data.items() if name in names}
+        arrays = {name: np.asarray(value) for name, value in data.items() if name != "labels"}
+        if set(arrays) != set(names):
+            raise InputError(f"data has arrays {sorted(arrays)}, the model takes {names}", hint="Name them alike")
     for name, rows in arrays.items():
         value = captured.flat[captured.names.index(name)]
         if isinstance(value, Tensor) and tuple(rows.shape[1:]) != tuple(value.shape[1:]):

@@ -227,6 +227,8 @@ def _options(*, optimized: bool, threads: int | None) -> Any:
     options.log_severity_level = 4
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    # Threads that spin while they wait take the processor from torch, which runs in turn with the session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

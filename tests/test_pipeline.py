@@ -203,7 +203,6 @@ def test_wrong_calls_are_explained(tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="a mapping's arrays of other names are dropped without a word")
 def test_data_of_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         export(tmp_path / "net.onnx", data={"image": torch.zeros(4, 3, 8, 8).numpy()})

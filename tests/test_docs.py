@@ -1,0 +1,55 @@
+"""The README names every command, exit code, refusal reason and kind of semantics, and its claims about files hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bnfold import semantics
+from bnfold.cli import cli
+from bnfold.errors import EXIT_CODES
+from bnfold.report import REASONS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_is_in_the_readme(command: str) -> None:
+    assert re.search(rf"^\| `python -m bnfold {command}\b", README, re.MULTILINE)
+
+
+def test_the_table_of_exit_codes_is_the_programs_own() -> None:
+    assert dict(re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)) == {
+        str(k): v for k, v in EXIT_CODES.items()
+    }
+
+
+def test_the_table_of_reasons_is_the_programs_own() -> None:
+    section = README[README.index("## Why a BatchNorm stays") :]
+    assert re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE) == list(REASONS)
+
+
+def test_kinds_of_semantics_are_listed() -> None:
+    section = README[README.index("## Add an operator") :]
+    kinds = {"Scaling", "Contraction", "Lookup", "Movement", "Average", "Sum", "Product", "Homogeneous", "Opaque"}
+    assert kinds <= set(semantics.__all__)
+    assert all(kind in section for kind in kinds)
+
+
+def test_the_row_shown_is_a_row_of_the_table() -> None:
+    row = re.search(r"\*_rows\(.*\),", README)
+    assert row is not None
+    assert row.group() in (ROOT / "bnfold" / "aten" / "__init__.py").read_text()
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("module", sorted(p for p in (ROOT / "bnfold").rglob("*.py")), ids=lambda p: p.name)
+def test_no_module_outgrows_a_head(module: Path) -> None:
+    assert len(module.read_text().splitlines()) <= 430, "split it along the data flow"
