@@ -22,13 +22,15 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
-    from bnfold.pipeline import Folded, Options, check, export, fold
+    from bnfold.options import Folded, Options
+    from bnfold.pipeline import check, export, fold
     from bnfold.report import CheckReport, Entry, ExportReport, Ledger, Refusal
 
 _ERRORS = "BnfoldError CaptureError FoldError InputError LowerError ProviderError ResourceError UsageError"
 _HOMES = {
     "bnfold.errors": _ERRORS.split(),
-    "bnfold.pipeline": ["Folded", "Options", "check", "export", "fold"],
+    "bnfold.options": ["Folded", "Options"],
+    "bnfold.pipeline": ["check", "export", "fold"],
     "bnfold.report": ["CheckReport", "Entry", "ExportReport", "Ledger", "Refusal"],
 }
 

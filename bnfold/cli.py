@@ -39,7 +39,7 @@ from bnfold.errors import EXIT_CODES, BnfoldError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from bnfold.load import Loaded
-    from bnfold.pipeline import Options
+    from bnfold.options import Options
     from bnfold.render import Page, Progress
     from bnfold.report import CheckReport, ExportReport
 
@@ -304,7 +304,7 @@ def _load(job: Job) -> tuple[Loaded, dict[str, Any]]:
 def _pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
     import torch
 
-    from bnfold.pipeline import Options
+    from bnfold.options import Options
 
     given = job.given
     same: tuple[str, ...] = ("device", "data", "samples", "seed", "limit", "opset", "static", "external_data")

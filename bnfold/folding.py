@@ -11,63 +11,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from bnfold import aten
 from bnfold.affine import Affine
 from bnfold.graph import Graph, Node, UnknownSizeError
+from bnfold.plan import Plan, Words, follow
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
 
 DIRECTIONS: tuple[Outcome, Outcome] = ("backward", "forward")
-
-
-@dataclass
-class Plan:
-    """The edits by which one affine disappears; nothing is changed until ``apply``."""
-
-    site: Node
-    direction: Outcome
-    constants: list[tuple[Node, str, Tensor]] = field(default_factory=list)
-    adds: list[tuple[Node, Tensor]] = field(default_factory=list)
-    bypasses: list[tuple[Node, str]] = field(default_factory=list)
-    absorbers: list[Node] = field(default_factory=list)
-    carriers: list[Node] = field(default_factory=list)
-    mixed: bool = False
-
-    def equals(self, other: Plan) -> bool:
-        """Whether both would make the same edits."""
-        mine, theirs = self.constants, other.constants
-        return (
-            [(n, s) for n, s, _ in mine] == [(n, s) for n, s, _ in theirs]
-            and all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(mine, theirs))
-            and [n for n, _ in self.adds] == [n for n, _ in other.adds]
-            and all(torch.equal(a, b) for (_, a), (_, b) in zip(self.adds, other.adds))
-        )
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a fold did, for the ledger: the values that absorbed the affine with their names, and what it passed."""
-
-    into: dict[Node, str]
-    through: dict[str, None]
-
-
-def _follow(took: dict[Node, Words]) -> None:
-    """Where an affine was composed into another that went on itself, names what took that one in the end."""
-    for site in reversed(took):
-        words = took[site]
-        onward = [took[v] for v in words.into if v in took]
-        if onward:
-            into = {v: name for v, name in words.into.items() if v not in took}
-            took[site] = Words(
-                into | {v: name for w in onward for v, name in w.into.items()},
-                words.through | {name: None for w in onward for name in w.through},
-            )
 
 
 def fold(graph: Graph) -> Ledger:
@@ -98,12 +53,17 @@ class Folder:
         info = {site: self._describe(site) for site in sites}
         open_sites, progress = sites, True
         refusals: dict[tuple[Node, str], Refusal] = {}
+        norms = {site for site in sites if info[site][-1] == "batch_norm"}
         while progress and open_sites:
             progress = False
-            for direction in DIRECTIONS:
+            # BatchNorms first: where one and a bare multiply cannot both go, the multiply is the cheaper one to keep.
+            for direction, first in ((d, first) for first in (True, False) for d in DIRECTIONS):
                 # Against the direction of travel, so that a chain of affines is composed link by link: each then meets
                 # the next one, and none walks the whole chain.
-                ordered = open_sites[::-1] if direction == "backward" else open_sites
+                ordered = [site for site in open_sites if (site in norms) is first]
+                ordered = ordered[::-1] if direction == "backward" else ordered
+                if not ordered:
+                    continue
                 self._find_homes()
                 done: set[Node] = set()
                 for site in (s for s in ordered if s not in done):
@@ -124,7 +84,7 @@ class Folder:
         for site in open_sites:
             found = tuple(refusals[site, d] for d in DIRECTIONS)
             entries[site] = Entry(*info[site], "left", refusals=found)
-        _follow(took)
+        follow(took)
         self.graph.refresh()
         return Ledger(
             tuple(self._with_sites(self._with_words(entries[s], took.get(s)), where.get(s, [])) for s in sites)

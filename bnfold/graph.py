@@ -7,7 +7,7 @@ keeps what it had. Everything that leans on how torch.export builds a program st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -28,6 +28,7 @@ from bnfold.call import Call
 from bnfold.errors import FoldError
 from bnfold.functional import FROZEN, module_of
 from bnfold.interpret import constant_of, evaluate_constant
+from bnfold.names import common_name, free_name, with_modules
 from bnfold.program import copy_graph, output_specs, rebuild
 from bnfold.semantics import Shape
 
@@ -230,7 +231,7 @@ class Graph:
             if leaves and value.numel() <= sum(n.meta["val"].numel() for n in leaves):
                 names = [self._targets[n] for n in leaves if n in self._targets]
                 new = self._placeholder(
-                    value, self.dtype(node), _common_name(names) or self._invent(self.call(node), "constant")
+                    value, self.dtype(node), common_name(names) or self._invent(self.call(node), "constant")
                 )
                 self.bypass(node, new)
 
@@ -375,12 +376,12 @@ class Graph:
                 constants.pop(spec.target or "", None)
             elif spec.target in old.state_dict:
                 state[spec.target] = old.state_dict[spec.target]
-        taken, numbers = _with_modules([*state, *constants]), dict[str, int]()
+        taken, numbers = with_modules([*state, *constants]), dict[str, int]()
         for node in [n for n in live if n in self._pending]:
             if not node.users:
                 self.graph.erase_node(node)
                 continue
-            name = _free_name(self._origin[node], taken, numbers)
+            name = free_name(self._origin[node], taken, numbers)
             taken.add(name)
             rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
             state[name] = torch.nn.Parameter(rounded, requires_grad=False)
@@ -396,29 +397,6 @@ class UnknownSizeError(ValueError):
     """A size that depends on the data that runs through the graph."""
 
 
-def _common_name(names: list[str]) -> str | None:
-    """The parameter that is computed from these: ``conv.parametrizations.weight.original0`` -> ``conv.weight``."""
-    for name in names:
-        module, mark, rest = name.rpartition("parametrizations.")
-        if mark:
-            return module + rest.split(".")[0]
-        if name.endswith("_g"):
-            return name[:-2]
-    return names[0] if len(names) == 1 else None
-
-
-def _free_name(wanted: str, taken: set[str], numbers: dict[str, int]) -> str:
-    """``wanted``, or with a number after it, such that it names neither a tensor nor a module that holds one.
-
-    ``numbers`` keeps how far every name has been counted, for the weight that a thousand layers share.
-    """
-    name = wanted
-    while name in taken:
-        numbers[wanted] = numbers.get(wanted, 0) + 1
-        name = f"{wanted}_{numbers[wanted]}"
-    return name
-
-
 def _solved(size: torch.SymInt) -> dict[Any, int]:
     """The example size of the symbol in a size such as ``s`` or ``8*s``."""
     expression = size.node.expr
@@ -427,13 +405,3 @@ def _solved(size: torch.SymInt) -> dict[Any, int]:
     (symbol,) = expression.free_symbols
     found = [int(n) for n in sympy.solve(expression - int(size.node.hint), symbol) if n.is_integer]
     return {symbol: found[0]} if found else {}
-
-
-def _with_modules(names: Iterable[str]) -> set[str]:
-    """The names, and those of the modules that they stand in."""
-    found = set(names)
-    for name in list(found):
-        while "." in name:
-            name = name.rpartition(".")[0]
-            found.add(name)
-    return found

@@ -95,7 +95,7 @@ def lower(
     own = len(specs)
     returned = {spec.arg.name for spec in program.graph_signature.output_specs}
     tagged = [name for name in dict.fromkeys(sites) if name not in returned]
-    model = _translate(with_outputs(program, tagged) if tagged else program, opset)
+    model = _translate(_without_unused_statistics(with_outputs(program, tagged)), opset)
     graph = model.graph
     for value, name in zip(list(graph.outputs)[own:], tagged):
         value.name = f"site:{name}"
@@ -138,6 +138,18 @@ def relocate(path: Path, data: str, digest: str) -> None:
                 entry.value = data
     model.metadata_props.add(key="bnfold.data_sha256", value=digest)
     path.write_bytes(model.SerializeToString())
+
+
+def _without_unused_statistics(program: ExportedProgram) -> ExportedProgram:
+    """Takes the running statistics from a batch_norm that uses the batch's, in ``program`` itself.
+
+    torch.onnx (2.13) lowers one that has them to inference, whatever ``training`` says.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5] is True:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+    program.graph_module.recompile()
+    return program
 
 
 def _translate(program: ExportedProgram, opset: int | None) -> ir.Model:

@@ -1,6 +1,8 @@
-"""Names for a program's outputs, taken from the structure of what the model returns."""
+"""Names: for a program's outputs, from the structure of what the model returns; for constants, from the model's own."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -24,3 +26,36 @@ def output_names(program: ExportedProgram) -> list[str]:
             while clashing[i] in inputs:
                 clashing[i] += "_out"
     return names if len(set(names)) == count else fallback
+
+
+def common_name(names: list[str]) -> str | None:
+    """The parameter that is computed from these: ``conv.parametrizations.weight.original0`` -> ``conv.weight``."""
+    for name in names:
+        module, mark, rest = name.rpartition("parametrizations.")
+        if mark:
+            return module + rest.split(".")[0]
+        if name.endswith("_g"):
+            return name[:-2]
+    return names[0] if len(names) == 1 else None
+
+
+def free_name(wanted: str, taken: set[str], numbers: dict[str, int]) -> str:
+    """``wanted``, or with a number after it, such that it names neither a tensor nor a module that holds one.
+
+    ``numbers`` keeps how far every name has been counted, for the weight that a thousand layers share.
+    """
+    name = wanted
+    while name in taken:
+        numbers[wanted] = numbers.get(wanted, 0) + 1
+        name = f"{wanted}_{numbers[wanted]}"
+    return name
+
+
+def with_modules(names: Iterable[str]) -> set[str]:
+    """The names, and those of the modules that they stand in."""
+    found = set(names)
+    for name in list(found):
+        while "." in name:
+            name = name.rpartition(".")[0]
+            found.add(name)
+    return found

@@ -6,16 +6,14 @@ source  graph      graph   ONNX     verdict  file on disk
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold import store
@@ -23,70 +21,16 @@ from bnfold._version import __version__
 from bnfold.capture import Captured, capture, tensor_inputs
 from bnfold.errors import FoldError, InputError, LowerError
 from bnfold.folding import fold as fold_graph
-from bnfold.gate import LIMIT, Gate
+from bnfold.gate import Gate
 from bnfold.graph import Graph
 from bnfold.inputs import load_data, widen_batch
 from bnfold.load import Provenance
 from bnfold.lower import EXTERNAL_BYTES, Lowered, lower, relocate, save
 from bnfold.merge import merge as merge_graph
+from bnfold.options import Clock, Folded, Model, Options
 from bnfold.program_file import save_program
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
 from bnfold.runtime import resolve_device
-
-Model = nn.Module | ExportedProgram
-Device = Literal["auto", "cpu", "cuda"]
-#: Called with a stage's name, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A folded model.
-
-    Attributes:
-        program: the folded program; ``torch.export.save`` takes it.
-        ledger: one entry per affine: where it went, or why it stays.
-        captured: the unfolded program that it came from.
-    """
-
-    program: ExportedProgram
-    ledger: Ledger
-    captured: Captured
-
-    @property
-    def module(self) -> nn.Module:
-        """The folded model as a torch.nn.Module with the same signature."""
-        module: nn.Module = self.program.module()
-        return module
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``export`` can be asked for beyond its model and its inputs; see the README's table."""
-
-    device: Device = "auto"
-    data: Path | str | Mapping[str, Any] | None = None
-    samples: int = 16
-    seed: int = 0
-    limit: float = LIMIT
-    opset: int | None = None
-    dtype: torch.dtype | None = None
-    static: bool = False
-    fold: bool = True
-    merge: bool = True
-    simplify: bool = True
-    check: bool = True
-    external_data: bool | None = None
-    allow_nonfinite: bool = False
-    keep_failed: bool = False
-    dry_run: bool = False
-    provenance: Provenance | None = None
-    sources: Sequence[Path] = ()
-    progress: Progress = field(default=_silent, repr=False)
 
 
 def fold(
@@ -288,23 +232,6 @@ def check(
         captured, Ledger(), None, path, device=device, samples=options.samples, seed=options.seed, limit=options.limit,
         data=data, labels=labels, progress=options.progress,
     ).judge()  # fmt: skip
-
-
-class Clock:
-    """Times the stages and reports them as they begin."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.spent: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Times one stage, in seconds."""
-        self._progress(stage, 0, 1)
-        start = time.perf_counter()
-        yield
-        self.spent[stage] = time.perf_counter() - start
-        self._progress(stage, 1, 1)
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
     python scripts/sweep_transformers.py --write docs/transformers.md
     python scripts/sweep_transformers.py levit rt_detr
 
-Each net is built from a small configuration with random weights and randomised statistics (``tests/zoo_hf.py``); nothing
-is downloaded. For each: BatchNorms before and after with the reasons for the rest, the verdict of the gate, and errors
-over noise, that is the median over samples of the RMS error against float64 over that of the unfolded torch model, for
-the folded torch program and for ONNX Runtime with the unfolded and with the folded file.
+Each net is built from a small configuration with random weights and randomised statistics (``tests/zoo_hf.py``);
+nothing is downloaded. For each: BatchNorms before and after with the reasons for the rest, the verdict of the gate, and
+errors over noise, that is the median over samples of the RMS error against float64 over that of the unfolded torch
+model, for the folded torch program and for ONNX Runtime with the unfolded and with the folded file.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def measure(name: str, samples: int) -> Row:
     def ratio(check: bnfold.CheckReport, candidate: str) -> float:
         return max((o.ratio for o in check.outputs if o.candidate == candidate), default=math.nan)
 
-    verdict = report.check.verdict if report.check.passed else f"{report.check.verdict}: {report.check.problems[0][:120]}"
+    verdict = str(report.check.verdict)
+    if not report.check.passed:
+        verdict += f": {report.check.problems[0][:120]}"
     return Row(
         name, verdict, total, total - folded, "; ".join(f"{count} × {reason}" for reason, count in reasons.items()),
         report.operators, ratio(report.check, "folded torch"), ratio(plain.check, "ONNX Runtime, optimisations off"),
@@ -89,9 +91,10 @@ def table(rows: list[Row]) -> str:
         "# transformers architectures with BatchNorm",
         "",
         f"{datetime.date.today()}, {versions}, {platform.machine()} CPU; made by `scripts/sweep_transformers.py`.",
-        "Small configurations, random weights, randomised statistics and LayerScale. *error / noise*: median over samples",
-        "of the RMS error against float64, over that of the unfolded torch model; *ONNX* is ONNX Runtime on the CPU with its",
-        "optimisations off, with the file of the unfolded and of the folded model.",
+        "Small configurations, random weights, randomised statistics and LayerScale. The last three columns are errors",
+        "over noise: the median over samples of the RMS error against float64, over that of the unfolded torch model.",
+        "*ONNX* is ONNX Runtime on the CPU with its optimisations off, with the file of the unfolded and of the folded",
+        "model.",
         "",
         "| net | BatchNorms | left | why | operators | verdict | folded torch | unfolded ONNX | folded ONNX |",
         "| --- | ---: | ---: | --- | --- | --- | ---: | ---: | ---: |",
@@ -104,7 +107,7 @@ def table(rows: list[Row]) -> str:
     lines += [
         "",
         f"{len(passed)} of {len(rows)} pass the gate. BatchNorms: {sum(r.before for r in rows)} before, "
-        f"{sum(r.after for r in rows)} left. Geometric means of error over noise, over the nets that pass: folded torch "
+        f"{sum(r.after for r in rows)} left. Geometric means of error over noise over those that pass: folded torch "
         f"{geometric_mean([r.torch_ratio for r in passed]):.2f}, unfolded ONNX "
         f"{geometric_mean([r.unfolded_onnx for r in passed]):.2f}, folded ONNX "
         f"{geometric_mean([r.folded_onnx for r in passed]):.2f}.",

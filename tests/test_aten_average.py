@@ -167,17 +167,17 @@ def test_attention_over_values(run):
 
 NOT_AVERAGES = {
     "softmax over the queries": (
-        lambda m, x: ((x @ x.mT).softmax(-2) @ m.v(x)) * m.c, {"nonlinear", "model-output"}),
+        lambda m, x: ((x @ x.mT).softmax(-2) @ m.v(x)) * m.c, {"other-axis", "model-output"}),
     "weights that are no softmax": (
-        lambda m, x: ((x @ x.mT).sigmoid() @ m.v(x)) * m.c, {"nonlinear", "model-output"}),
+        lambda m, x: ((x @ x.mT).sigmoid() @ m.v(x)) * m.c, {"other-axis", "model-output"}),
     "weights scaled after the softmax": (
-        lambda m, x: ((weights(x) * 2 * x[:, :, :1]) @ m.v(x)) * m.c, {"nonlinear", "model-output"}),
+        lambda m, x: ((weights(x) * 2 * x[:, :, :1]) @ m.v(x)) * m.c, {"other-axis", "model-output"}),
     "along the queries": (
         lambda m, x: (weights(x) @ m.v(x)) * m.d, {"other-axis", "model-output"}),
     "along the keys": (
         lambda m, x: m.v(weights(x) @ (x.tanh() * m.d)), {"nonlinear", "other-axis"}),
     "the weights depend on it": (
-        lambda m, x: m.v(weights(y := x * m.c) @ y), {"model-input", "nonlinear"}),
+        lambda m, x: m.v(weights(y := x * m.c) @ y), {"model-input", "other-axis"}),
     "sdpa whose keys depend on it": (
         lambda m, x: m.v(attention(y := x * m.c)(y)), {"model-input", "nonlinear"}),
     "sdpa, one value for all": (lambda m, x: attention(y := m.v(x))(y) * m.c, {"nonlinear", "model-output"}),

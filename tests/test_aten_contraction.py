@@ -250,10 +250,14 @@ REFUSED = {
     "a shift alone and no operand for it, before": (
         lambda m, x: (x + m.c) @ m.w, {"w": noise(4, 5), "c": noise(4)}, [(2, 3, 4)], {"model-input", "no-saving"}),
     "matmul of two values": (
-        lambda m, x, y: (x @ y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)], {"nonlinear", "model-output"}),
+        lambda m, x, y: (x @ y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)], {"other-axis", "model-output"}),
     "matmul of two values, before": (
         lambda m, x, y: m.norm(x) @ y, {"norm": nn.BatchNorm1d(3)}, [(2, 3, 4), (2, 4, 5)],
-        {"model-input", "nonlinear"}),
+        {"model-input", "other-axis"}),
+    "matmul of a value with itself": (lambda m, x: ((y := m.a(x)) @ y.mT) * 0.5, {"a": nn.Linear(4, 4)}, [(2, 3, 4)],
+        {"several-readers", "model-output"}),
+    "a shift before a matmul of two values": (lambda m, x, y: (x + 0.5) @ m.a(y), {"a": nn.Linear(5, 5)},
+        [(2, 3, 4), (2, 4, 5)], {"model-input", "shift-through-product"}),
     "matmul with a vector": (
         lambda m, x: (x * m.c) @ m.w, {"w": noise(4), "c": noise(4)}, [(2, 3, 4)], {"model-input", "nonlinear"}),
     "matmul that broadcasts the value": (
@@ -261,7 +265,7 @@ REFUSED = {
         {"model-input", "nonlinear"}),
     "einsum of two values": (
         lambda m, x, y: torch.einsum("bij,bjk->bik", x, y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)],
-        {"nonlinear", "model-output"}),
+        {"other-axis", "model-output"}),
     "einsum with an ellipsis": (
         lambda m, x: torch.einsum("...i,io->...o", x, m.w) * m.c, {"w": noise(4, 5), "c": noise(5)}, [(2, 3, 4)],
         {"nonlinear", "model-output"}),
@@ -278,3 +282,19 @@ REFUSED = {
 def test_refused(case):
     run, parts, shapes, reasons = REFUSED[case]
     fold_exactly(build(run, **parts), *(noise(*shape, seed=i) for i, shape in enumerate(shapes)), left=reasons)
+
+
+BILINEAR = {
+    "matmul": lambda m, x, y: (m.a(x) @ m.b(y)) * 0.5,
+    "matmul, after": lambda m, x, y: m.c((m.a(x) * 0.5) @ (y * 3.0)),
+    "bmm": lambda m, x, y: torch.bmm(m.a(x), m.b(y)) / 8,
+    "einsum": lambda m, x, y: torch.einsum("bij,bjk->bik", m.a(x), m.b(y)) * -0.5,
+    "attention scores": lambda m, x, y: (m.a(x) @ m.b(y) * 0.125).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("run", BILINEAR.values(), ids=BILINEAR)
+def test_one_number_passes_a_product_of_two_values(run) -> None:
+    parts = {"a": nn.Linear(4, 4), "b": nn.Linear(5, 5), "c": nn.Linear(5, 3)}
+    folded = fold_exactly(build(run, **parts), noise(2, 3, 4), noise(2, 4, 5, seed=1))
+    assert not operators(folded.program).keys() & {"mul", "div"}

@@ -15,14 +15,16 @@ PACKAGE = Path(__file__).parent.parent / "bnfold"
 #: another. A package stands for all of its modules, which may import one another.
 ALLOWED: dict[str, str] = {
     # the front
-    "__init__": "_version errors pipeline report",
+    "__init__": "_version errors options pipeline report",
     "__main__": "cli",
-    "cli": "_version arguments doctor errors inputs load pipeline render report store",
+    "cli": "_version arguments doctor errors inputs load options pipeline render report store",
     "arguments": "errors load store",
     "render": "doctor report",
     "doctor": "_version runtime",
     # the data flow
-    "pipeline": "_version capture errors folding gate graph inputs load lower merge program_file report runtime store",
+    "pipeline": "_version capture errors folding gate graph inputs load lower merge options program_file report"
+    " runtime store",
+    "options": "capture gate load report",
     # the stages, each with the parts that are its own
     "load": "checkpoint errors program_file",
     "program_file": "checkpoint errors program",
@@ -30,18 +32,21 @@ ALLOWED: dict[str, str] = {
     "inputs": "errors",
     "capture": "errors functional program",
     "functional": "errors",
-    "folding": "affine aten errors graph report semantics",
+    "folding": "affine aten errors graph plan report semantics",
+    "plan": "graph report",
     "merge": "affine aten errors graph kernels report semantics",
     "kernels": "affine semantics",
     "lower": "errors names program",
-    "gate": "candidates capture errors interpret judge names report runtime samples",
+    "gate": "accuracy candidates capture errors interpret judge names reference report runtime samples",
+    "reference": "capture errors interpret judge samples",
+    "accuracy": "candidates capture errors interpret reference report samples",
     "candidates": "capture errors interpret runtime",
     "judge": "",
     "samples": "",
     "store": "errors",
     "runtime": "errors",
     # the vocabulary, and the graph that folding and merging edit
-    "graph": "affine call errors functional interpret program semantics",
+    "graph": "affine call errors functional interpret names program semantics",
     "call": "graph semantics",  # graph only as a type
     "aten": "affine call semantics",
     "semantics": "affine",
@@ -60,6 +65,7 @@ KNOWS_ATEN = {
     "graph": "adds a bias where a contraction takes none",
     "functional": "swaps in-place operators for their twins before anything is folded",
     "folding": "takes the prefix off a name that is printed",
+    "lower": "takes unused statistics from a batch_norm that torch.onnx would misread",
 }
 NO_TORCH_AT_IMPORT = {"__init__", "__main__", "cli", "arguments", "render", "report", "errors", "store", "_version"}
 

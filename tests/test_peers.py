@@ -242,7 +242,6 @@ def test_onnx_batch_statistics_give_no_wrong_file(tmp_path):
     assert report.passed == path.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="torch.onnx lowers training=True to inference; the gate stops it")
 def test_onnx_batch_statistics_are_lowered(tmp_path):
     exported(batch_statistics(), tmp_path / "net.onnx", IMAGE.float())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from bnfold.aten.common import OPAQUE, constant_operands, per_axis
-from bnfold.semantics import Contraction, Geometry, Semantics
+from bnfold.semantics import Bilinear, Contraction, Geometry, Semantics
 
 if TYPE_CHECKING:
     from bnfold.call import Call
@@ -153,39 +153,39 @@ def _scaled_weight(semantics: Semantics, alpha: float) -> Semantics:
 
 
 def matmul(call: Call) -> Semantics:
-    """``x @ W`` or ``W @ x`` with a constant W; an average over values where the left side is a softmax."""
-    left, right = (call.operator in ("aten.mm", "aten.bmm") and "mat2") or "other", "self"
-    right, left = left, right
-    a, b, out = call.shape(left), call.shape(right), call.out_shape
+    """``x @ W`` or ``W @ x`` with a constant W, its leading axes shared with x or not; else a product of two values."""
+    left, right = "self", "mat2" if "mat2" in call else "other"
     if call.graph.is_constant(call[right]):
-        data, weight, side, other = left, right, "io", a
+        data, weight, letters, rows = left, right, "io", (("", "o"), ("", "i"))
     elif call.graph.is_constant(call[left]):
-        data, weight, side, other = right, left, "oi", b
+        data, weight, letters, rows = right, left, "oi", (("o", ""), ("i", ""))
     else:
-        return attention(call, left, right)
-    shape = call.shape(weight)
-    if len(shape) < 2 or len(other) < 2 or len(other) != len(out):
+        return attention(call, left, right) or bilinear(call, left, right)
+    stored, given, out = call.shape(weight), call.shape(data), call.out_shape
+    leading = len(stored) - 2
+    if leading < 0 or len(given) < 2 or len(given) != len(out) or leading > len(out) - 2:
         return OPAQUE
-    batch = "abcdef"[: len(shape) - 2]
-    if len(shape) - 2 > len(out) - 2 or len(shape) > 8:
+    # A leading axis of the weight is one that data and output have too, or of size 1 and then of no concern.
+    names = ["" if n == 1 else letter for n, letter in zip(stored, "abcdef")][:leading]
+    known = ("",) * (len(out) - len(stored)) + tuple(names)
+    if any(
+        name and not n == m == k for name, n, m, k in zip(names, stored, out[-2 - leading :], given[-2 - leading :])
+    ):
         return OPAQUE
-    lead = [""] * (len(out) - len(shape)) + [
-        letter if size == out[len(out) - len(shape) + i] and size == other[len(out) - len(shape) + i] else "?"
-        for i, (letter, size) in enumerate(zip(batch, shape))
-    ]
-    if any(letter == "?" and size != 1 for letter, size in zip(lead[len(out) - len(shape) :], shape)):
-        return OPAQUE
-    known = tuple("" if letter == "?" else letter for letter in lead)
-    mine = "".join(letter for letter in known if letter)
-    view = [n for n, letter in zip(shape, lead[len(out) - len(shape) :]) if letter != "?"] + list(shape[-2:])
-    rows_out, rows_in = (("", "o"), ("", "i")) if side == "io" else (("o", ""), ("i", ""))
+    view = [n for n, name in zip(stored, names) if name] + list(stored[-2:])
     return _contraction(
-        call, data, weight, view=view, letters=mine + side, out=(*known, *rows_out), inp=(*known, *rows_in),
+        call, data, weight, view=view, letters="".join(names) + letters, out=(*known, *rows[0]), inp=(*known, *rows[1]),
     )  # fmt: skip
 
 
+def bilinear(call: Call, left: str, right: str) -> Semantics:
+    """A product of two values that mixes their axes."""
+    same = call.at(left) is call.at(right)
+    return Bilinear((left, right), (call.shape(left), call.shape(right)), len(call.out_shape), square=same)
+
+
 def einsum(call: Call) -> Semantics:
-    """One constant operand, no ellipsis, no letter twice in an operand."""
+    """One constant operand, no ellipsis, no letter twice in an operand; else a product of two values."""
     equation = call["equation"].replace(" ", "")
     tensors = call["tensors"]
     if len(tensors) != 2 or "." in equation or "->" not in equation:
@@ -193,6 +193,8 @@ def einsum(call: Call) -> Semantics:
     terms, output = equation.split("->")
     parts = terms.split(",")
     constants = [i for i, tensor in enumerate(tensors) if call.graph.is_constant(tensor)]
+    if not constants:
+        return bilinear(call, "tensors.0", "tensors.1")
     if len(constants) != 1 or any(len(set(p)) != len(p) for p in [*parts, output]):
         return OPAQUE
     w = constants[0]

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from bnfold.call import Call
 
 
-def attention(call: Call, weights: str, values: str) -> Semantics:
-    """``softmax(...) @ V``: every output row is a weighted mean of V's rows, with weights that sum to one."""
+def attention(call: Call, weights: str, values: str) -> Semantics | None:
+    """``softmax(...) @ V``: every output row is a weighted mean of V's rows, with weights that sum to one.
+
+    None for another product.
+    """
     ndim = len(call.out_shape)
     if len(call.shape(values)) != ndim or not _row_stochastic(call, call[weights]):
-        return OPAQUE
+        return None
     if call.shape(values)[:-2] != call.out_shape[:-2]:
-        return OPAQUE
+        return None
     return Average(values, (ndim - 2,), ndim)
 
 

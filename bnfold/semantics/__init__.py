@@ -16,7 +16,7 @@ A slot is the name of an operand in the operator's schema, with an index for lis
 | Contraction, Lookup | linear in its data with a constant weight; rows of a constant table |
 | Movement, Same | moves elements and changes none |
 | Average | a weighted mean along some axes |
-| Sum, Product | of two values |
+| Sum, Product, Bilinear | of two values; a matrix product of two values |
 | Homogeneous | a positive scale passes: ReLU and its kin, maximum |
 | ShapeOnly | reads nothing but the shape |
 | Opaque, Unknown, Refused | nothing passes |
@@ -25,11 +25,12 @@ A slot is the name of an operand in the operator's schema, with an index for lis
 from bnfold.semantics.base import Answer, No, Opaque, Refused, Semantics, Shape, ShapeOnly, Unknown, Yes
 from bnfold.semantics.contraction import Contraction, Geometry, Lookup
 from bnfold.semantics.moving import Average, Movement, Same
-from bnfold.semantics.pointwise import Homogeneous, Product, Scaling, Sum
+from bnfold.semantics.pointwise import Bilinear, Homogeneous, Product, Scaling, Sum
 
 __all__ = [
     "Answer",
     "Average",
+    "Bilinear",
     "Contraction",
     "Geometry",
     "Homogeneous",

@@ -135,6 +135,21 @@ class Product(Semantics):
 
 
 @dataclass(frozen=True)
+class Bilinear(Product):
+    """Linear in each of two values (a matrix product): a scale that is one number for all passes into one of them."""
+
+    def pull(self, out: Affine) -> Answer:
+        """``s*(A @ B) = (s*A) @ B``."""
+        return No("other-axis", "it mixes the axes that the scale varies along") if out.varies() else super().pull(out)
+
+    def push(self, given: Mapping[str, Affine]) -> Answer:
+        """``(s1*A) @ (s2*B) = (s1*s2)*(A @ B)``."""
+        if any(affine.varies() for affine in given.values()):
+            return No("other-axis", "it mixes the axes that the scale varies along")
+        return super().push(given)
+
+
+@dataclass(frozen=True)
 class Homogeneous(Semantics):
     """``f(s*x) = s*f(x)`` for s > 0: the ReLU family. With ``shifts`` also ``f(x + t) = f(x) + t``: max and its pools.
 

@@ -1,0 +1,91 @@
+"""What the pipeline is asked for, and what it hands back of a fold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from bnfold.capture import Captured
+from bnfold.gate import LIMIT
+from bnfold.load import Provenance
+from bnfold.report import Ledger
+
+Model = nn.Module | ExportedProgram
+Device = Literal["auto", "cpu", "cuda"]
+#: Called with a stage's name, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded model.
+
+    Attributes:
+        program: the folded program; ``torch.export.save`` takes it.
+        ledger: one entry per affine: where it went, or why it stays.
+        captured: the unfolded program that it came from.
+    """
+
+    program: ExportedProgram
+    ledger: Ledger
+    captured: Captured
+
+    @property
+    def module(self) -> nn.Module:
+        """The folded model as a torch.nn.Module with the same signature."""
+        module: nn.Module = self.program.module()
+        return module
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``export`` can be asked for beyond its model and its inputs; see the README's table."""
+
+    device: Device = "auto"
+    data: Path | str | Mapping[str, Any] | None = None
+    samples: int = 16
+    seed: int = 0
+    limit: float = LIMIT
+    opset: int | None = None
+    dtype: torch.dtype | None = None
+    static: bool = False
+    fold: bool = True
+    merge: bool = True
+    simplify: bool = True
+    check: bool = True
+    external_data: bool | None = None
+    allow_nonfinite: bool = False
+    keep_failed: bool = False
+    dry_run: bool = False
+    provenance: Provenance | None = None
+    sources: Sequence[Path] = ()
+    progress: Progress = field(default=silent, repr=False)
+
+
+class Clock:
+    """Times the stages and reports them as they begin."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.spent: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times one stage, in seconds."""
+        self._progress(stage, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.spent[stage] = time.perf_counter() - start
+        self._progress(stage, 1, 1)
