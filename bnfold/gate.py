@@ -261,7 +261,12 @@ class Gate:
                     )
                     continue
                 ratio, channel = site_ratios(
-                    value, unfolded, truth, max(eps, epsilon(unfolded.dtype)), rounded.kept[sites[folded]]
+                    value,
+                    unfolded,
+                    truth,
+                    max(eps, epsilon(unfolded.dtype)),
+                    rounded.kept[sites[folded]],
+                    batched=batch.size > 0,
                 )
                 results.append(SiteResult(candidate.name, folded, modules[folded], ratio, channel))
                 if not max(ratio, channel) <= self.site_limit:

@@ -87,7 +87,13 @@ def median(values: Tensor) -> float:
 
 
 def site_ratios(
-    candidate: Tensor, unfolded: Tensor, truth: Tensor, eps: float, rounded: Tensor | None = None
+    candidate: Tensor,
+    unfolded: Tensor,
+    truth: Tensor,
+    eps: float,
+    rounded: Tensor | None = None,
+    *,
+    batched: bool = False,
 ) -> tuple[float, float]:
     """Error over noise at a fold site: over all elements, and for the worst channel.
 
@@ -95,7 +101,10 @@ def site_ratios(
     once, the unfolded one was stored exactly, and in a channel whose terms cancel that alone can be many times the
     unfolded model's own error; so noise is both, added as independent errors are.
 
-    A channel is an index of axis 1, and of the last axis too: convolutions have theirs here, linear layers there.
+    A channel is an index of axis 1, and of the last axis too: convolutions have theirs here, linear layers there. With
+    ``batched`` axis 0 holds samples, and errors are medians over them: deep in a network with attention one sample in
+    seven can amplify what came before it ten times more in one program than in the other, but a wrong channel is wrong
+    in all of them.
     """
     if same_specials(candidate, truth) is not None:
         return torch.inf, torch.inf
@@ -110,9 +119,11 @@ def site_ratios(
 
     def ratio(keep: int | None) -> Tensor:
         def rms(x: Tensor) -> Tensor:
-            if keep is None or x.ndim <= keep:
-                return x.square().mean().sqrt().reshape(1)
-            return x.square().transpose(0, keep).reshape(x.shape[keep], -1).mean(1).sqrt()
+            samples = x if batched and x.ndim > 1 else x[None]
+            axis = None if keep is None or x.ndim <= keep else keep + samples.ndim - x.ndim
+            kept = samples[:, None] if axis is None else samples.transpose(1, axis)
+            each = kept.square().reshape(kept.shape[0], kept.shape[1], -1).mean(2).sqrt()
+            return each.sort(0).values[len(each) // 2]
 
         scale = rms(truth)
         floor = eps * scale.clamp(min=1e-3 * float(scale.max()) if scale.numel() else 0.0)
