@@ -126,7 +126,8 @@ def site_ratios(
             return each.sort(0).values[len(each) // 2]
 
         scale = rms(truth)
-        floor = eps * scale.clamp(min=1e-3 * float(scale.max()) if scale.numel() else 0.0)
+        # Runtimes approximate activations to an absolute error, so a quiet channel's floor follows the loud ones'.
+        floor = eps * scale.clamp(min=0.1 * float(truth.square().mean().sqrt()))
         known = rms(noise) if rounded is None else torch.hypot(rms(noise), rms(turned))
         return rms(off) / torch.maximum(known, floor.clamp(min=torch.finfo(torch.float64).tiny))
 
