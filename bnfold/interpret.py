@@ -62,6 +62,7 @@ class Runner(fx.Interpreter):
             program be judged against the float32 weights that it was rounded from.
         jitter: disturbs every floating-point constant by up to half of this, relative: what rounding the constants
             once to a dtype of that epsilon does.
+        seed: of that disturbance.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Runner(fx.Interpreter):
         precise: bool = False,
         masters: Mapping[str, Tensor] | None = None,
         jitter: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
         self.extra_traceback = False
@@ -78,7 +80,7 @@ class Runner(fx.Interpreter):
         self._constants: dict[str, Any] = {}
         self._keep: Collection[str] = ()
         self.kept: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 continue

@@ -91,15 +91,15 @@ def site_ratios(
     unfolded: Tensor,
     truth: Tensor,
     eps: float,
-    rounded: Tensor | None = None,
+    rounding: Tensor | None = None,
     *,
     batched: bool = False,
 ) -> tuple[float, float]:
     """Error over noise at a fold site: over all elements, and for the worst channel.
 
-    ``rounded`` is the truth with every constant disturbed as one rounding does. A folded constant has to be rounded
-    once, the unfolded one was stored exactly, and in a channel whose terms cancel that alone can be many times the
-    unfolded model's own error; so noise is both, added as independent errors are.
+    ``rounding`` is how far the truth moves where every constant is disturbed as one rounding does. A folded constant
+    has to be rounded once, the unfolded one was stored exactly, and in a channel whose terms cancel that alone can be
+    many times the unfolded model's own error; so noise is both, added as independent errors are.
 
     A channel is an index of axis 1, and of the last axis too: convolutions have theirs here, linear layers there. With
     ``batched`` axis 0 holds samples, and errors are medians over them: deep in a network with attention one sample in
@@ -112,10 +112,8 @@ def site_ratios(
     if not bool(good.any()):
         return (0.0, 0.0) if not bool(truth.isfinite().any()) else (torch.inf, torch.inf)
     truth = torch.where(good, truth, 0.0)
-    off, noise, turned = (
-        torch.where(good, value.double(), 0.0) - truth
-        for value in (candidate, unfolded, truth if rounded is None else rounded)
-    )
+    off, noise = (torch.where(good, value.double(), 0.0) - truth for value in (candidate, unfolded))
+    moved = torch.zeros_like(truth) if rounding is None else torch.where(good, rounding, 0.0)
 
     def ratio(keep: int | None) -> Tensor:
         def rms(x: Tensor) -> Tensor:
@@ -128,7 +126,7 @@ def site_ratios(
         scale = rms(truth)
         # Runtimes approximate activations to an absolute error, so a quiet channel's floor follows the loud ones'.
         floor = eps * scale.clamp(min=0.1 * float(truth.square().mean().sqrt()))
-        known = rms(noise) if rounded is None else torch.hypot(rms(noise), rms(turned))
+        known = torch.hypot(rms(noise), rms(moved))
         return rms(off) / torch.maximum(known, floor.clamp(min=torch.finfo(torch.float64).tiny))
 
     axes = {1, max(truth.ndim - 1, 1)}

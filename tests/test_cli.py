@@ -353,16 +353,19 @@ def test_an_interrupt_is_one_line_and_130(tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text("import time\nopen(__file__ + '.began', 'w').close()\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "bnfold", "export", f"{slow}:make", "-o", str(tmp_path / "net.onnx")]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        for _ in range(600):
-            if (tmp_path / "slow.py.began").exists():
-                break
-            time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
-    finally:
-        running.kill()
+    # A shell starts its background jobs with interrupts ignored, and children inherit that.
+    started = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(command, **pipes, **started) as running:
+        try:
+            for _ in range(600):
+                if (tmp_path / "slow.py.began").exists():
+                    break
+                time.sleep(0.1)
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert (running.returncode, out, err) == (130, "", "error: interrupted\n")
     assert not (tmp_path / "net.onnx").exists()
 

@@ -16,7 +16,7 @@ from faults import AT_SITES, FAULTS, victim
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import candidates, gate, interpret, runtime
+from bnfold import candidates, interpret, runtime, sites
 from bnfold.capture import Captured, capture
 from bnfold.errors import InputError, ProviderError
 from bnfold.folding import fold as fold_graph
@@ -414,7 +414,7 @@ def test_sites_keep_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         sizes.append(len(flat[0]))
         return values(self, flat, names)
 
-    monkeypatch.setattr(gate, "SITE_ELEMENTS", 1)
+    monkeypatch.setattr(sites, "SITE_ELEMENTS", 1)
     monkeypatch.setattr(candidates.TorchCandidate, "values", watched)
     exported(1.0).judge(tmp_path / "net.onnx")
     assert sizes == [1]

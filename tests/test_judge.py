@@ -128,9 +128,9 @@ def test_one_wrong_channel_stands_out(shape: tuple[int, ...], axis: int) -> None
 
 def test_rounded_constants_are_noise_too() -> None:
     truth = values(4, 8)
-    own, rounded, candidate = truth + 3e-6, truth + 4e-6, truth + 1e-5
+    own, rounding, candidate = truth + 3e-6, torch.full_like(truth, 4e-6), truth + 1e-5
     assert site_ratios(candidate, own, truth, EPS)[0] == pytest.approx(10 / 3)
-    assert site_ratios(candidate, own, truth, EPS, rounded)[0] == pytest.approx(2)
+    assert site_ratios(candidate, own, truth, EPS, rounding)[0] == pytest.approx(2)
 
 
 SPECIALS = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import bnfold
-from bnfold import pipeline
+from bnfold import pipeline, stages
 from bnfold.errors import FoldError, InputError, UsageError
 from bnfold.runtime import open_session
 
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold stage that gets one channel wrong by 1 %."""
-    right = pipeline._fold
+    right = stages.fold_captured
 
     def wrong(*args: Any, **kwargs: Any) -> bnfold.Folded:
         folded = right(*args, **kwargs)
@@ -34,7 +34,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
         folded.program.state_dict["body.weight"] = nn.Parameter(weight)
         return folded
 
-    monkeypatch.setattr(pipeline, "_fold", wrong)
+    monkeypatch.setattr(stages, "fold_captured", wrong)
 
 
 def export(path: Path, **options: Any) -> bnfold.ExportReport:

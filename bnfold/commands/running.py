@@ -1,0 +1,124 @@
+"""One run of a command: its model, its options, its quiet, its report and its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bnfold.arguments import Job
+from bnfold.commands.terminal import fail, show, write
+from bnfold.errors import UsageError
+
+if TYPE_CHECKING:
+    from bnfold.load import Loaded
+    from bnfold.options import Options
+    from bnfold.render import Page, Progress
+    from bnfold.report import CheckReport, ExportReport
+
+VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
+
+
+def load_model(job: Job) -> tuple[Loaded, dict[str, Any]]:
+    """The model that the source names, and its example inputs as the pipeline takes them."""
+    import torch
+
+    from bnfold.inputs import model_inputs, parse_dynamic, parse_input
+    from bnfold.load import load
+
+    given = job.given
+    specs = [parse_input(text) for text in given["inputs"]]
+    ranges = {name: (low, high) for name, low, high in map(parse_dynamic, given["dynamic"])}
+    if given["static"] and any(isinstance(dim, str) for spec in specs for dim in spec.dims):
+        raise UsageError("--static and an --input with letters contradict each other", hint="Write numbers")
+    loaded = load(
+        job.source, weights=given["weights"], weights_key=given["weights_key"], strip_prefix=given["strip_prefix"],
+        factory_args=job.factory_args, unsafe_pickle=given["unsafe_pickle"],
+    )  # fmt: skip
+    if given["static"] and not isinstance(loaded.model, torch.nn.Module):
+        raise UsageError("--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file")
+    args, kwargs, shapes = model_inputs(
+        loaded.model, loaded.args, loaded.kwargs, specs, ranges, where=job.source, seed=given.get("seed", 0)
+    )
+    return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
+
+
+def pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
+    """What the command line asks of the pipeline."""
+    import torch
+
+    from bnfold.options import Options
+
+    given = job.given
+    same: tuple[str, ...] = ("device", "data", "samples", "seed", "limit", "opset", "static", "external_data")
+    same += ("allow_nonfinite", "keep_failed", "dry_run")
+    return Options(
+        **{name: given[name] for name in same if name in given},
+        dtype=getattr(torch, given["dtype"]) if given["dtype"] else None,
+        fold=not given.get("no_fold"),
+        merge=not given.get("no_merge"),
+        simplify=not given.get("no_simplify"),
+        check=not given.get("no_check"),
+        provenance=loaded.provenance,
+        sources=job.reads,
+        progress=progress,
+    )
+
+
+@contextlib.contextmanager
+def working(job: Job) -> Iterator[Progress]:
+    """While it runs, what models and torch print shows only with --debug: stdout is the report's, stderr ours."""
+    from bnfold.render import Progress
+
+    debug = bool(click.get_current_context().meta.get("debug"))
+    out, err = (sys.stderr, sys.stderr) if debug else (io.StringIO(), io.StringIO())
+    progress = Progress(sys.stderr, quiet=job.given["quiet"])
+    with progress, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet(debug=debug):
+        progress("load", 0, 1)  # importing torch included
+        yield progress
+
+
+@contextlib.contextmanager
+def quiet(*, debug: bool) -> Iterator[None]:
+    """Keeps the warnings of torch and its company away; whatever matters is in the report."""
+    if debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def present(job: Job, report: ExportReport | CheckReport, render: Callable[[Page, bool], None]) -> None:
+    """Writes the report where it was asked for: to a file, as JSON, or for people."""
+    if job.given["report"] is not None:
+        from bnfold.store import atomic
+
+        with atomic(job.given["report"]) as staged:
+            staged.write_text(report.to_json() + "\n", encoding="utf-8")
+    if job.given["as_json"]:
+        write(report.to_json() + "\n", sys.stdout)
+    elif not job.given["quiet"]:
+        show(lambda page: render(page, job.given["verbose"]))
+
+
+def exit_code(job: Job, verdict: CheckReport | None) -> int:
+    """The exit code of a verdict; with --quiet its problems in one line too."""
+    if verdict is None:
+        return 0
+    if not verdict.passed and job.given["quiet"]:
+        from bnfold.render import problems
+
+        fail(problems(verdict), 1)
+    return VERDICT_CODES[verdict.verdict]

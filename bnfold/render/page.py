@@ -1,0 +1,74 @@
+"""Labelled lines and tables, wherever the terminal wraps."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+_LABEL, _SUBJECT = 9, 28
+#: Width where nobody looks: a pipe or a file, which would not be wrapped more narrowly than this on a screen.
+_PIPE_WIDTH = 120
+STYLES = {
+    "pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow",
+    "ok": "green", "note": "yellow", "problem": "bold red",
+}  # fmt: skip
+
+
+def console(stream: IO[str]) -> Console:
+    """A console that takes text as it is: a bracket in a path or a module name is no markup."""
+    found = Console(file=stream, markup=False, emoji=False, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = _PIPE_WIDTH
+    return found
+
+
+def text(render: Callable[[Page], None], stream: IO[str]) -> str:
+    """What ``render`` prints, in the width and the colours of ``stream``, to which nothing is written."""
+    like = console(stream)
+    target = Console(
+        file=io.StringIO(), markup=False, emoji=False, highlight=False, width=like.width, no_color=like.no_color,
+        force_terminal=like.is_terminal, color_system=like.color_system,  # type: ignore[arg-type]
+    )  # fmt: skip
+    with target.capture() as captured:
+        render(Page(target))
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+class Page:
+    """Labelled lines of chunks: a chunk moves to the next line as a whole, and is split only where it is wider."""
+
+    def __init__(self, target: Console) -> None:
+        self._console = target
+
+    def line(self, label: str, *chunks: str | Text, subject: str = "") -> None:
+        """Prints ``chunks`` after a label, an empty one for a line that belongs to the last."""
+        width = max(self._console.width - _LABEL, 24)
+        parts = [chunk if isinstance(chunk, Text) else Text(chunk) for chunk in chunks if len(chunk)]
+        if subject:
+            parts.insert(0, Text(subject.ljust(_SUBJECT) if parts else subject))
+        rows: list[Text] = []
+        for part in parts:
+            if rows and rows[-1].cell_len + 3 + part.cell_len <= width:
+                rows[-1] = Text("   ").join([rows[-1], part])
+            else:
+                rows += list(part.wrap(self._console, width)) or [part]
+        for i, row in enumerate(rows):
+            row.rstrip()
+            self._console.print(Text.assemble((label.ljust(_LABEL) if i == 0 else " " * _LABEL, "bold"), row))
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table under the last line; where it would not fit, a line per row."""
+        widths = [max(map(cell_len, column)) for column in zip(titles, *rows)]
+        if _LABEL + sum(widths) + 3 * (len(widths) - 1) > self._console.width:
+            for row in rows:
+                self.line("", *(f"{title}: {cell}" for title, cell in zip(titles, row) if cell))
+            return
+        for row, style in ((titles, "dim"), *((row, "") for row in rows)):
+            cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths))
+            self._console.print(Text(" " * _LABEL + "   ".join(cells).rstrip(), style))

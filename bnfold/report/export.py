@@ -1,0 +1,44 @@
+"""What a whole run found out and wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bnfold.report.ledger import Ledger
+from bnfold.report.plain import as_json
+from bnfold.report.verdict import CheckReport
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What was written; ``nodes`` counts the operators of a .pt2, which has no ``opset``."""
+
+    path: str
+    bytes: int
+    nodes: int
+    opset: int | None
+    batch_norms: int
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Everything that ``export`` found out; ``operators`` before and after folding, ``timings`` in seconds."""
+
+    source: dict[str, Any]
+    ledger: Ledger
+    check: CheckReport | None
+    file: FileReport | None
+    operators: tuple[int, int] = (0, 0)
+    timings: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file was judged and passed."""
+        return self.check is not None and self.check.passed
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON; NaN and infinities become null."""
+        return as_json(self, indent)
