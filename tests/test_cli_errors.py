@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from bnfold import pipeline, runtime, store
+from bnfold import runtime, stages, store
 from bnfold.cli import cli
 from bnfold.errors import CaptureError
 
@@ -343,7 +343,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
 def test_whatever_fails_is_one_line(
     error: BaseException, code: int, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "capture", raising(error))
+    monkeypatch.setattr(stages, "capture", raising(error))
     result = bnfold("export", NET, "-o", "net.onnx", "-q")
     assert result.exit_code == code and says in result.stderr and result.stderr.count("\n") == 1
     assert Path("net.onnx").read_bytes() == BEFORE
@@ -351,7 +351,7 @@ def test_whatever_fails_is_one_line(
 
 @pytest.mark.parametrize("error", [ValueError("odd"), CaptureError("it failed")])
 def test_debug_shows_the_traceback(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "capture", raising(error))
+    monkeypatch.setattr(stages, "capture", raising(error))
     result = bnfold("export", NET, "-o", "net.onnx", "--debug")
     assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("error: ")
 
