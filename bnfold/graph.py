@@ -72,6 +72,8 @@ class Graph:
         #: Which captured value each edited value now equals; None for one that equals none.
         self.stands_for: dict[Node, str | None] = {}
         self._gone: set[Node] = set()
+        #: How many operators edits have dropped.
+        self.dropped = 0
         self.refresh()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -235,6 +237,10 @@ class Graph:
                 )
                 self.bypass(node, new)
 
+    def stored_name(self, value: Any) -> str | None:
+        """The parameter or buffer that a value is, as the captured model calls it; None for any other."""
+        return self._targets.get(value)
+
     def holds(self, value: Node) -> bool:
         """Whether the value is still there."""
         return value not in self._gone
@@ -251,7 +257,13 @@ class Graph:
 
     def overflow(self, value: Node, slot: str, tensor: Tensor) -> Overflow | None:
         """Where ``tensor`` would not fit the dtype it is rounded to in that slot."""
-        rounded = tensor.to(self._slot_dtype(self.call(value), slot))
+        dtype = self._slot_dtype(self.call(value), slot)
+        if tensor.numel() and dtype.is_floating_point:
+            # One look at all of it: nearly every tensor fits, and a NaN fails every comparison.
+            low, high = tensor.aminmax()
+            if -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max:
+                return None
+        rounded = tensor.to(dtype)
         bad = ~rounded.isfinite()
         if not bool(bad.any()):
             return None
@@ -301,6 +313,7 @@ class Graph:
                 dead += node.all_input_nodes
                 self.graph.erase_node(node)
                 self._gone.add(node)
+                self.dropped += not self.is_list(node) and node not in self._fixed
 
     def _set(self, call: Call, slot: str, new: Node) -> None:
         name, _, index = slot.partition(".")

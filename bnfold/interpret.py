@@ -7,6 +7,7 @@ are raised with them, and autocast regions run without autocast.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-_RAISED = {torch.float16, torch.bfloat16, torch.float32}
+#: What takes the place of a node's value: called with its arguments and with the value that it has by itself.
+Steering = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+
+#: A dtype -> the one that stands for it in a run in float64.
+_RAISED = {
+    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+    torch.complex32: torch.complex128, torch.complex64: torch.complex128,
+}  # fmt: skip
 _FACTORIES = {
     "arange",
     "full",
@@ -33,15 +41,15 @@ _FACTORIES = {
 
 
 def raise_tensor(value: Any) -> Any:
-    """``value`` in float64 where it is a floating-point tensor of fewer bits."""
-    return value.to(torch.float64) if isinstance(value, Tensor) and value.dtype in _RAISED else value
+    """``value`` in float64, or in complex128, where it is a floating-point tensor of fewer bits."""
+    return value.to(_RAISED[value.dtype]) if isinstance(value, Tensor) and value.dtype in _RAISED else value
 
 
 def call_precise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Calls an operator with every dtype argument, and every result, raised to float64."""
 
     def raise_dtype(arg: Any) -> Any:
-        return torch.float64 if isinstance(arg, torch.dtype) and arg in _RAISED else arg
+        return _RAISED.get(arg, arg) if isinstance(arg, torch.dtype) else arg
 
     args = tuple(raise_dtype(arg) for arg in args)
     kwargs = {name: raise_dtype(arg) for name, arg in kwargs.items()}
@@ -79,37 +87,61 @@ class Runner(fx.Interpreter):
         self.precise = precise
         self._constants: dict[str, Any] = {}
         self._keep: Collection[str] = ()
+        self._steering: Mapping[str, Steering] = {}
         self.kept: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(seed)
+        self._jitter, self._seed = jitter, seed
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 continue
             value = constant_of(program, spec.target or "")
             if masters is not None and spec.target in masters:
                 value = masters[spec.target]
-            value = raise_tensor(value) if precise else value
-            if jitter and isinstance(value, Tensor) and value.is_floating_point():
-                value = value * (1 + jitter * (torch.rand(value.shape, generator=generator, dtype=value.dtype) - 0.5))
             self._constants[spec.arg.name] = value
         self._user = [
             spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
         ]
 
-    def __call__(self, inputs: Sequence[Any], *, keep: Collection[str] = ()) -> list[Any]:
-        """The flat outputs for the flat ``inputs``; the values of the nodes named in ``keep`` are left in ``kept``."""
+    def __call__(
+        self, inputs: Sequence[Any], *, keep: Collection[str] = (), steering: Mapping[str, Steering] | None = None
+    ) -> list[Any]:
+        """The flat outputs for the flat ``inputs``; the values of the nodes named in ``keep`` are left in ``kept``.
+
+        ``steering`` gives nodes, by name, other values than they compute.
+        """
         if len(inputs) != len(self._user):
             raise ValueError(f"the program takes {len(self._user)} flat inputs, {len(inputs)} were given")
         given = dict(self._constants)
         given.update(zip(self._user, (raise_tensor(x) for x in inputs) if self.precise else inputs))
-        self._keep, self.kept = keep, {}
+        self._keep, self.kept, self._steering = keep, {}, steering or {}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         with torch.no_grad():
             result = self.run(*[given[name] for name in names])
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A node's arguments; a constant is raised where it is used: there is never a second model in memory."""
+        if not self.precise:
+            return super().fetch_args_kwargs_from_env(n)
+
+        def load(node: fx.Node) -> Any:
+            value = self.env[node]
+            return self._raised(node.name, value) if node.name in self._constants else value
+
+        return fx.node.map_arg(n.args, load), fx.node.map_arg(n.kwargs, load)
+
+    def _raised(self, name: str, constant: Any) -> Any:
+        value = raise_tensor(constant)
+        if self._jitter and isinstance(value, Tensor) and value.is_floating_point():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+            draw = torch.rand(value.shape, generator=generator, dtype=value.dtype)
+            value = value * (1 + self._jitter * (draw - 0.5))
+        return value
+
     def run_node(self, n: fx.Node) -> Any:
-        """Runs one node, and keeps its value where asked to."""
+        """Runs one node; steers it, and keeps its value, where asked to."""
         value = super().run_node(n)
+        if n.name in self._steering:
+            value = self._steering[n.name](*self.fetch_args_kwargs_from_env(n), value)
         if n.name in self._keep:
             # A clone: an operator that is still in place may write to it later.
             self.kept[n.name] = value.clone() if isinstance(value, Tensor) else value

@@ -7,6 +7,7 @@ adding kernels is RepVGG's reparametrisation (Ding et al. 2021), multiplying the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -46,10 +47,19 @@ class Kernel:
         return self.weight.shape[0] * self.weight.shape[1]
 
     @property
+    def is_single(self) -> bool:
+        """Whether it has one tap and stride 1. Its padding, if any, is a border that holds the bias."""
+        return prod(self.size) == 1 and all(s == 1 for s in self.geometry.stride) and not self.geometry.transposed
+
+    @property
     def is_pointwise(self) -> bool:
         """Whether each output position depends on the same position of the input alone."""
-        g = self.geometry
-        return prod(self.size) == 1 and not any(g.padding) and all(s == 1 for s in g.stride) and not g.transposed
+        return self.is_single and not any(self.geometry.padding)
+
+    @property
+    def is_per_channel(self) -> bool:
+        """Whether it is ``scale[c] * x[c] + shift[c]``."""
+        return self.is_pointwise and self.weight.shape[1:3] == (1, 1)
 
     @property
     def multiply_adds(self) -> int:
@@ -58,7 +68,13 @@ class Kernel:
 
     def scaled(self, factor: float) -> Kernel:
         """``factor * y``."""
-        return replace(self, weight=self.weight * factor, bias=self.bias * factor)
+        return self if factor == 1 else replace(self, weight=self.weight * factor, bias=self.bias * factor)
+
+
+def added(first: Kernel, second: Kernel, factor: float = 1.0) -> Kernel:
+    """``first + factor*second`` of two kernels with the same geometry, groups and size."""
+    weight, bias = first.weight + factor * second.weight, first.bias + factor * second.bias
+    return Kernel(weight, bias, first.geometry)
 
 
 def depthwise(scale: Tensor, shift: Tensor, spatial: int) -> Kernel:
@@ -72,36 +88,51 @@ def average(channels: int, size: tuple[int, ...], geometry: Geometry) -> Kernel:
     return Kernel(weight, torch.zeros(channels, dtype=torch.float64), geometry)
 
 
-def embedded(kernel: Kernel, host: Kernel) -> Kernel | None:
-    """``kernel`` with the host's geometry, groups and size, zero where it has no tap; None where it has no place there.
+def places(size: Sequence[int], geometry: Geometry, host: Kernel) -> list[list[int]] | None:
+    """For every axis the host's taps on which those of a kernel of that size and geometry fall; None if some do not.
 
-    A tap stands at offset ``dilation*k - padding``. Both must map inputs to outputs of the same size, which is
-    ``2*padding - dilation*(size - 1)`` being equal, and every tap must fall on one of the host's.
+    A tap stands at offset ``dilation*k - padding``, in a transposed convolution on the output's side. Both must make
+    outputs of the same size for every input, which is ``2*padding - dilation*(size - 1) - output_padding`` being equal.
     """
-    mine, its = kernel.geometry, host.geometry
-    if mine.transposed or its.transposed:
-        same = mine == its and kernel.size == host.size and kernel.groups == host.groups
-        return kernel if same and kernel.weight.shape == host.weight.shape else None
-    if mine.stride != its.stride or (kernel.in_channels, kernel.out_channels) != (host.in_channels, host.out_channels):
+    its, n = host.geometry, len(size)
+    if its.transposed and geometry == Geometry.pointwise(n):
+        geometry = replace(geometry, transposed=True)  # one tap at stride 1 is the same either way
+    if geometry.stride != its.stride or geometry.transposed != its.transposed:
         return None
-    places = []
-    for k, p, d, host_k, host_p, host_d in zip(
-        kernel.size, mine.padding, mine.dilation, host.size, its.padding, its.dilation
+    mine = zip(size, geometry.padding, geometry.dilation, geometry.output_padding or (0,) * n)
+    found = []
+    for (k, p, d, more), (host_k, host_p, host_d, host_more) in zip(
+        mine, zip(host.size, its.padding, its.dilation, its.output_padding or (0,) * n)
     ):
-        if 2 * p - d * (k - 1) != 2 * host_p - host_d * (host_k - 1):
+        if 2 * p - d * (k - 1) - more != 2 * host_p - host_d * (host_k - 1) - host_more:
             return None
         offsets = [d * i - p + host_p for i in range(k)]
         if any(o % host_d or not 0 <= o // host_d < host_k for o in offsets):
             return None
-        places.append([o // host_d for o in offsets])
+        found.append([o // host_d for o in offsets])
+    return found
+
+
+def may_fit(kernel: Kernel, host: Kernel) -> bool:
+    """Whether the host is wide enough for the kernel, whatever padding comes to it from a neighbour of one tap."""
+    same = kernel.geometry.stride == host.geometry.stride and kernel.geometry.transposed == host.geometry.transposed
+    spans = zip(kernel.size, kernel.geometry.dilation, host.size, host.geometry.dilation)
+    return same and all(d * (k - 1) <= host_d * (host_k - 1) for k, d, host_k, host_d in spans)
+
+
+def embedded(kernel: Kernel, host: Kernel) -> Kernel | None:
+    """``kernel`` with the host's geometry, groups and size, zero where it has no tap; None where it has no place."""
+    where = places(kernel.size, kernel.geometry, host)
+    if where is None or (kernel.in_channels, kernel.out_channels) != (host.in_channels, host.out_channels):
+        return None
     regrouped = _regrouped(kernel.weight, host.groups)
     if regrouped is None:
         return None
     weight = torch.zeros(host.weight.shape, dtype=torch.float64)
-    where: list[Any] = [slice(None)] * 3
-    where += torch.meshgrid(*(torch.tensor(place) for place in places), indexing="ij") if places else ()
-    weight[tuple(where)] = regrouped
-    return Kernel(weight, kernel.bias, its)
+    taps: list[Any] = [slice(None)] * 3
+    taps += torch.meshgrid(*(torch.tensor(place) for place in where), indexing="ij") if where else ()
+    weight[tuple(taps)] = regrouped
+    return Kernel(weight, kernel.bias, host.geometry)
 
 
 def _regrouped(weight: Tensor, groups: int) -> Tensor | None:
@@ -120,26 +151,52 @@ def _regrouped(weight: Tensor, groups: int) -> Tensor | None:
     return wide.reshape(groups, factor * out, factor * inp, *spatial)
 
 
-def composed(second: Kernel, first: Kernel) -> Kernel | None:
-    """``second(first(x))`` as one kernel, where one of the two is pointwise; None where there is none.
+def chained(second: Kernel, first: Kernel) -> Geometry | None:
+    """The geometry of ``second(first(x))``, where one of the two has one tap; None where no kernel computes it.
 
-    A bias of the first would have to reach into the second's zero padding, so then there must be none.
+    - ``second`` pointwise: the first's.
+    - ``first`` of one tap: the second's, with the padding of both. A padded first fills the border that it makes with
+      its bias, which is what it makes of zeros: that is exact. The second's own zeros, though, hide that bias, and a
+      transposed second's border sees fewer taps of it: then there must be none.
     """
-    if second.geometry.transposed or second.in_channels != first.out_channels:
-        return None
-    groups = min(first.groups, second.groups)
-    a, b = _regrouped(first.weight, groups), _regrouped(second.weight, groups)
-    if a is None or b is None:
+    if second.in_channels != first.out_channels:
         return None
     if second.is_pointwise:
-        weight = torch.einsum("gom,gmi...->goi...", b.flatten(2)[..., : b.shape[2]], a)
-        geometry = first.geometry
-    elif first.is_pointwise:
-        if any(second.geometry.padding) and bool((first.bias != 0).any()):
-            return None
-        weight = torch.einsum("gom...,gmi->goi...", b, a.flatten(2)[..., : a.shape[2]])
-        geometry = second.geometry
-    else:
+        return first.geometry
+    its = second.geometry
+    if not first.is_single or (its.transposed and any(first.geometry.padding)):
         return None
+    if (any(its.padding) or its.transposed) and bool((first.bias != 0).any()):
+        return None
+    return replace(its, padding=tuple(p + q for p, q in zip(first.geometry.padding, its.padding)))
+
+
+def composed(second: Kernel, first: Kernel) -> Kernel | None:
+    """``second(first(x))`` as one kernel; None where there is none, see ``chained``."""
+    geometry = chained(second, first)
+    if geometry is None:
+        return None
+    if second.is_per_channel:
+        scale = second.weight.flatten()
+        weight = first.weight * _spread(scale.reshape(first.groups, -1, 1), first.weight)
+        return Kernel(weight, first.bias * scale + second.bias, geometry)
+    if first.is_per_channel:
+        groups, b = second.groups, second.weight
+        weight = b * _spread(first.weight.reshape(groups, 1, -1), b)
+    else:
+        groups = min(first.groups, second.groups)
+        a, wide = _regrouped(first.weight, groups), _regrouped(second.weight, groups)
+        if a is None or wide is None:
+            return None
+        b = wide
+        if second.is_pointwise:
+            weight = torch.einsum("gom,gmi...->goi...", b.flatten(2)[..., : b.shape[2]], a)
+        else:
+            weight = torch.einsum("gom...,gmi->goi...", b, a.flatten(2)[..., : a.shape[2]])
     moved = torch.einsum("gom,gm->go", b.flatten(3).sum(-1) if b.ndim > 3 else b, first.bias.reshape(groups, -1))
     return Kernel(weight, second.bias + moved.flatten(), geometry)
+
+
+def _spread(tensor: Tensor, weight: Tensor) -> Tensor:
+    """With as many axes as the weight."""
+    return tensor.reshape(*tensor.shape, *(1,) * (weight.ndim - tensor.ndim))

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import logging
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from torch.export.graph_signature import ConstantArgument
 from bnfold.errors import LowerError
 from bnfold.names import output_names
 from bnfold.program import with_outputs
+from bnfold.translate import quiet, translate
 
 #: Initializers above this many bytes are hidden from onnxsim.
 SKELETON_BYTES = 1024
@@ -95,11 +93,12 @@ def lower(
     own = len(specs)
     returned = {spec.arg.name for spec in program.graph_signature.output_specs}
     tagged = [name for name in dict.fromkeys(sites) if name not in returned]
-    model = _translate(_without_unused_statistics(with_outputs(program, tagged)), opset)
+    model = translate(_without_assertions(_without_unused_statistics(with_outputs(program, tagged))), opset)
     graph = model.graph
     for value, name in zip(list(graph.outputs)[own:], tagged):
         value.name = f"site:{name}"
-    del graph.outputs[own:]
+    while len(graph.outputs) > own:
+        graph.outputs.pop()  # onnx_ir (1.1) leaves what a slice deletes marked as an output
     _strip(model)
     _tidy(model)
     if simplify:
@@ -140,6 +139,19 @@ def relocate(path: Path, data: str, digest: str) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def _without_assertions(program: ExportedProgram) -> ExportedProgram:
+    """Takes checks of numbers out of ``program`` itself, and what is computed for them alone.
+
+    ONNX cannot say them, and torch.onnx (2.13) has no translation for ``_is_all_true``, from which some are made.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
 def _without_unused_statistics(program: ExportedProgram) -> ExportedProgram:
     """Takes the running statistics from a batch_norm that uses the batch's, in ``program`` itself.
 
@@ -150,38 +162,6 @@ def _without_unused_statistics(program: ExportedProgram) -> ExportedProgram:
             node.args = (*node.args[:3], None, None, *node.args[5:])
     program.graph_module.recompile()
     return program
-
-
-def _translate(program: ExportedProgram, opset: int | None) -> ir.Model:
-    try:
-        with _quiet(), torch.no_grad():
-            result = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        first = re.sub(r"\x1b\[\d+m", "", str(cause)).strip().split("\n")[0]
-        raise LowerError(
-            f"torch.onnx cannot translate the model: {type(cause).__name__}: {first}",
-            hint="Replace the operator it names, or try another --opset",
-        ) from error
-    assert result is not None
-    return result.model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
 
 
 def _strip(model: ir.Model) -> None:
@@ -206,7 +186,7 @@ def _strip(model: ir.Model) -> None:
 def _tidy(model: ir.Model) -> None:
     from onnxscript.optimizer import fold_constants
 
-    with _quiet():
+    with quiet():
         # It stops at an operator that it has a fault with; what it has done until then stands, onnxsim does the rest.
         with contextlib.suppress(RuntimeError):
             fold_constants(model)
@@ -237,7 +217,7 @@ def _simplify(model: ir.Model) -> ir.Model:
             model.graph.inputs.append(value)
     skeleton = ir.to_proto(model)
     try:
-        with _quiet():
+        with quiet():
             small, _ = onnxsim.simplify(skeleton, skip_fuse_bn=True)
     except Exception as error:
         raise LowerError(

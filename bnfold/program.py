@@ -67,7 +67,8 @@ def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedPro
     top, *rest = program.module_call_graph
     assert top.signature is not None
     spec = pytree.tree_structure(tuple(output.args[0]), is_leaf=lambda leaf: leaf is not output.args[0])
-    flat = replace(top.signature, out_spec=spec, outputs=[s.arg for s in signature.output_specs])
+    # The names of what is added stay out: a decomposition renames one of several results, and misses the old name.
+    flat = replace(top.signature, out_spec=spec)
     return rebuild(
         program,
         graph,

@@ -245,3 +245,16 @@ def test_an_operator_that_onnx_lacks_is_named() -> None:
     with pytest.raises(LowerError, match=r"cannot translate.*--opset") as caught:
         lowered(Net(lambda m, x: torch.linalg.eigvalsh(x)), (IMAGE,))
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_checks_of_numbers_stay_behind(tmp_path: Path) -> None:
+    """torch.onnx has no translation for what some of them are made from, and ONNX no operator for them."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        torch._check_tensor_all(x.abs().sum() >= 0)
+        return m.norm(m.conv(x)).relu()
+
+    images = torch.randn(2, 3, 6, 6)
+    captured, made = lowered(Net(forward), (images,))
+    assert any("_assert" in str(n.target) or "_is_all_true" in str(n.target) for n in captured.program.graph.nodes)
+    assert {n.op_type for n in written(made, tmp_path / "net.onnx").graph.node} == {"Conv", "Relu"}

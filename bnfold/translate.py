@@ -1,0 +1,235 @@
+"""A program -> ONNX by torch.onnx, without the part that takes most of its time and does nothing here.
+
+torch.onnx decomposes every program before it translates it: it traces the whole graph again so that operators it has
+no translation for become others, which is two thirds of its time. Of what bnfold hands it next to nothing needs that:
+the graph is functional, and the few common operators without a translation are written by the ones they stand for
+here. So the program says itself that it is decomposed where it is; where torch.onnx then misses an operator after all,
+it gets the program as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+from bnfold.errors import LowerError
+
+_ATEN = torch.ops.aten
+
+
+def translate(program: ExportedProgram, opset: int | None = None) -> ir.Model:
+    """The ONNX model of a functional program, not optimised in any way. ``program``'s graph is written over.
+
+    Raises:
+        LowerError: torch.onnx cannot translate an operator.
+    """
+    if _rewrite(program.graph_module):
+        try:
+            return _by_torch(_Decomposed.of(program), opset)
+        except LowerError:
+            pass  # an operator that has no translation of its own
+    return _by_torch(program, opset)
+
+
+class _Decomposed(ExportedProgram):
+    """A program in which there may be nothing left to decompose; it looks before it traces itself again."""
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> _Decomposed:
+        return cls(
+            root=program.graph_module,
+            graph=program.graph,
+            graph_signature=program.graph_signature,
+            state_dict=program.state_dict,
+            range_constraints=program.range_constraints,
+            module_call_graph=program.module_call_graph,
+            example_inputs=program.example_inputs,
+            constants=program.constants,
+            verifiers=program.verifiers,
+        )
+
+    def run_decompositions(self, decomp_table: Mapping[Any, Any] | None = None, **options: Any) -> ExportedProgram:
+        if decomp_table is None or any(node.target in decomp_table for node in self.graph.nodes):
+            traced: ExportedProgram = super().run_decompositions(decomp_table, **options)
+            return traced
+        return self
+
+
+def _by_torch(program: ExportedProgram, opset: int | None) -> ir.Model:
+    try:
+        with quiet(), torch.no_grad():
+            result = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = re.sub(r"\x1b\[\d+m", "", str(cause)).strip().split("\n")[0]
+        raise LowerError(
+            f"torch.onnx cannot translate the model: {type(cause).__name__}: {first}",
+            hint="Replace the operator it names, or try another --opset",
+        ) from error
+    assert result is not None
+    return result.model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the log and the warnings of torch.onnx and onnx_ir away."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+# -- operators that torch.onnx has no translation for, by those that they stand for ------------------------------------
+
+
+def _rewrite(module: fx.GraphModule) -> bool:
+    """Writes what can be written by other operators; whether nothing is left that has to be traced again."""
+    plain, known = True, dict[str, fx.Node]()
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        target = node.target
+        if not isinstance(target, OpOverload):
+            # A region with a graph of its own, such as autocast.
+            plain &= target is operator.getitem or getattr(target, "__module__", "") in ("_operator", "math")
+            continue
+        if target is _ATEN.sym_size.int:
+            # One place to ask for a size is enough: every value that has it is as good as the first.
+            node.replace_all_uses_with(known.setdefault(str(node.meta["val"]), node))
+        if target in _RESHAPES:
+            _reshape(node)
+        rewrite = _REWRITES.get(target)
+        if rewrite is not None:
+            with module.graph.inserting_before(node):
+                rewrite(node, _arguments(node))
+        if target is _ATEN.dropout_.default and _arguments(node)["train"] is False:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            continue
+        plain &= not target._schema.is_mutable
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return plain
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    assert isinstance(node.target, OpOverload)
+    found = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        found[argument.name] = given
+    return found
+
+
+def _become(node: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> None:
+    node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def _size(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _reshape(node: fx.Node) -> None:
+    """A shape of which one size is dynamic is that of the rest and -1, without asking for any size."""
+    shape = _size(node)
+    if 0 not in shape and sum(not isinstance(n, int) for n in shape) <= 1:
+        _become(node, _ATEN.reshape.default, node.args[0], [n if isinstance(n, int) else -1 for n in shape])
+
+
+def _pool(node: fx.Node, given: dict[str, Any]) -> None:
+    """A pool to one value is the mean; others have a decomposition of their own."""
+    size = list(given["output_size"])
+    if all(n == 1 for n in size if isinstance(n, int)) and all(isinstance(n, int) for n in size):
+        _become(node, _ATEN.mean.dim, given["self"], [-i for i in range(len(size), 0, -1)], True)
+
+
+def _transposed(node: fx.Node, given: dict[str, Any]) -> None:
+    """torch's conv_transpose1d, 2d and 3d are one operator, and take their last arguments in another order."""
+    rank = len(_size(given["weight"])) - 2
+    stride, padding, dilation, output = (
+        _spread(given[name], rank) for name in ("stride", "padding", "dilation", "output_padding")
+    )
+    _become(
+        node, _ATEN.convolution.default,
+        given["input"], given["weight"], given["bias"], stride, padding, dilation, True, output, given["groups"],
+    )  # fmt: skip
+
+
+def _named_padding(node: fx.Node, given: dict[str, Any]) -> None:
+    """``padding="same"`` pads by ``dilation * (k - 1)`` in all; where that is odd a pad of its own is needed."""
+    kernel = _size(given["weight"])[2:]
+    stride, dilation = (_spread(given[name], len(kernel)) for name in ("stride", "dilation"))
+    total = [0 if given["padding"] == "valid" else d * (k - 1) for d, k in zip(dilation, kernel)]
+    if all(n % 2 == 0 for n in total):
+        _become(
+            node, _ATEN.convolution.default, given["input"], given["weight"], given["bias"], stride,
+            [n // 2 for n in total], dilation, False, [0] * len(kernel), given["groups"],
+        )  # fmt: skip
+
+
+def _spread(value: Any, rank: int) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * rank if len(values) == 1 else values
+
+
+def _normalise(node: fx.Node, given: dict[str, Any]) -> None:
+    """A BatchNorm in eval mode; torch.onnx reads the first of its three results."""
+    needed = ("weight", "bias", "running_mean", "running_var")
+    if given["training"] is not False or any(given[name] is None for name in needed):
+        return
+    normalised = node.graph.call_function(
+        _ATEN._native_batch_norm_legit_no_training.default,
+        (given["input"], *(given[name] for name in needed), given["momentum"], given["eps"]),
+    )
+    value: Tensor = node.meta["val"]
+    empty = value.new_empty(0)
+    normalised.meta = {**node.meta, "val": (value, empty, empty)}
+    node.target, node.args, node.kwargs = operator.getitem, (normalised, 0), {}
+
+
+def _converted(node: fx.Node, given: dict[str, Any]) -> None:
+    """What is left of ``to`` in a file is the cast."""
+    dtype = given.get("dtype")
+    if dtype is not None and not given.get("memory_format"):
+        _become(node, _ATEN._to_copy.default, given["self"], dtype=dtype)
+
+
+_RESHAPES = {
+    _ATEN.flatten.using_ints, _ATEN.reshape.default, _ATEN.view.default, _ATEN._unsafe_view.default,
+    _ATEN.unflatten.int, _ATEN.reshape_as.default, _ATEN.view_as.default,
+}  # fmt: skip
+_REWRITES: dict[OpOverload, Callable[[fx.Node, dict[str, Any]], None]] = {
+    _ATEN.adaptive_avg_pool1d.default: _pool,
+    _ATEN.adaptive_avg_pool2d.default: _pool,
+    _ATEN.adaptive_avg_pool3d.default: _pool,
+    _ATEN.conv_transpose1d.default: _transposed,
+    _ATEN.conv_transpose2d.input: _transposed,
+    _ATEN.conv_transpose3d.input: _transposed,
+    _ATEN.conv1d.padding: _named_padding,
+    _ATEN.conv2d.padding: _named_padding,
+    _ATEN.conv3d.padding: _named_padding,
+    _ATEN.batch_norm.default: _normalise,
+    _ATEN.to.dtype: _converted,
+    _ATEN.to.dtype_layout: _converted,
+}
