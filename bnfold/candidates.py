@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from bnfold.capture import Captured, tensor_inputs
 from bnfold.errors import InputError
 from bnfold.interpret import Runner
+from bnfold.placement import placement
+from bnfold.report import Placement
 from bnfold.runtime import Session, open_session
 
 
@@ -22,19 +24,31 @@ class Candidate(Protocol):
     """Something that claims to equal the unfolded model."""
 
     name: str
+    #: Whether asking it for more than its outputs makes another program of it.
+    deployed: bool
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
 
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether it is told what the values are called, or has to guess."""
+
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Intermediate values by name, those that it has."""
+
+    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        """Flat outputs, and the values in ``names`` that it has, from one run."""
 
 
 class TorchCandidate:
     """A program run by torch."""
 
     def __init__(self, name: str, program: ExportedProgram) -> None:
-        self.name, self._runner = name, Runner(program)
+        self.name, self.deployed, self._runner = name, False, Runner(program)
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """It does: the names are its own."""
+        return True
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
@@ -42,8 +56,35 @@ class TorchCandidate:
 
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Intermediate values by name."""
-        self._runner(flat, keep=set(names))
-        return self._runner.kept
+        return self.decide(flat, names)[1]
+
+    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        """Flat outputs and intermediate values."""
+        outputs = self._runner(flat, keep=set(names))
+        return outputs, self._runner.kept
+
+
+class EagerCandidate:
+    """A module run by torch as its users run it. It shows no values but its outputs."""
+
+    def __init__(self, name: str, run: Callable[[tuple[Any, ...]], list[Any]]) -> None:
+        self.name, self.deployed, self._run = name, True, run
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """Flat outputs for flat inputs."""
+        return self._run(tuple(flat))
+
+    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        """Flat outputs alone."""
+        return self.run(flat), {}
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """None."""
+        return not names
 
 
 class OnnxCandidate:
@@ -52,49 +93,94 @@ class OnnxCandidate:
     def __init__(
         self, path: Path, *, device: Literal["cpu", "cuda"], optimized: bool, inputs: Sequence[tuple[int, str]],
         widen: bool = False, tf32: bool = False, names: Mapping[str, str] | None = None,
+        outputs: Sequence[str] | None = None, wider: bool = False, disabled: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
+        self.name += ", TF32" if tf32 else ""
+        self.deployed, self._disabled = optimized, disabled
         self._path, self._device, self._optimized, self._tf32 = path, device, optimized, tf32
         self._inputs, self.widen, self._names = list(inputs), widen, names or {}
+        #: ``outputs`` are those of the file that are the model's; ``wider`` lets it return float32 for half floats.
+        self._outputs, self.wider = outputs, wider or widen
         self._session: Session | None = None
+        self._deciding: tuple[Session, dict[str, str]] | None = None
 
     @property
     def session(self) -> Session:
         """The session, opened on first use."""
         if self._session is None:
             model = widened(self._path) if self.widen else self._path
-            self._session = open_session(model, device=self._device, optimized=self._optimized, tf32=self._tf32)
+            self._session = open_session(
+                model, device=self._device, optimized=self._optimized, tf32=self._tf32,
+                disabled_optimizers=self._disabled,
+            )  # fmt: skip
         return self._session
 
+    def binding_problem(self, flat: Sequence[Any]) -> str | None:
+        """How a run with bound inputs and outputs differs from a plain one; None where they agree."""
+        return self.session.binding_problem(self._feeds(self.session, flat))
+
+    def placement(self, flat: Sequence[Any]) -> Placement:
+        """Where the nodes of the file run, seen in a session of its own."""
+        model = widened(self._path) if self.widen else self._path
+        return placement(model, self._feeds(self.session, flat), device=self._device, optimized=self._optimized)
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether ``lower`` said what the values are called in the file."""
+        return all(name in self._names for name in names)
+
     def close(self) -> None:
-        """Frees the session."""
-        self._session = None
+        """Frees the sessions."""
+        self._session = self._deciding = None
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
-        return [from_numpy(value) for value in self.session.run(self._feeds(self.session, flat))]
+        return [from_numpy(value) for value in self.session.run(self._feeds(self.session, flat), self._outputs)]
 
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Intermediate values by the program's names, through a session of its own that returns them."""
         mine = {self._names[name]: name for name in names if name in self._names}
-        with _with_outputs(self._path, list(mine), widen=self.widen) as (path, present):
+        with _with_outputs(self._path, list(mine), widen=self.widen) as (path, present, _):
             session = open_session(path, device=self._device, optimized=False)
             found = session.run(self._feeds(session, flat), outputs=present) if present else []
         return {mine[name]: from_numpy(value) for name, value in zip(present, found)}
+
+    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        """Flat outputs and the values of decisions, through a session that returns both; another than ``session``.
+
+        Where it is not known what the file calls a value, the names that ``lower`` gives are tried.
+        """
+        if self._deciding is None:
+            guesses = {
+                name: [self._names[name]] if name in self._names else [name, f"{name}_value", f"{name}:0"]
+                for name in names
+            }
+            with _with_outputs(self._path, [g for both in guesses.values() for g in both], widen=self.widen) as made:
+                path, present, self._own_outputs = made
+                session = open_session(path, device=self._device, optimized=self._optimized, tf32=self._tf32)
+            found = ((name, next((g for g in guesses[name] if g in present), None)) for name in names)
+            self._deciding = session, {name: guess for name, guess in found if guess is not None}
+        session, mine = self._deciding
+        values = [from_numpy(array) for array in session.run(self._feeds(session, flat))]
+        named = {value.name: tensor for value, tensor in zip(session.outputs, values)}
+        own = [named[name] for name in self._outputs] if self._outputs else values[: self._own_outputs]
+        return own, {name: named[called] for name, called in mine.items()}
 
     def _feeds(self, session: Session, flat: Sequence[Any]) -> dict[str, np.ndarray]:
         wanted = {value.name: value for value in session.inputs}
         feeds = {}
         for index, name in self._inputs:
             if name in wanted:
-                value = flat[index]
-                feeds[name] = to_numpy(value.float() if self.widen and value.dtype == torch.bfloat16 else value)
+                value = to_numpy(flat[index])
+                # What may differ has been settled: half floats widened, integers of another size.
+                feeds[name] = value.astype(wanted[name].dtype, copy=False) if self.wider else value
         return feeds
 
 
 def to_numpy(value: Tensor) -> np.ndarray:
-    """The tensor as an array; bfloat16 as ``ml_dtypes.bfloat16``."""
-    value = value.detach().contiguous()
+    """The tensor as an array; bfloat16 as ``ml_dtypes.bfloat16``, complex numbers as pairs of reals like in ONNX."""
+    value = value.detach()
+    value = torch.view_as_real(value.resolve_conj()).contiguous() if value.is_complex() else value.contiguous()
     if value.dtype == torch.bfloat16:
         import ml_dtypes
 
@@ -109,34 +195,12 @@ def from_numpy(value: np.ndarray) -> Tensor:
     return torch.from_numpy(value if value.flags.writeable and value.ndim else value.copy())
 
 
-def match_inputs(captured: Captured, session: Session) -> list[tuple[int, str]]:
-    """Which flat input feeds which of the file's inputs: by name, else by position where the shapes fit.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    tensors = [(captured.names.index(name), name) for name in tensor_inputs(captured.program)]
-    theirs = [value.name for value in session.inputs]
-    if set(theirs) <= {name for _, name in tensors}:
-        return [(index, name) for index, name in tensors if name in theirs]
-    if len(theirs) != len(tensors):
-        raise InputError(
-            f"the file's inputs {theirs} do not match the model's {[name for _, name in tensors]}",
-            hint="Name them alike, or give the model that the file was made from",
-        )
-    for (index, name), value in zip(tensors, session.inputs):
-        shape = tuple(captured.flat[index].shape)
-        fits = len(shape) == len(value.shape) and all(
-            not isinstance(n, int) or n == m for n, m in zip(value.shape, shape)
-        )
-        if not fits:
-            raise InputError(f"the file's input '{value.name}' {list(value.shape)} does not fit '{name}' {list(shape)}")
-    return [(index, value.name) for (index, _), value in zip(tensors, session.inputs)]
-
-
 @contextlib.contextmanager
-def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> Iterator[tuple[Path, list[str]]]:
-    """A copy of the model beside ``path`` (external data is found by folder) that returns the named values too."""
+def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> Iterator[tuple[Path, list[str], int]]:
+    """A copy of the model beside ``path`` (external data is found by folder) that returns the named values too.
+
+    With it come those of the names that it has, and how many outputs it had before.
+    """
     import onnx
 
     model = onnx.load_model(path, load_external_data=False)
@@ -151,7 +215,7 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> Iterator[
     copy = path.with_name(f"{path.stem}.sites.onnx")
     try:
         copy.write_bytes(model.SerializeToString())
-        yield copy, present
+        yield copy, present, len(already)
     finally:
         copy.unlink(missing_ok=True)
 
@@ -169,6 +233,14 @@ def needs_widening(path: Path, device: str) -> bool:
     return any(t.data_type == onnx.TensorProto.BFLOAT16 for t in model.graph.initializer) or any(
         v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for v in model.graph.input
     )
+
+
+def quantised_nodes(path: Path) -> int:
+    """How many of a file's nodes compute with integers in place of floats, or convert to them."""
+    import onnx
+
+    graph = onnx.load_model(path, load_external_data=False).graph
+    return sum(re.search(r"[Qq]uantizeLinear|QLinear|Integer$", node.op_type) is not None for node in graph.node)
 
 
 def widened(path: Path) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
+from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -26,6 +28,13 @@ def output_names(program: ExportedProgram) -> list[str]:
             while clashing[i] in inputs:
                 clashing[i] += "_out"
     return names if len(set(names)) == count else fallback
+
+
+def number_names(program: ExportedProgram) -> list[str]:
+    """The names of the outputs that hold numbers: None has a name in the structure, and no value."""
+    (values,) = program.graph.output_node().args
+    kept = [isinstance(value, (fx.Node, int, float)) for value in cast("Sequence[Any]", values)]
+    return [name for name, number in zip(output_names(program), kept) if number]
 
 
 def common_name(names: list[str]) -> str | None:

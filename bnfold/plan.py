@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bnfold.graph import Node
+from bnfold.graph import Graph, Node
 from bnfold.report import Outcome
 
 
@@ -33,6 +33,34 @@ class Plan:
             and [n for n, _ in self.adds] == [n for n, _ in other.adds]
             and all(torch.equal(a, b) for (_, a), (_, b) in zip(self.adds, other.adds))
         )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A plan that was carried out, as the names of the values that it touched.
+
+    Attributes:
+        site: the affine.
+        direction: the way it went.
+        constants: values and the slots that got a constant of their own.
+        adds: values that something was added to.
+        bypasses: values that are gone, and the value that took the place of each.
+    """
+
+    site: str
+    direction: Outcome
+    constants: tuple[tuple[str, str], ...]
+    adds: tuple[str, ...]
+    bypasses: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, plan: Plan, graph: Graph) -> Edit:
+        """Takes down the names while the values are still there."""
+        return cls(
+            plan.site.name, plan.direction, tuple((value.name, slot) for value, slot, _ in plan.constants),
+            tuple(value.name for value, _ in plan.adds),
+            tuple((value.name, graph.call(value).at(slot).name) for value, slot in plan.bypasses),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
