@@ -36,26 +36,34 @@ class Tally:
     runs: list[int] = field(default_factory=list)
     elements: int = 0
 
-    def add(self, candidate: Tensor, unfolded: Tensor, truth: Tensor, *, batched: bool, run: int) -> None:
+    def add(
+        self, candidate: Tensor, unfolded: Tensor, truth: Tensor, *, batched: bool, run: int,
+        followed: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Adds one run; elements that are not finite everywhere are for ``finite_problem``.
 
         A sample without any finite element says nothing and is left out, or it would count as one without error.
+        ``truth`` is the unfolded model's, and the candidate's where that has none of its own, which ``followed`` its
+        decisions.
         """
-        good = truth.isfinite() & unfolded.isfinite() & candidate.isfinite()
-        rows = truth.shape[0] if batched and truth.ndim else 1
-        counts = good.reshape(rows, -1).sum(1)
-        said = counts > 0
+        followed = truth if followed is None else followed
+        known, given = truth.isfinite() & unfolded.isfinite(), followed.isfinite() & candidate.isfinite()
+        if known.shape == given.shape:  # decisions can change how many elements there are
+            known = given = known & given
+        rows = truth.shape[0] if batched and truth.ndim and known.shape == given.shape else 1
+        counts, theirs = (good.reshape(rows, -1).sum(1) for good in (known, given))
+        said = (counts > 0) & (theirs > 0)
 
-        def rms(value: Tensor) -> list[float]:
+        def rms(value: Tensor, good: Tensor, count: Tensor) -> list[float]:
             square = torch.where(good, value, 0.0).double().square().reshape(rows, -1)
-            found: list[float] = (square.sum(1)[said] / counts[said]).sqrt().tolist()
+            found: list[float] = (square.sum(1)[said] / count[said]).sqrt().tolist()
             return found
 
-        self.error += rms(candidate.double() - truth)
-        self.noise += rms(unfolded.double() - truth)
-        self.scale += rms(truth)
+        self.error += rms(candidate.double() - followed, given, theirs)
+        self.noise += rms(unfolded.double() - truth, known, counts)
+        self.scale += rms(truth, known, counts)
         self.runs += [run] * int(said.sum())
-        self.elements += int(counts.sum())
+        self.elements += int(theirs.sum())
 
     def ratios(self, *, steady: bool = False) -> Tensor:
         """Per sample, error over noise.
@@ -111,25 +119,31 @@ def site_ratios(
     good = truth.isfinite() & unfolded.isfinite()
     if not bool(good.any()):
         return (0.0, 0.0) if not bool(truth.isfinite().any()) else (torch.inf, torch.inf)
-    truth = torch.where(good, truth, 0.0)
-    off, noise = (torch.where(good, value.double(), 0.0) - truth for value in (candidate, unfolded))
-    moved = torch.zeros_like(truth) if rounding is None else torch.where(good, rounding, 0.0)
+    finite = bool(good.all())
+    split = batched and truth.ndim > 1
+
+    def squared(value: Tensor) -> Tensor:
+        square = (value if finite else torch.where(good, value, 0.0)).square()
+        return square if split else square[None]
+
+    true, off, noise = (squared(value) for value in (truth, candidate.double() - truth, unfolded.double() - truth))
+    moved = None if rounding is None else squared(rounding)
+    typical = 0.1 * float(true.mean().sqrt())
 
     def ratio(keep: int | None) -> Tensor:
-        def rms(x: Tensor) -> Tensor:
-            samples = x if batched and x.ndim > 1 else x[None]
-            axis = None if keep is None or x.ndim <= keep else keep + samples.ndim - x.ndim
-            kept = samples[:, None] if axis is None else samples.transpose(1, axis)
-            each = kept.square().reshape(kept.shape[0], kept.shape[1], -1).mean(2).sqrt()
+        axes = [i for i in range(1, true.ndim) if keep is None or i != keep + true.ndim - truth.ndim]
+
+        def mean(square: Tensor) -> Tensor:
+            each = square.mean(axes) if axes else square
+            each = each.reshape(len(each), -1)
             return each.sort(0).values[len(each) // 2]
 
-        scale = rms(truth)
         # Runtimes approximate activations to an absolute error, so a quiet channel's floor follows the loud ones'.
-        floor = eps * scale.clamp(min=0.1 * float(truth.square().mean().sqrt()))
-        known = torch.hypot(rms(noise), rms(moved))
-        return rms(off) / torch.maximum(known, floor.clamp(min=torch.finfo(torch.float64).tiny))
+        floor = (eps * mean(true).sqrt().clamp(min=typical)).clamp(min=torch.finfo(torch.float64).tiny)
+        known = (mean(noise) + (0.0 if moved is None else mean(moved))).sqrt()
+        return mean(off).sqrt() / torch.maximum(known, floor)
 
-    axes = {1, max(truth.ndim - 1, 1)}
+    axes: set[int | None] = {1, truth.ndim - 1} if truth.ndim > 1 else {None}
     return float(ratio(None).max()), max(float(ratio(axis).max()) for axis in axes)
 
 

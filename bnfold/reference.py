@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnfold.capture import Captured
+from bnfold.decisions import Decisions, Following
 from bnfold.errors import InputError
+from bnfold.functional import module_of
 from bnfold.interpret import Runner
 from bnfold.judge import Tally, epsilon, finite_problem, median
 from bnfold.samples import MIN_SAMPLES, Batch
 
 #: Median ratio of any one run (one batch size, one shape), in limits.
 RUN_FACTOR = 16.0
+#: A single sample this many limits away is a wrong value or a decision that fell the other way: no pass either way.
+SAMPLE_FACTOR = 64.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,6 +51,8 @@ class References:
     progress: Progress
     truth: list[list[Tensor]] = field(default_factory=list)
     unfolded: list[list[Tensor]] = field(default_factory=list)
+    #: The batches for which there is no truth.
+    blind: set[int] = field(default_factory=set)
 
     @property
     def samples(self) -> int:
@@ -57,6 +63,8 @@ class References:
         """Truth and unfolded outputs for every batch that the unfolded model itself can run."""
         program, masters = self.captured.program, self.captured.masters
         unfolded, precise = Runner(program), Runner(program, precise=True, masters=masters)
+        self.decisions = Decisions(program, masters, module_of)
+        self._precise = precise
         self.truth: list[list[Tensor]] = []
         self.unfolded: list[list[Tensor]] = []
         self._eager: dict[int, Tally] = {}
@@ -69,7 +77,8 @@ class References:
             eager = None if (batch.size, batch.sizes) in seen else self._run_eager(batch)
             seen.add((batch.size, batch.sizes))
             try:
-                own = numbers(unfolded(batch.flat))
+                own = numbers(unfolded(batch.flat, keep=self.decisions.names))
+                self.decisions.note(batch, unfolded.kept)
             except Exception as error:
                 reason = first_line(error)
                 if isinstance(eager, list):
@@ -85,13 +94,14 @@ class References:
                 self.findings.notes.append(f"the unfolded model itself does not run at {words(batch)}: {reason}")
                 continue
             try:
-                truth = numbers(precise(batch.flat))
+                truth = numbers(self.decisions.follow(precise, batch).outputs)
             except Exception as error:
                 self.findings.doubts.append(
                     f"the graph does not run in float64 ({first_line(error)}), so there is no truth to compare with; "
                     "compared with the unfolded model in its own dtype instead"
                 )
                 truth = [v.double() if v.is_floating_point() else v for v in own]
+                self.blind.add(len(runnable))
             if eager is not None:
                 self._add_eager(eager, own, truth, batch, len(runnable))
             runnable.append(batch)
@@ -108,6 +118,18 @@ class References:
                 f"only {ran} samples could be run, which is too few for a verdict: give real ones, --data"
             )
         self.findings.doubts = list(dict.fromkeys(self.findings.doubts))
+
+    def following(self, run: int, chosen: Mapping[str, Tensor]) -> Following:
+        """Truth of a batch that follows a candidate's decisions, by the names of their values.
+
+        Raises:
+            Exception: whatever an operator raises where the decisions make no sense.
+        """
+        batch = self.batches[run]
+        if self.decisions.same(batch, chosen):
+            return Following(list(self.truth[run]), {})
+        found = self.decisions.follow(self._precise, batch, chosen)
+        return replace(found, outputs=numbers(found.outputs))
 
     def _run_eager(self, batch: Batch) -> list[Tensor] | Exception | None:
         if self.captured.eager is None:
@@ -169,7 +191,7 @@ def batched(batch: Batch, output: Tensor) -> bool:
 def words(batch: Batch) -> str:
     """The sizes of a batch, for a message."""
     size = f"batch {batch.size}" if batch.size else "the fixed batch"
-    return f"{size}, {batch.sizes}" if batch.sizes else size
+    return ", ".join(filter(None, (size, batch.sizes, batch.origin)))
 
 
 def first_line(error: BaseException) -> str:

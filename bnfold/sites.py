@@ -7,6 +7,7 @@ where it arises.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,18 +37,20 @@ def judge_sites(
         return []
     modules = {value: entry.module or entry.value for entry in ledger.entries for value, _ in entry.site}
     modules |= {value: merge.into for merge in ledger.merges for value, _ in merge.site}
+    modules |= {value: ", ".join(scaled.into) for scaled in ledger.scaled for value, _ in scaled.site}
     batch = _site_batch(references, sites)
-    program = references.captured.program
     noise = Noise.of(references, batch, set(sites.values()))
     if noise is None:  # no float64 truth: said already, and inconclusive
         return []
-    eps = coarsest_epsilon(program)
     results: list[SiteResult] = []
+    decisions = references.decisions.names
     for candidate in candidates:
-        if candidate.name == "ONNX Runtime":
+        if candidate.deployed:
             continue  # extra outputs block its fusions, so it would be another program
         try:
-            found = candidate.values(batch.flat, list(sites))
+            found = candidate.values(batch.flat, [*sites, *(n for n in decisions if n not in sites)])
+            taken = references.decisions.complete({name: found[name] for name in decisions if name in found})
+            followed = noise.following(taken)
         except Exception as error:
             findings.problems.append(f"{candidate.name}: fails when asked for the fold sites: {first_line(error)}")
             continue
@@ -60,15 +63,17 @@ def judge_sites(
                 )
             else:
                 findings.problems.append(f"{candidate.name}: {where} are not in the program")
-        for folded, value in found.items():
+        for folded, value in ((name, value) for name, value in found.items() if name in sites):
             name = sites[folded]
-            truth, own = noise.truth[name], noise.unfolded[name]
+            truth = noise.truth[name]
+            if name in followed and value.shape == truth.shape == followed[name].shape:
+                # What the candidate's own decisions change is no error: it is taken off.
+                value = torch.where(value == followed[name], truth, value.double() - followed[name] + truth)
             where = f"{candidate.name}, fold of '{modules[folded]}'"
             if value.shape != truth.shape:
                 findings.problems.append(f"{where}: shape {tuple(value.shape)} instead of {tuple(truth.shape)}")
                 continue
-            floor = max(eps, epsilon(own.dtype))
-            ratio, channel = site_ratios(value, own, truth, floor, noise.rounding[name], batched=batch.size > 0)
+            ratio, channel = noise.ratios(value, name, limit, batched=batch.size > 0)
             results.append(SiteResult(candidate.name, folded, modules[folded], ratio, channel))
             if not max(ratio, channel) <= limit:
                 findings.problems.append(
@@ -78,32 +83,53 @@ def judge_sites(
 
 
 class Noise:
-    """Values of the unfolded program by name: true, in its own dtype, and how far rounding its constants moves them."""
+    """Values of the unfolded program by name on one batch: true, and in its own dtype."""
 
-    def __init__(
-        self, truth: Mapping[str, Tensor], unfolded: Mapping[str, Tensor], rounding: Mapping[str, Tensor]
-    ) -> None:
-        self.truth, self.unfolded, self.rounding = truth, unfolded, rounding
+    def __init__(self, references: References, batch: Batch, names: set[str]) -> None:
+        self._references, self._batch, self._names = references, batch, names
+        captured = references.captured
+        self._precise, own = Runner(captured.program, precise=True, masters=captured.masters), Runner(captured.program)
+        self.truth = references.decisions.follow(self._precise, batch, keep=names).kept
+        own(batch.flat, keep=names)
+        self.unfolded = own.kept
 
     @classmethod
     def of(cls, references: References, batch: Batch, names: set[str]) -> Noise | None:
         """Runs the program on one batch; None where it does not run in float64."""
-        program, masters = references.captured.program, references.captured.masters
-        precise, own = Runner(program, precise=True, masters=masters), Runner(program)
         try:
-            precise(batch.flat, keep=names)
+            return cls(references, batch, names)
         except Exception:
             return None
-        own(batch.flat, keep=names)
-        floats = {name: value for name, value in precise.kept.items() if value.is_floating_point()}
+
+    def ratios(self, value: Tensor, name: str, limit: float, *, batched: bool) -> tuple[float, float]:
+        """Error over noise, over all elements and in the worst channel, of a value that should be the one named."""
+        truth, own = self.truth[name], self.unfolded[name]
+        floor = max(coarsest_epsilon(self._references.captured.program), epsilon(own.dtype))
+        found = site_ratios(value, own, truth, floor, batched=batched)
+        if max(found) <= limit:
+            return found
+        # What rounding does is noise too. It only makes a ratio smaller, and costs a run in float64 each time.
+        return site_ratios(value, own, truth, floor, self.rounding[name], batched=batched)
+
+    def following(self, taken: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The true values where a candidate took these decisions; empty where they are those of the unfolded model."""
+        decisions = self._references.decisions
+        if decisions.same(self._batch, taken):
+            return {}
+        return decisions.follow(self._precise, self._batch, taken, keep=self._names).kept
+
+    @cached_property
+    def rounding(self) -> Mapping[str, Tensor]:
+        """How far each value moves where every constant is rounded once, in RMS over several draws."""
+        captured = self._references.captured
+        eps, floats = coarsest_epsilon(captured.program), {n: v for n, v in self.truth.items() if v.is_floating_point()}
         squares = {name: torch.zeros_like(value) for name, value in floats.items()}
         for seed in range(ROUNDINGS):
-            moved = Runner(program, precise=True, masters=masters, jitter=coarsest_epsilon(program), seed=seed)
-            moved(batch.flat, keep=names)
+            moved = Runner(captured.program, precise=True, masters=captured.masters, jitter=eps, seed=seed)
+            kept = self._references.decisions.follow(moved, self._batch, keep=self._names).kept
             for name, truth in floats.items():
-                squares[name] += (moved.kept[name] - truth).square()
-        rounding = {name: (square / ROUNDINGS).sqrt() for name, square in squares.items()}
-        return cls(precise.kept, own.kept, rounding)
+                squares[name] += (kept[name] - truth).square()
+        return {name: (square / ROUNDINGS).sqrt() for name, square in squares.items()}
 
 
 def _site_batch(references: References, sites: Mapping[str, str]) -> Batch:

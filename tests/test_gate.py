@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -16,7 +15,7 @@ from faults import AT_SITES, FAULTS, victim
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import candidates, interpret, runtime, sites
+from bnfold import candidates, interpret, session, sites
 from bnfold.capture import Captured, capture
 from bnfold.errors import InputError, ProviderError
 from bnfold.folding import fold as fold_graph
@@ -98,8 +97,11 @@ def test_half_precision_is_judged_by_its_own_noise(dtype: torch.dtype, tmp_path:
     report = bnfold.export(module, tmp_path / "half.onnx", args, dtype=dtype, **options)
     assert report.passed and report.check is not None, report.check
     assert report.check.outputs[0].noise > 1e-4
-    # Its file is a failure as a float32 export.
-    assert bnfold.check(tmp_path / "half.onnx", module, args, device="cpu").verdict == "fail"
+    if dtype is torch.bfloat16:  # its file is a failure as a float32 export
+        assert bnfold.check(tmp_path / "half.onnx", module, args, device="cpu").verdict == "fail"
+    else:
+        with pytest.raises(InputError, match="--dtype float16"):
+            bnfold.check(tmp_path / "half.onnx", module, args, device="cpu")
 
 
 def test_float64_is_its_own_truth(tmp_path: Path) -> None:
@@ -167,10 +169,16 @@ def test_sites_lost_in_the_file_are_told(tmp_path: Path) -> None:
 # -- what can never be green -------------------------------------------------------------------------------------------
 
 
-def test_rounding_is_inconclusive(tmp_path: Path) -> None:
-    module = Call(lambda linear, x: (linear(x) * 1e7).round() % 7)
-    report = check(module, (rows(3, 4),), tmp_path / "net.onnx")
-    assert report.verdict == "inconclusive" and "own error" in report.problems[0]
+def test_a_discontinuity_inside_an_operator_is_inconclusive(tmp_path: Path) -> None:
+    """Nearest sampling rounds where nobody sees it, unlike ``round`` (tests/test_decisions.py)."""
+
+    def sample(linear: nn.Module, x: Tensor) -> Tensor:
+        grid = torch.stack([linear(x) * 0, (linear(x) * 1e7).sin() * 0.99], -1)[:, None]
+        table = torch.linspace(-1, 1, 4096)[None, None, :, None].expand(x.shape[0], 1, 4096, 1)
+        return nn.functional.grid_sample(table, grid, mode="nearest", align_corners=False)
+
+    report = check(Call(sample), (rows(3, 4),), tmp_path / "net.onnx")
+    assert report.verdict == "inconclusive" and any("own error" in p for p in report.problems), report.problems
 
 
 def test_a_random_model_never_passes(tmp_path: Path) -> None:
@@ -201,7 +209,7 @@ def test_a_graph_without_float64_is_inconclusive(tmp_path: Path, monkeypatch: py
     assert report.verdict == "inconclusive" and "does not run in float64" in report.problems[0]
 
 
-def test_integers_that_differ_are_inconclusive(tmp_path: Path) -> None:
+def test_integers_that_differ_fail(tmp_path: Path) -> None:
     module = Call(lambda linear, x: (linear(x), linear(x).argmax(1)))
     net = Exported(module, (rows(3, 4),))
 
@@ -211,11 +219,11 @@ def test_integers_that_differ_are_inconclusive(tmp_path: Path) -> None:
 
     assert net.judge(tmp_path / "right.onnx").verdict == "pass"
     report = net.judge(tmp_path / "net.onnx", fault)
-    assert report.verdict == "inconclusive" and "integers differ" in report.problems[0]
+    assert report.verdict == "fail" and any("argmax" in problem for problem in report.problems)
 
 
 def test_a_foreign_provider_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "CPU", "CUDAExecutionProvider")
+    monkeypatch.setattr(session, "CPU", "CUDAExecutionProvider")
     with pytest.raises(ProviderError, match="asked for"):
         exported(1.0).judge(tmp_path / "net.onnx")
 
@@ -336,11 +344,7 @@ def test_inputs_are_matched_by_name_or_position(names: list[str], tmp_path: Path
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     onnx.save(model, path)
-    if names == ["a", "b"]:
-        assert bnfold.check(path, module, args, device="cpu").passed
-    else:
-        with pytest.raises(InputError, match="does not fit"):
-            bnfold.check(path, module, args, device="cpu")
+    assert bnfold.check(path, module, args, device="cpu").passed  # by name, or as each has a shape of its own
 
 
 def test_a_file_with_other_inputs_is_refused(tmp_path: Path) -> None:
@@ -359,51 +363,7 @@ def test_a_damaged_file_is_refused(content: bytes | None, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-# -- accuracy ----------------------------------------------------------------------------------------------------------
-
-
-def labelled(count: int) -> dict[str, np.ndarray]:
-    data = rows(count, 3, 8, 8, seed=5)
-    with torch.no_grad():
-        labels = victim()[0](data)[0].argmax(1)
-    return {"x": data.numpy(), "labels": labels.numpy()}
-
-
-def accuracy(data: dict[str, np.ndarray], tmp_path: Path, fault: Any = None, **options: Any) -> CheckReport:
-    net = Exported(*victim(), **options) if options else exported(1.0)
-    return net.judge(tmp_path / "net.onnx", fault, data={"x": data["x"]}, labels=data["labels"])
-
-
-def test_accuracy_counts_every_labelled_sample(tmp_path: Path) -> None:
-    data = labelled(70)  # more than the 64 that are run at once
-    data["labels"][:7] = (data["labels"][:7] + 1) % 5
-    found = accuracy(data, tmp_path).accuracy
-    assert found is not None and (found.samples, found.flips) == (70, 0)
-    assert found.before == found.after == pytest.approx(0.9)
-
-
-def test_flips_are_counted(tmp_path: Path) -> None:
-    found = accuracy(labelled(70), tmp_path, FAULTS["negated output"]).accuracy
-    assert (
-        found is not None and found.before == 1 and found.after == pytest.approx(1 - found.flips / 70) and found.flips
-    )
-
-
-def test_a_fixed_batch_has_an_accuracy(tmp_path: Path) -> None:
-    found = accuracy(labelled(7), tmp_path, static=True).accuracy
-    assert found is not None and found.samples == 6
-
-
-@pytest.mark.parametrize("count", [1, 5, 71])
-def test_labels_must_be_as_many_as_samples(count: int, tmp_path: Path) -> None:
-    data = labelled(70) | {"labels": np.zeros(count, np.int64)}
-    with pytest.raises(InputError, match=f"{count} labels for 70 samples"):
-        accuracy(data, tmp_path)
-
-
-def test_a_file_that_fails_on_the_data_fails(tmp_path: Path) -> None:
-    fault = FAULTS["output of two samples"]
-    assert accuracy(labelled(70), tmp_path, fault).verdict == "fail"
+# -- sites -------------------------------------------------------------------------------------------------------------
 
 
 def test_sites_keep_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
