@@ -1,0 +1,218 @@
+"""Baselines: what an earlier run found, kept in a file that is committed, and how far a later one may be from it.
+
+How far follows from the gate's own limits and from what is undecided in the data; there is nothing to choose:
+
+- **Ratios.** A correct file has a ratio of about 1, and the gate fails it beyond its limit (4 at the outputs, 16 at the
+  fold sites). Between 1 and the limit, chance moves it: other inputs, another processor or thread count, another
+  version of the runtime. The square root of the limit, halfway from 1 to the limit as factors go, is allowed over the
+  baseline or 1, whichever is more: a factor of 2 and 4. Eight correct nets, each with 12 seeds of inputs, moved by 1.43
+  at most at the outputs and by 2.6 at the sites (largest ratio over the smallest or 1).
+- **SQNR** in dB is the same thing as a logarithm: ``20 log10 sqrt(limit)`` dB, 6 by default, under the baseline or
+  under the unfolded model's own noise, whichever is lower.
+- **Top-1 and top-5** may not fall, but for the samples that are undecided: those whose two largest logits are closer
+  than the noise that the gate allows, so that each machine may decide them another way. On most data there are none.
+- **Flips** may not become more, but for as many as are undecided.
+- **RMS errors against targets**: two files that are ``d`` and ``d'`` (RMS) from their unfolded models differ by at most
+  ``d + d'`` and by what separates those models, which is rounding too; so the error may grow by ``2 (d + d')``.
+
+Ratios of another provider are shown and not judged. Accuracies on other data (by SHA-256 of the arrays) cannot be
+compared, and that is a failure: a test whose data were swapped tests nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bnfold import store
+from bnfold.errors import InputError, UsageError
+from bnfold.report import BaselineReport, BaselineRow, CheckReport
+from bnfold.report.plain import plain, versions
+
+#: Of the file's format.
+FORMAT = 1
+_CREATE = "Create it once with --update-baseline (pytest: --bnfold-update), look at it, and commit it"
+
+
+def expect_baseline(path: Path | None, *, update: bool, sources: Sequence[Path] = ()) -> None:
+    """Fails before anything is computed where the baseline could not be read or written in the end.
+
+    Raises:
+        InputError: it is missing or damaged, and not to be rewritten: one that a test creates for itself proves
+            nothing.
+        UsageError: ``update`` and no ``path``, or a path that is no .json file.
+        ResourceError: it cannot be written.
+    """
+    if path is None:
+        if update:
+            raise UsageError("--update-baseline rewrites a baseline, and none is named", hint="Add --baseline B.json")
+        return
+    if path.suffix.lower() != ".json":
+        raise UsageError("a baseline is a .json file", where=f"--baseline {path}")
+    if update:
+        store.check_destination(path, sources=sources)
+    else:
+        _read(path)
+
+
+def judge_baseline(check: CheckReport, path: Path, *, update: bool) -> CheckReport:
+    """``check`` with its baseline compared; a regression makes it a fail, unless the baseline is to be rewritten.
+
+    Args:
+        check: a verdict.
+        path: of the baseline.
+        update: the baseline is to be rewritten: ``write_baseline`` does.
+
+    Raises:
+        InputError: the baseline is missing or damaged, and not to be rewritten.
+    """
+    if update:
+        try:
+            then = _read(path) if path.exists() else None
+        except InputError:  # what is rewritten need not be readable
+            then = None
+        rows, notes, moved = _compare(then, check) if then is not None else ([], [], {})
+        outcome: Any = "not written" if not check.passed else "created" if then is None else "updated"
+        return replace(check, baseline=BaselineReport(str(path), outcome, tuple(rows), tuple(notes), moved))
+    rows, notes, moved = _compare(_read(path), check)
+    bad = [row for row in rows if row.regressed]
+    report = BaselineReport(str(path), "regressed" if bad else "held", tuple(rows), tuple(notes), moved)
+    if not bad:
+        return replace(check, baseline=report)
+    said = [
+        f"baseline {path}: {row.what} {row.said(row.then)} then, {row.said(row.now)} now"
+        + (f" (allowed {row.said(row.allowed)})" if row.allowed is not None else "")
+        for row in bad
+    ]
+    return replace(check, verdict="fail", problems=(*said, *check.problems), baseline=report)
+
+
+def write_baseline(check: CheckReport, path: Path) -> None:
+    """Writes what a pass found as the baseline for later runs.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    text = json.dumps({"bnfold_baseline": FORMAT, **_facts(check)}, indent=2, allow_nan=False)
+    with store.atomic(path) as staged:
+        staged.write_text(text + "\n", encoding="utf-8")
+
+
+def _facts(check: CheckReport) -> dict[str, Any]:
+    accuracy = check.accuracy
+    found: dict[str, Any] = {
+        "provider": check.provider,
+        "versions": versions(),
+        "ratios": _ratios(check),
+        "site_ratio": check.site_ratio if check.sites else None,
+        "accuracy": None,
+    }
+    if accuracy is not None:
+        found["accuracy"] = {
+            "data": accuracy.data, "samples": accuracy.samples, "top1": accuracy.after, "top5": accuracy.top5_after,
+            "flips": accuracy.flips, "sqnr": {a.output: a.sqnr for a in accuracy.agreement},
+            "difference": {a.output: a.difference for a in accuracy.agreement},
+            "rmse": {t.output: t.rmse_after for t in accuracy.targets},
+        }  # fmt: skip
+    facts: dict[str, Any] = plain(found)
+    return facts
+
+
+def _ratios(check: CheckReport) -> dict[str, float]:
+    """The largest ratio of every output over the candidates; NaN is larger than any."""
+    found: dict[str, float] = {}
+    for output in check.outputs:
+        name, ratio = output.output, output.ratio
+        if name not in found or math.isnan(ratio) or ratio > found[name]:
+            found[name] = ratio
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("there is no baseline yet", where=str(path), hint=_CREATE) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"this is no readable baseline ({error})", where=str(path), hint=_CREATE) from error
+    if not isinstance(found, dict) or found.get("bnfold_baseline") != FORMAT:
+        version = found.get("bnfold_baseline") if isinstance(found, dict) else None
+        what = "no baseline of bnfold" if version is None else f"a baseline in format {version}, not {FORMAT}"
+        raise InputError(f"this is {what}", where=str(path), hint=_CREATE)
+    missing = {"provider", "versions", "ratios", "site_ratio", "accuracy"} - set(found)
+    if missing:
+        raise InputError(f"the baseline lacks {', '.join(sorted(missing))}", where=str(path), hint=_CREATE)
+    return found
+
+
+def _compare(
+    then: Mapping[str, Any], check: CheckReport
+) -> tuple[list[BaselineRow], list[str], dict[str, tuple[str, str]]]:
+    notes = []
+    if then["provider"] != check.provider:
+        notes.append(f"the ratios are {check.provider}'s, the baseline's {then['provider']}'s: not judged")
+    rows = [*_compare_ratios(then, check, judged=not notes)]
+    if then["accuracy"] is not None:
+        rows += _compare_accuracy(then["accuracy"], check)
+    elif check.accuracy is not None:
+        notes.append("the baseline was made without data: accuracies have nothing to be compared with")
+    now = versions()
+    moved = {
+        name: (str(then["versions"].get(name, "none")), now.get(name, "none"))
+        for name in {**then["versions"], **now}
+        if then["versions"].get(name) != now.get(name)
+    }
+    return rows, notes, moved
+
+
+def _compare_ratios(then: Mapping[str, Any], check: CheckReport, *, judged: bool) -> Iterator[BaselineRow]:
+    now = _ratios(check)
+    for output, before in then["ratios"].items():
+        what = f"ratio of '{output}'"
+        yield _row(what, "ratio", before, now.get(output), math.sqrt(check.limit) * max(before or 1, 1), judged=judged)
+    if then["site_ratio"] is not None and check.sites:
+        allowed = math.sqrt(check.site_limit) * max(then["site_ratio"], 1)
+        yield _row("ratio at the fold sites", "ratio", then["site_ratio"], check.site_ratio, allowed, judged=judged)
+
+
+def _compare_accuracy(then: Mapping[str, Any], check: CheckReport) -> Iterator[BaselineRow]:
+    now = check.accuracy
+    if now is None:
+        yield BaselineRow("accuracy: the baseline's run had data, this one has none; samples", "count",
+                          then["samples"], None, None, True)  # fmt: skip
+        return
+    if now.data != then["data"]:
+        yield BaselineRow("accuracy: the data are not the baseline's; samples", "count", then["samples"], now.samples,
+                          None, True)  # fmt: skip
+        return
+    undecided = now.undecided / max(now.labelled, 1)
+    for what, key, found in (("top-1", "top1", now.after), ("top-5", "top5", now.top5_after)):
+        if then[key] is not None:
+            yield _row(what, "share", then[key], found, then[key] - undecided, falls=True)
+    yield _row("flips", "count", then["flips"], now.flips, max(then["flips"], now.undecided))
+    apart = {a.output: a for a in now.agreement}
+    for target in now.targets:
+        if target.output in then["rmse"]:
+            before = then["rmse"][target.output]
+            allowed = before + 2 * (then["difference"][target.output] + apart[target.output].difference)
+            yield _row(f"RMS error of '{target.output}'", "error", before, target.rmse_after, allowed)
+    for output, sqnr in then["sqnr"].items():
+        if output in apart:
+            before = math.inf if sqnr is None else sqnr
+            floor = min(before, -20 * math.log10(apart[output].noise)) - 20 * math.log10(math.sqrt(check.limit))
+            yield _row(f"SQNR of '{output}'", "dB", before, apart[output].sqnr, floor, falls=True)
+
+
+def _row(
+    what: str, unit: Any, then: float | None, now: float | None, allowed: float, *, falls: bool = False,
+    judged: bool = True,
+) -> BaselineRow:  # fmt: skip
+    """A row; what is no longer there, and NaN, have regressed."""
+    if not judged:
+        return BaselineRow(what, unit, then, now, None, False)
+    worse = now is None or not (now >= allowed - 1e-12 if falls else now <= allowed)
+    return BaselineRow(what, unit, then, now, allowed, worse)

@@ -1,0 +1,103 @@
+"""What the user's data say: accuracy before (unfolded torch) and after (the file), and how far the two are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A sample whose class changed.
+
+    Attributes:
+        sample: its index.
+        before: the class that the unfolded model gives the largest logit.
+        after: the class that the file gives it.
+        margin: how much less the unfolded model gives the class ``after``.
+        units: that, in the noise of the sample's logits.
+    """
+
+    sample: int
+    before: int
+    after: int
+    margin: float
+    units: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One output of the file against the unfolded model in its own dtype, over all samples.
+
+    Attributes:
+        output: its name.
+        samples: how many.
+        sqnr: signal to quantisation noise, ``10 log10(sum before² / sum (after - before)²)``, in dB; infinite where
+            they are bitwise equal.
+        difference: RMS of the difference, absolute.
+        p50, p90, p99, max: percentiles over the samples of the difference, RMS over RMS.
+        worst: index of the sample that differs most.
+        worst_ratio: the file's error in that sample, against float64, in multiples of the noise.
+        noise: the unfolded model's own relative error against float64 (median over the samples of the gate).
+    """
+
+    output: str
+    samples: int
+    sqnr: float
+    difference: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+    worst: int
+    worst_ratio: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """One output against its targets: root mean square and mean absolute errors before and after."""
+
+    output: str
+    rmse_before: float
+    rmse_after: float
+    mae_before: float
+    mae_after: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What the user's data say: classes, targets and agreement, before (unfolded torch) and after (the file).
+
+    Attributes:
+        samples: how many there are.
+        before, after: top-1 accuracy; None without labels.
+        flips: how many classes changed, labelled or not.
+        smallest_margin: between the two largest logits of any sample; None where no output has classes.
+        candidate: what was judged.
+        output: the output with the classes; "" where none has.
+        labelled: how many labels there are: samples, or pixels of label maps.
+        top5_before, top5_after: None without labels, or with 5 classes or fewer.
+        far_flips: flips that noise does not explain; they fail.
+        undecided: samples (pixels) whose margin is within the noise, which could have gone either way.
+        flipped: the flips that are furthest from a tie, at most 20.
+        agreement: one per output.
+        targets: one per output that has targets.
+        data: SHA-256 of the arrays, whatever file they came from.
+    """
+
+    samples: int
+    before: float | None
+    after: float | None
+    flips: int
+    smallest_margin: float | None
+    candidate: str = ""
+    output: str = ""
+    labelled: int = 0
+    top5_before: float | None = None
+    top5_after: float | None = None
+    far_flips: int = 0
+    undecided: int = 0
+    flipped: tuple[Flip, ...] = ()
+    agreement: tuple[Agreement, ...] = ()
+    targets: tuple[TargetFit, ...] = ()
+    data: str = field(default="", repr=False)
