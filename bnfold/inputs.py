@@ -7,14 +7,10 @@ import inspect
 import itertools
 import keyword
 import re
-import zipfile
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -274,63 +270,3 @@ def widen_batch(
 
 def _repeat(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     return tensor.repeat(batch, *[1] * (tensor.ndim - 1)) if tensor.ndim and tensor.shape[0] == 1 else tensor
-
-
-def load_data(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Read samples from an .npz (arrays named like the inputs, optionally ``labels``) or, for one input, an .npy.
-
-    Args:
-        path: nothing in the file is unpickled.
-        names: of the model's inputs.
-
-    Returns:
-        One array per input, all of shape (samples, ...), and the labels, of shape (samples, ...).
-
-    Raises:
-        InputError: missing, damaged or no NumPy file; an array is missing, empty, without a first dimension or not
-            numeric; numbers of samples differ.
-    """
-    arrays = _read_arrays(path)
-    labels = arrays.pop("labels", None) if "labels" not in names else None
-    if len(names) == 1 and len(arrays) == 1 and names[0] not in arrays:
-        # One array for one input needs no name; a name that was given and differs is still a mistake.
-        key = next(iter(arrays))
-        arrays = {names[0]: arrays[key]} if key in ("", "arr_0") else arrays
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        there = ", ".join(name or "one without a name" for name in arrays) or "none"
-        raise InputError(f"no array for {', '.join(missing)}", where=str(path), hint=f"The file's arrays: {there}")
-    data = {name: arrays[name] for name in names}
-    checked = data if labels is None else {**data, "labels": labels}
-    for name, array in checked.items():
-        if array.dtype.kind not in "biuf" or array.ndim == 0 or array.size == 0:
-            what = f"array {name!r} is empty or not numeric (shape {array.shape}, dtype {array.dtype})"
-            raise InputError(what, where=str(path), hint="Its shape must be (samples, ...)")
-    counts = {name: len(array) for name, array in checked.items()}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-        hint = "The first dimension of every array is the sample"
-        raise InputError(f"the arrays differ in their number of samples: {listed}", where=str(path), hint=hint)
-    return data, labels
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array of the file; that of an .npy has the name ""."""
-    try:
-        # Opened here, because np.load leaves a damaged file open.
-        with path.open("rb") as file:
-            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):
-                raise ValueError("it is neither .npz nor .npy")
-            file.seek(0)
-            content = np.load(file, allow_pickle=False)
-            arrays = {"": content} if isinstance(content, np.ndarray) else {key: content[key] for key in content.files}
-    except FileNotFoundError as error:
-        raise InputError("there is no such file", where=str(path)) from error
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        if "Object arrays" in str(error):
-            hint = "Save arrays of numbers with numpy.savez; bnfold unpickles nothing from a data file"
-            raise InputError("the file holds Python objects, no plain arrays", where=str(path), hint=hint) from error
-        hint = "Write it with numpy.savez(path, x=..., labels=...)"
-        raise InputError(f"this is no readable NumPy file ({error})", where=str(path), hint=hint) from error
-    # A member that is no .npy comes back as bytes.
-    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-#: Factors on the example's own scale, in turn: most samples look like the example, some are small, some large.
-SCALES = (1.0, 1.0, 0.25, 4.0)
+from bnfold.draw import draw, index_limits
+from bnfold.stored import Rows
+
 BATCHES = (1, 2, 7)
 #: A verdict rests on at least this many samples, whatever is asked for.
 MIN_SAMPLES = 10
@@ -24,11 +25,15 @@ FACTORS, FAR = (2.0, 0.5, 1.5), 8
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Flat inputs for one run. ``size`` is the batch size, 0 where the model has no dynamic batch."""
+    """Flat inputs for one run. ``size`` is the batch size, 0 where the model has no dynamic batch.
+
+    ``origin`` says where inputs come from that are neither random nor the user's.
+    """
 
     flat: tuple[Any, ...]
     size: int
     sizes: str
+    origin: str = ""
 
     @property
     def samples(self) -> int:
@@ -43,23 +48,27 @@ def batches(
     *,
     samples: int = 16,
     seed: int = 0,
-    data: Mapping[str, np.ndarray] | None = None,
+    data: Mapping[str, Rows] | None = None,
     ranges: Mapping[str, tuple[int, int | None]] | None = None,
+    pinned: Mapping[str, int] | None = None,
 ) -> list[Batch]:
     """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
 
     Args:
         program: a captured program; its placeholders say which sizes are symbolic.
         names: flat input names.
-        example: flat example inputs; generated floats share their mean, spread and sign, integers and booleans are
-            drawn between their extremes.
+        example: flat example inputs; generated floats share their mean, spread and sign, integers lie between their
+            extremes or are any rows of the tables that they index, masks keep their pattern (``draw``).
         samples: how many samples to make, at least ``MIN_SAMPLES``.
         seed: of the generator.
         data: real samples, by input name, in place of random ones: in order and over again, cropped or repeated along
             dynamic axes.
         ranges: lowest and highest size by symbol.
+        pinned: the only size to use, by symbol.
     """
-    shapes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)}
+    inputs = [n for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)]
+    shapes = {n.name: n.meta["val"].shape for n in inputs}
+    limits = {n.name: index_limits(n) for n in inputs if not n.meta["val"].is_floating_point()}
     symbols = _symbols(shapes)
     batch = next((s for shape in shapes.values() for s in shape[:1] if isinstance(s, torch.SymInt)), None)
     batch_symbol = batch.node.expr if batch is not None and batch.node.expr.is_symbol else None
@@ -68,6 +77,11 @@ def batches(
     offset = 0
     counts = _counts(max(samples, MIN_SAMPLES), (ranges or {}).get(str(batch_symbol)), known=batch_symbol is not None)
     others = list(_other_sizes(symbols, batch_symbol, ranges or {}))
+    if pinned:
+        only = {symbol: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
+        others = [dict(sizes) for sizes in dict.fromkeys(tuple({**sizes, **only}.items()) for sizes in others)]
+        if batch_symbol in only:
+            counts = [only[batch_symbol]] * -(-max(samples, MIN_SAMPLES) // only[batch_symbol])
     counts += [counts[0]] * (len(others) - len(counts))
     for i, count in enumerate(counts):
         sizes = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
@@ -82,24 +96,12 @@ def batches(
             else:
                 shape = [_size(s, sizes) for s in shapes[name]]
                 batched = batch_symbol is not None and bool(shape) and shape[0] == count
-                flat.append(_draw(shape, leaf, generator, scale_at if batched else None, i))
+                legal = [(_size(rows, sizes), shift) for rows, shift in limits.get(name, ())]
+                flat.append(draw(shape, leaf, generator, scale_at if batched else None, i, legal))
         offset += count
         words = ", ".join(f"{k}={v}" for k, v in sizes.items() if k != batch_symbol)
         made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words))
     return made
-
-
-def stored_batches(
-    names: Sequence[str], example: Sequence[Any], data: Mapping[str, np.ndarray], *, size: int
-) -> Iterator[tuple[Any, ...]]:
-    """All the rows of ``data`` in flat batches of ``size``."""
-    count = min(len(rows) for rows in data.values())
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        yield tuple(
-            torch.from_numpy(np.ascontiguousarray(data[name][start:stop])).to(leaf.dtype) if name in data else leaf
-            for name, leaf in zip(names, example)
-        )
 
 
 def _is_tensor(node: torch.fx.Node) -> bool:
@@ -156,7 +158,7 @@ def _size(size: Any, sizes: Mapping[Any, int]) -> int:
     return size if isinstance(size, int) else int(sympy.sympify(size.node.expr).subs(sizes))
 
 
-def _rows(rows: np.ndarray, leaf: Tensor, offset: int, count: int, batched: bool) -> Tensor:
+def _rows(rows: Rows, leaf: Tensor, offset: int, count: int, batched: bool) -> Tensor:
     if not batched:  # a fixed batch takes as many rows at a time as it has
         count = leaf.shape[0] if rows.ndim == leaf.ndim else 1
         offset *= count
@@ -171,22 +173,3 @@ def _resized(rows: Tensor, shape: Sequence[int]) -> Tensor:
         if rows.ndim == len(shape) and rows.shape[axis] != size:
             rows = rows.index_select(axis, torch.arange(size) % rows.shape[axis])
     return rows
-
-
-def _draw(shape: Sequence[int], leaf: Tensor, generator: torch.Generator, scale_at: int | None, run: int) -> Tensor:
-    if not leaf.dtype.is_floating_point:
-        low, high = (int(leaf.min()), int(leaf.max())) if leaf.numel() else (0, 1)
-        return torch.randint(low, high + 1, tuple(shape), generator=generator).to(leaf.dtype)
-    known = leaf.double()
-    spread = float(known.std()) if known.numel() > 1 else 0.0
-    mean = float(known.mean()) if spread > 0 else 0.0
-    value = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * (spread or 1.0)
-    if scale_at is None:
-        value = value * SCALES[run % len(SCALES)]
-    else:
-        factors = torch.tensor([SCALES[(scale_at + i) % len(SCALES)] for i in range(shape[0])], dtype=torch.float64)
-        value = value * factors.reshape(-1, *(1,) * (len(shape) - 1))
-    value = value + mean
-    if spread > 0 and bool((known >= 0).all()):
-        value = value.abs()  # whatever takes only non-negative values (images in 0..1, probabilities) gets such
-    return value.to(leaf.dtype)

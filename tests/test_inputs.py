@@ -1,14 +1,12 @@
 import doctest
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from bnfold import inputs
 from bnfold.errors import InputError, UsageError
-from bnfold.inputs import InputSpec, example, load_data, parse_dynamic, parse_input, widen_batch
+from bnfold.inputs import InputSpec, example, parse_dynamic, parse_input, widen_batch
 
 torch.set_num_threads(1)
 
@@ -227,94 +225,3 @@ def test_widen_batch_looks_past_a_scalar_and_past_no_tensor_at_all() -> None:
     args, _ = widen_batch((torch.tensor(1.0), torch.zeros(1, 2)), {})
     assert args[1].shape == (2, 2)
     assert widen_batch((1, "a"), {"k": None}) == ((1, "a"), {"k": None})
-
-
-X = np.arange(12, dtype=np.float32).reshape(4, 3)
-
-
-def test_load_data_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "d.npz"
-    np.savez_compressed(path, x=X, y=X[:, 0], labels=np.arange(4), other=np.zeros(9))
-    data, labels = load_data(path, ["y", "x"])
-    assert list(data) == ["y", "x"]
-    np.testing.assert_array_equal(data["x"], X)
-    assert labels is not None
-    assert labels.tolist() == [0, 1, 2, 3]
-
-
-def test_load_data_takes_labels_for_an_input_where_the_model_has_one(tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", x=X, labels=np.arange(4))
-    data, labels = load_data(tmp_path / "d.npz", ["x", "labels"])
-    assert (list(data), labels) == (["x", "labels"], None)
-
-
-def test_load_data_without_names_for_a_single_input(tmp_path: Path) -> None:
-    np.save(tmp_path / "d.npy", X)
-    np.savez(tmp_path / "d.npz", X)
-    np.savez(tmp_path / "l.npz", X, labels=np.arange(4))
-    for name in ("d.npy", "d.npz", "l.npz"):
-        data, labels = load_data(tmp_path / name, ["image"])
-        np.testing.assert_array_equal(data["image"], X)
-        assert (labels is not None) == (name == "l.npz")
-
-
-@pytest.mark.parametrize(
-    ("arrays", "names", "says"),
-    [
-        ({"x": X}, ["x", "mask"], "no array for mask. The file's arrays: x"),
-        ({"images": X}, ["x"], "no array for x. The file's arrays: images"),
-        ({"labels": X}, ["x"], "no array for x. The file's arrays: none"),
-        ({"arr_0": X, "arr_1": X}, ["x"], "arr_0, arr_1"),
-        ({"x": X, "y": X[:2]}, ["x", "y"], "x 4, y 2"),
-        ({"x": X, "labels": np.arange(3)}, ["x"], "x 4, labels 3"),
-        ({"x": X[:0]}, ["x"], "'x' is empty"),
-        ({"x": np.zeros((4, 0))}, ["x"], "'x' is empty"),
-        ({"x": np.float32(3)}, ["x"], r"'x' is empty or not numeric \(shape \(\)"),
-        ({"x": np.array(["a", "b"])}, ["x"], "not numeric"),
-        ({"x": X, "labels": np.array(["a"] * 4)}, ["x"], "'labels' is empty or not numeric"),
-        ({"x": np.array([{}, []], dtype=object)}, ["x"], "Python objects"),
-    ],
-)
-def test_load_data_rejects(tmp_path: Path, arrays: dict[str, Any], names: list[str], says: str) -> None:
-    np.savez(tmp_path / "d.npz", **arrays)
-    with pytest.raises(InputError, match=says):
-        load_data(tmp_path / "d.npz", names)
-
-
-def test_load_data_rejects_an_unnamed_array_for_two_inputs(tmp_path: Path) -> None:
-    np.save(tmp_path / "d.npy", X)
-    with pytest.raises(InputError, match=r"no array for x, y\. The file's arrays: one without a name"):
-        load_data(tmp_path / "d.npy", ["x", "y"])
-
-
-def damaged(kind: str, folder: Path) -> Path:
-    path = folder / "d.npz"
-    np.savez(path, x=X)
-    content = bytearray(path.read_bytes())
-    if kind == "missing":
-        return folder / "none.npz"
-    if kind == "folder":
-        return folder
-    if kind == "flipped":
-        content[content.index(X.tobytes()) + 5] ^= 1
-    if kind == "pickle":
-        content = bytearray(b"\x80\x04cos\nsystem\n.")
-    path.write_bytes({"empty": b"", "text": b"a,b\n1,2\n", "short": bytes(content[:-40])}.get(kind, bytes(content)))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        ("missing", "no such file"),
-        ("folder", "no readable NumPy file"),
-        ("empty", "no readable NumPy file"),
-        ("text", "neither .npz nor .npy"),
-        ("short", "no readable NumPy file"),
-        ("flipped", "no readable NumPy file"),
-        ("pickle", "neither .npz nor .npy"),
-    ],
-)
-def test_load_data_rejects_damaged_files(tmp_path: Path, kind: str, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        load_data(damaged(kind, tmp_path), ["x"])

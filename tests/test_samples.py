@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+import bnfold
 from bnfold.capture import Captured, capture
-from bnfold.samples import MIN_SAMPLES, Batch, batches, stored_batches
+from bnfold.samples import MIN_SAMPLES, Batch, batches
 
 
 class Anything(nn.Module):
@@ -142,7 +144,51 @@ def test_data_does_not_keep_other_sizes_from_being_tried() -> None:
     assert torch.equal(found[2].flat[0][0, :, :8, :16], torch.from_numpy(data["x"][0, :, :8]))
 
 
-def test_stored_batches_give_every_row_once() -> None:
-    found = list(stored_batches(("x",), (torch.zeros(2, 3),), {"x": DATA}, size=4))
-    assert [len(flat[0]) for flat in found] == [4, 4, 1]
-    assert torch.cat([flat[0] for flat in found])[:, 0].tolist() == list(range(9))
+class Pooled(nn.Module):
+    """Embeds, attends, pools over what the mask keeps, normalises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.places = nn.Embedding(30, 8), nn.Embedding(16, 8)
+        self.attention, self.norm = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.BatchNorm1d(8)
+        self.norm.running_mean.normal_(), self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.table(ids) + self.places(torch.arange(ids.shape[1]))
+        x = self.attention(x, src_key_padding_mask=mask == 0)
+        return self.norm((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def test_a_text_model_with_a_lazy_example_is_judged_on_real_variety(tmp_path: Path) -> None:
+    """Ids of zeros and a mask of ones: a file that ignores either must not pass."""
+    args = (torch.zeros(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64))
+    assert bnfold.export(Pooled(), tmp_path / "net.onnx", args, device="cpu").passed
+
+    class Blind(Pooled):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(
+                ids if self.sees == "ids" else ids * 0, mask if self.sees == "mask" else mask * 0 + 1
+            )
+
+    for sees in ("ids", "mask"):
+        blind = Blind()
+        blind.sees = sees
+        assert bnfold.check(tmp_path / "net.onnx", blind, args, device="cpu").verdict == "fail"
+
+
+class Complex(nn.Module):
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.gain = nn.Linear(4, 4), gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.real) + self.gain * x.imag
+
+
+def test_complex_inputs_are_judged(tmp_path: Path) -> None:
+    args = (torch.randn(3, 4, dtype=torch.complex64),)
+    assert bnfold.export(Complex(), tmp_path / "net.onnx", args, device="cpu").passed
+    assert bnfold.check(tmp_path / "net.onnx", Complex(), args, device="cpu").passed
+    assert bnfold.check(tmp_path / "net.onnx", Complex(1.01), args, device="cpu").verdict == "fail"

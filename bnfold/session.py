@@ -1,0 +1,345 @@
+"""ONNX Runtime sessions that tell the truth.
+
+ONNX Runtime hands out a CPU session where a CUDA session was asked for; here the provider of a session is what the
+session itself reports after construction, and every failure is one line of a :class:`~bnfold.errors.BnfoldError`.
+Nothing is printed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, ResourceError
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+Array = npt.NDArray[Any]
+
+#: onnx.TensorProto.BFLOAT16, for which numpy has no type and ONNX Runtime takes no numpy array.
+_BFLOAT16 = 16
+_OUT_OF_MEMORY = re.compile(r"failed to allocate|out of memory|bad.alloc|smaller than requested", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """An input or output of a model: its shape holds ints, dimension names, and None where neither is known."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model ready to run. Its memory is freed with the last reference to it.
+
+    Attributes:
+        provider: the provider the session really uses, e.g. "CPUExecutionProvider".
+        optimized: whether ONNX Runtime's graph optimisations are on.
+        inputs, outputs: in the model's order.
+    """
+
+    provider: str
+    optimized: bool
+    inputs: tuple[ValueInfo, ...]
+    outputs: tuple[ValueInfo, ...]
+    _where: str = field(repr=False)
+    _session: Any = field(repr=False)
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        """Run the model once.
+
+        Args:
+            feeds: an array for each input, by name; bfloat16 inputs take ``ml_dtypes.bfloat16`` arrays.
+            outputs: the names of the outputs wanted, in that order; None for all.
+
+        Returns:
+            New arrays that share memory with nothing, on the CPU whatever the provider.
+
+        Raises:
+            InputError: the feeds do not fit the inputs, or there is no such output.
+            LowerError: the model fails on these inputs.
+            ProviderError: the provider failed.
+            ResourceError: the memory gave out.
+        """
+        known = [value.name for value in self.outputs]
+        wanted = known if outputs is None else list(outputs)
+        if unknown := [name for name in wanted if name not in known]:
+            raise InputError(
+                f"no output named {_names(unknown)}", where=self._where, hint=f"Its outputs are {_names(known)}"
+            )
+        # On CUDA as it is deployed: inputs and outputs on the device, bound.
+        return self._checked(self._run_bound if self.provider == CUDA else self._run_plainly, feeds, wanted)
+
+    def binding_problem(self, feeds: Mapping[str, Array]) -> str | None:
+        """How a run with bound inputs and outputs differs from a plain one, in one line; None where they agree.
+
+        A device's sums may come out in another order, which moves the last digits; what binding can get wrong (memory
+        read before it is written, or of an earlier run) moves the first ones. So half of the digits must agree.
+
+        Raises:
+            BnfoldError: one of the two runs failed; as for ``run``.
+        """
+        names = [value.name for value in self.outputs]
+        plain = [array.astype(np.float64) for array in self._checked(self._run_plainly, feeds, names)]
+        bound = [array.astype(np.float64) for array in self._checked(self._run_bound, feeds, names)]
+        for value, one, other in zip(self.outputs, plain, bound):
+            digits = np.sqrt(float(_epsilon(value.dtype)))
+            if one.shape != other.shape:
+                return f"output '{value.name}' is {list(other.shape)} with bound inputs and {list(one.shape)} without"
+            good = np.isfinite(one) & np.isfinite(other)
+            off, size = np.linalg.norm((one - other)[good]), np.linalg.norm(one[good])
+            if not np.array_equal(np.isfinite(one), np.isfinite(other)) or not off <= digits * size:
+                return f"output '{value.name}' is another with bound inputs than in a plain run"
+        return None
+
+    def end_profiling(self) -> Path:
+        """Ends the profile of a session that was opened with one; the file that it is in."""
+        return Path(self._session.end_profiling())
+
+    def _checked(self, run: Callable[..., list[Array]], feeds: Mapping[str, Array], names: list[str]) -> list[Array]:
+        _check_feeds(self.inputs, feeds, self._where)
+        try:
+            return run(feeds, names)
+        except Exception as error:
+            raise _explain(error, self._where, running=True) from error
+
+    def _run_plainly(self, feeds: Mapping[str, Array], wanted: list[str]) -> list[Array]:
+        values = {value.name: _to_ort(feeds[value.name]) for value in self.inputs}
+        # Both values live on the CPU: the session moves them to its provider and back.
+        return [_from_ort(result) for result in self._session.run_with_ort_values(wanted, values)]
+
+    def _run_bound(self, feeds: Mapping[str, Array], wanted: list[str]) -> list[Array]:
+        binding = self._session.io_binding()
+        for value in self.inputs:  # binding copies it to the device
+            binding.bind_ortvalue_input(value.name, _to_ort(feeds[value.name]))
+        dtypes = {value.name: value.dtype.name for value in self.outputs}
+        for name in wanted:
+            # bfloat16 is read from memory below, since numpy does not know it: ONNX Runtime brings it to the CPU.
+            on_device = self.provider == CUDA and dtypes[name] != "bfloat16"
+            binding.bind_output(name, "cuda" if on_device else "cpu")
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [_from_ort(result) for result in binding.get_outputs()]
+
+    def bind(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
+        """What runs the model once on ``feeds``, moved to the device here, and waits; the outputs stay there."""
+        binding = self._session.io_binding()
+        for value in self.inputs:
+            binding.bind_ortvalue_input(value.name, _to_ort(feeds[value.name]))
+        for value in self.outputs:
+            binding.bind_output(value.name, "cuda" if self.provider == CUDA else "cpu")
+
+        def run() -> None:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run
+
+
+@functools.cache
+def onnxruntime() -> ModuleType:
+    """The package, silenced.
+
+    Raises:
+        ProviderError: it cannot be imported.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        what = f"onnxruntime cannot be imported ({error})"
+        raise ProviderError(what, hint="Install it: pip install onnxruntime-gpu") from error
+    # Fatal only. A session's own level does not reach the logger that reports provider libraries, and whatever matters
+    # is in the exception or in get_providers().
+    ort.set_default_logger_severity(4)
+    module: ModuleType = ort
+    return module
+
+
+def _options(*, optimized: bool, threads: int | None, spinning: bool) -> Any:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    level = "ORT_ENABLE_ALL" if optimized else "ORT_DISABLE_ALL"
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    # Threads that spin while they wait take the processor from torch, which runs in turn with the session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options
+
+
+def open_on(
+    model: str | os.PathLike[str] | bytes,
+    device: str,
+    *,
+    optimized: bool = True,
+    threads: int | None = None,
+    tf32: bool = False,
+    disabled_optimizers: Sequence[str] = (),
+    spinning: bool = False,
+    cpu_fallback: bool = True,
+    profile: Path | None = None,
+) -> Session:
+    """Opens a model on a device that nobody has looked at before; ``runtime.open_session`` is for everyone else.
+
+    Args:
+        model, optimized, threads, tf32, disabled_optimizers, spinning: as for ``open_session``.
+        device: "cpu" or "cuda".
+        cpu_fallback: let nodes that CUDA does not implement run on the CPU.
+        profile: what the name of a profile's file begins with; it is written until ``end_profiling``.
+
+    Raises:
+        BnfoldError: as for ``open_session``.
+    """
+    ort = onnxruntime()
+    where = "the model" if isinstance(model, bytes) else os.fspath(model)
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise InputError("there is no such file", where=where, hint="Name an existing ONNX file")
+    wanted = CUDA if device == "cuda" else CPU
+    options = _options(optimized=optimized, threads=threads, spinning=spinning)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
+    if not cpu_fallback:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if isinstance(model, bytes):
+        # ONNX Runtime would look for external data in the current folder, and take whatever has that name there.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    providers: list[Any] = [CPU] if wanted == CPU else [(CUDA, {"use_tf32": str(int(tf32))}), CPU]
+    try:
+        session = ort.InferenceSession(
+            model, options, providers=providers, disabled_optimizers=set(disabled_optimizers), enable_fallback=0
+        )
+    except Exception as error:
+        raise _explain(error, where, running=False) from error
+    session.disable_fallback()
+    provider = session.get_providers()[0]
+    if provider != wanted:
+        raise ProviderError(f"asked for {wanted}, got {provider}", where=where, hint="Run: python -m bnfold doctor")
+    inputs = tuple(_value_info(arg, where) for arg in session.get_inputs())
+    outputs = tuple(_value_info(arg, where) for arg in session.get_outputs())
+    return Session(provider, optimized, inputs, outputs, where, session)
+
+
+@functools.cache
+def _dtypes() -> dict[str, np.dtype[Any]]:
+    import ml_dtypes
+
+    named = {"float": "float32", "double": "float64"} | {
+        name: name
+        for name in ("float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
+    }
+    dtypes = {f"tensor({onnx})": np.dtype(numpy) for onnx, numpy in named.items()}
+    return dtypes | {"tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16)}
+
+
+def _epsilon(dtype: np.dtype[Any]) -> float:
+    """Distance from 1 to the next number; 0 for integers."""
+    import ml_dtypes
+
+    exact = dtype.kind in "iub" and dtype.name != "bfloat16"
+    return 0.0 if exact else float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+
+
+def _value_info(arg: Any, where: str) -> ValueInfo:
+    dtype = _dtypes().get(arg.type)
+    if dtype is None:
+        raise LowerError(
+            f"{arg.name} is a {arg.type}, which has no place in a numeric comparison",
+            where=where,
+            hint="Leave it out of the model's inputs and outputs",
+        )
+    return ValueInfo(arg.name, dtype, tuple(arg.shape))
+
+
+def _check_feeds(inputs: Sequence[ValueInfo], feeds: Mapping[str, Array], where: str) -> None:
+    expected = [value.name for value in inputs]
+    hint = f"Its inputs are {_names(expected)}"
+    if missing := [name for name in expected if name not in feeds]:
+        raise InputError(f"nothing is given for input {_names(missing)}", where=where, hint=hint)
+    if unexpected := [name for name in feeds if name not in expected]:
+        raise InputError(f"no input named {_names(unexpected)}", where=where, hint=hint)
+    for value in inputs:
+        given: Any = feeds[value.name]
+        if not isinstance(given, np.ndarray | np.generic):
+            kind = type(given).__name__
+            raise InputError(f"input {value.name} is a {kind}", where=where, hint="Give a numpy array")
+        # ONNX Runtime shows a scalar and a value of unknown rank alike, as (): it has the last word on those.
+        fits = not value.shape or (
+            len(given.shape) == len(value.shape)
+            and all(not isinstance(dim, int) or dim == size for dim, size in zip(value.shape, given.shape, strict=True))
+        )
+        if given.dtype != value.dtype or not fits:
+            raise InputError(
+                f"input {value.name} expects {_shaped(value.dtype, value.shape)}, "
+                f"given {_shaped(given.dtype, given.shape)}",
+                where=where,
+                hint="Give it in that shape and dtype",
+            )
+
+
+def _shaped(dtype: np.dtype[Any], shape: Sequence[int | str | None]) -> str:
+    return f"{dtype.name}[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _to_ort(array: Array) -> Any:
+    value = onnxruntime().OrtValue
+    # Not ascontiguousarray, which makes a scalar one-dimensional.
+    array = np.asarray(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return value.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
+    return value.ortvalue_from_numpy(array)
+
+
+def _from_ort(value: Any) -> Array:
+    # Copies: an output that is an input, or an initializer, is handed out as the very same memory.
+    if value.element_type() != _BFLOAT16:
+        return np.array(value.numpy())
+    size = value.tensor_size_in_bytes()
+    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(bytearray(raw), _dtypes()["tensor(bfloat16)"]).reshape(value.shape())
+
+
+def _explain(error: Exception, where: str, *, running: bool) -> BnfoldError:
+    """The error class and the one line that a failure of ONNX Runtime stands for."""
+    if isinstance(error, BnfoldError):
+        return error
+    kind, text = type(error).__name__, _fact(error)
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
+        return ResourceError(f"the memory gave out: {text}", where=where, hint="Use a smaller batch or more memory")
+    if re.search(r"CUDA (error|failure)|CUDNN_|CUBLAS_", text):
+        return ProviderError(f"CUDA failed: {text}", where=where, hint="Run: python -m bnfold doctor, or --device cpu")
+    if running and kind == "InvalidArgument":
+        return InputError(text, where=where, hint="Give inputs of the model's shapes")
+    if running:
+        return LowerError(f"ONNX Runtime failed on these inputs: {text}", where=where, hint="Try another input shape")
+    if re.search(r"external (data|initializer)", text, re.I):
+        return InputError(text, where=where, hint="Keep the model's own .data file beside it, in the same folder")
+    return LowerError(f"ONNX Runtime refuses it: {text}", where=where, hint="Export it again, or with another --opset")
+
+
+def _fact(error: Exception) -> str:
+    """ONNX Runtime's message without its codes, source lines and C++ signatures."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"/\S+\.(?:cc|h):\d+ .*?\) ", "", text)
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text).rstrip(". ")
+    return text if len(text) <= 400 else text[:400] + "…"
