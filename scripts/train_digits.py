@@ -28,6 +28,8 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 NETS = ("digits_mlp", "digits_cnn", "digits_tcn", "digits_batchstats")
 SPLIT_SEED = 0
 BATCH = 64
+#: Training images that models/digits_calibration.npz holds, without labels.
+CALIBRATION = 512
 
 
 def load_factories() -> ModuleType:
@@ -107,6 +109,7 @@ def main() -> None:
     factories = load_factories()
     train_x, train_labels, held_x, held_labels = split_digits()
     np.savez_compressed(args.out / "digits_heldout.npz", x=held_x.numpy(), labels=held_labels.numpy())
+    np.savez_compressed(args.out / "digits_calibration.npz", x=train_x[:CALIBRATION].numpy())
 
     for name in [args.only] if args.only else NETS:
         torch.manual_seed(args.seed)

@@ -60,6 +60,13 @@ def test_heldout_file_is_as_documented(heldout):
     assert labels.bincount().min() >= 34 and len(labels.bincount()) == 10
 
 
+def test_calibration_file_is_as_documented(heldout):
+    with np.load(MODELS / "digits_calibration.npz") as data:
+        assert data.files == ["x"] and data["x"].shape == (512, 1, 8, 8) and data["x"].dtype == np.float32
+        seen = {image.tobytes() for image in data["x"]}
+    assert not seen & {image.tobytes() for image in heldout[0].numpy()}
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_readme_states_what_the_files_hold(name, heldout):
     net, (x, labels) = trained(name), heldout
@@ -174,9 +181,11 @@ def test_training_script_writes_the_same_split_and_loadable_weights(tmp_path, he
     run = script("--only", "digits_mlp", "--epochs", "1", "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"digits_heldout.npz", "digits_mlp.safetensors", "digits_mlp.pt2"}
+    assert written == {"digits_heldout.npz", "digits_calibration.npz", "digits_mlp.safetensors", "digits_mlp.pt2"}
     with np.load(tmp_path / "digits_heldout.npz") as data:
         assert torch.equal(torch.from_numpy(data["x"]), heldout[0])
+    with np.load(tmp_path / "digits_calibration.npz") as data, np.load(MODELS / "digits_calibration.npz") as shipped:
+        assert np.array_equal(data["x"], shipped["x"])
     factories().digits_mlp().load_state_dict(load_file(tmp_path / "digits_mlp.safetensors"))
 
 

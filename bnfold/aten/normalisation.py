@@ -1,0 +1,54 @@
+"""The normalisations with statistics in a graph, as a doctor sees them: whether or not they can be folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from bnfold.aten.scaling import STATISTICS
+
+if TYPE_CHECKING:
+    from bnfold.call import Call
+
+_FLAGS = {
+    "aten.batch_norm": "training",
+    "aten.native_batch_norm": "training",
+    "aten._native_batch_norm_legit_no_training": "",
+    "aten.instance_norm": "use_input_stats",
+}
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """One call of batch_norm or instance_norm.
+
+    Attributes:
+        kind: which of them.
+        tensors: the nodes of weight, bias, running_mean and running_var, as far as there are any.
+        data: the node that is normalised.
+        eps: added to the variance.
+        momentum: weight of a new batch in training.
+        batch_statistics: whether it uses those of the batch it sees.
+    """
+
+    kind: Literal["batch_norm", "instance_norm"]
+    tensors: Mapping[str, Any]
+    data: Any
+    eps: float
+    momentum: float
+    batch_statistics: bool
+
+
+def normalisation(call: Call) -> Normalisation | None:
+    """The normalisation that a call is; None for an instance_norm without running statistics, and all else."""
+    flag = _FLAGS.get(call.operator)
+    if flag is None or call.item not in (None, 0):
+        return None
+    kind: Literal["batch_norm", "instance_norm"] = "instance_norm" if "instance" in call.operator else "batch_norm"
+    tensors = {name: call[name] for name in STATISTICS if call[name] is not None}
+    has_statistics = {"running_mean", "running_var"} <= tensors.keys()
+    if kind == "instance_norm" and not has_statistics:
+        return None
+    of_batch = bool(flag and call[flag]) or not has_statistics
+    return Normalisation(kind, tensors, call["input"], float(call["eps"]), float(call["momentum"]), of_batch)
