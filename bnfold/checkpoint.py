@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from bnfold.calibrated_file import switch_on
 from bnfold.errors import InputError
 
 Shapes = Mapping[str, "tuple[int, ...] | None"]
@@ -235,9 +236,12 @@ def load_weights(
         strip_prefix: taken off every key that begins with it.
         unsafe: let a pickle import and call anything.
 
+    A file of bnfold calibrate may hold running statistics that the model's class builds without: the model gets them.
+
     Raises:
         InputError: see ``identify`` and ``unpickle``; several state dicts fit or none is there; keys or shapes differ.
     """
+    switch_on(model, path)
     expected = {name: _shape(value) for name, value in model.state_dict().items()}
     state = _select(_read(path, unsafe), expected, path, key, strip_prefix)
     try:

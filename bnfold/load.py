@@ -13,21 +13,21 @@ import importlib.util
 import inspect
 import re
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from bnfold import checkpoint
+from bnfold import checkpoint, hubs
 from bnfold.checkpoint import Kind
-from bnfold.errors import BnfoldError, InputError, UsageError
+from bnfold.errors import InputError, UsageError
+from bnfold.normalize import Normalization, put_in_front
 from bnfold.program_file import load_program
+from bnfold.structure import prepare, stored_ledger
+from bnfold.user_code import importable, is_inside, user_code
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ class Loaded:
         args: positional example inputs where the source carries them.
         kwargs: example inputs by name.
         provenance: where it came from.
+        normalization: how its images are normalised, where the source knows that; ``args`` are.
     """
 
     model: torch.nn.Module | torch.export.ExportedProgram
     args: tuple[Any, ...] | None
     kwargs: dict[str, Any]
     provenance: Provenance
+    normalization: Normalization | None = None
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,24 @@ def load(
     strip_prefix: str | None = None,
     factory_args: Mapping[str, Any] | None = None,
     unsafe_pickle: bool = False,
+    normalize: bool | Normalization = False,
 ) -> Loaded:
     """Load the model that ``source`` names.
 
     Args:
-        source: ``net.pt2``, ``pkg.module:factory``, ``path/to/file.py:factory``, or ``net.pt`` with a pickled module.
-        weights: checkpoint for what the factory builds (.safetensors, or written by ``torch.save``).
+        source: ``net.pt2``, ``pkg.module:factory``, ``path/to/file.py:factory``, ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:DIR-or-ID``, or ``net.pt`` with a pickled module.
+        weights: checkpoint for what the factory builds (.safetensors, or written by ``torch.save``); of a model that
+            bnfold folded in its own class, the class is given the folded structure first.
         weights_key: where in the checkpoint the state dict is, with dots for nested keys.
         strip_prefix: taken off every key of the state dict that begins with it.
         factory_args: keyword arguments of the factory.
         unsafe_pickle: allow pickles that can run any code.
+        normalize: put this normalisation of images in front, or with True that of the model's own configuration.
 
     Raises:
         UsageError: the source is of no known form, or an option does not apply to it.
+        ProviderError: the library that the source names is not installed.
         InputError: a file is missing, damaged or of another kind; the user's code fails; the weights do not fit.
     """
     request = _Request(
@@ -108,7 +115,8 @@ def load(
         raise UsageError(f"{row.form} takes neither --weights nor --arg: it is a whole model", where=source)
     if (weights_key or strip_prefix) and not weights:
         raise UsageError("--weights-key and --strip-prefix need --weights", where=source)
-    return row.read(request)
+    loaded = row.read(request)
+    return _normalized(loaded, source, normalize) if normalize else loaded
 
 
 def parse_factory_arg(text: str) -> tuple[str, Any]:
@@ -182,21 +190,21 @@ def _from_python_file(request: _Request) -> Loaded:
     before = set(sys.modules)
     sys.modules[spec.name] = module
     try:
-        with _importable(folder):
-            with _user_code("importing it", name):
+        with importable(folder):
+            with user_code("importing it", name):
                 spec.loader.exec_module(module)
             return _from_attribute(request, module, attribute)
     except BaseException:
         del sys.modules[spec.name]
         raise
     finally:
-        _siblings.update(key for key in set(sys.modules) - before - {spec.name} if _is_inside(sys.modules[key], folder))
+        _siblings.update(key for key in set(sys.modules) - before - {spec.name} if is_inside(sys.modules[key], folder))
 
 
 def _from_python_module(request: _Request) -> Loaded:
     name, _, attribute = request.source.partition(":")
-    with _importable(Path.cwd()):
-        with _user_code("importing it", name):
+    with importable(Path.cwd()):
+        with user_code("importing it", name):
             try:
                 module = importlib.import_module(name)
             except ModuleNotFoundError as error:
@@ -237,6 +245,14 @@ def _from_attribute(request: _Request, module: ModuleType, name: str) -> Loaded:
         args = example
     if request.weights is None:
         return _loaded(request, model, args, kwargs, sha256=None)
+    return _loaded(request, _weighted(request, model), args, kwargs, sha256=checkpoint.sha256(request.weights))
+
+
+def _weighted(request: _Request, model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the weights that the user names."""
+    assert request.weights is not None
+    if (ledger := stored_ledger(request.weights)) is not None:
+        model = prepare(model, ledger)
     checkpoint.load_weights(
         model,
         request.weights,
@@ -244,7 +260,7 @@ def _from_attribute(request: _Request, module: ModuleType, name: str) -> Loaded:
         strip_prefix=request.strip_prefix,
         unsafe=request.unsafe_pickle,
     )
-    return _loaded(request, model, args, kwargs, sha256=checkpoint.sha256(request.weights))
+    return model
 
 
 def _call(factory: Callable[..., Any], request: _Request) -> Any:
@@ -258,7 +274,7 @@ def _call(factory: Callable[..., Any], request: _Request) -> Any:
     except TypeError as error:
         hint = f"Its signature is {signature}; arguments are given as --arg name=value"
         raise InputError(f"the factory cannot be called: {error}", where=request.source, hint=hint) from error
-    with _user_code("the factory", request.source):
+    with user_code("the factory", request.source):
         return factory(**request.factory_args)
 
 
@@ -293,6 +309,42 @@ def _own_example(model: torch.nn.Module) -> tuple[tuple[Any, ...] | None, dict[s
     return None, {}
 
 
+# ---- named models ----------------------------------------------------------------------------------------------------
+
+
+def _from_hub(request: _Request) -> Loaded:
+    hub, _, name = request.source.partition(":")
+    named = hubs.open_named(hub, name, request.factory_args, weights=request.weights is not None)
+    model = named.model if request.weights is None else _weighted(request, named.model)
+    file = request.weights or named.file
+    sha256 = checkpoint.sha256(file) if file else None
+    loaded = _loaded(request, model, named.args, named.kwargs, sha256=sha256)
+    provenance = loaded.provenance
+    if request.weights is None:
+        provenance = replace(provenance, weights=named.weights)
+    return replace(loaded, normalization=named.normalization, provenance=provenance)
+
+
+def _normalized(loaded: Loaded, source: str, asked: bool | Normalization) -> Loaded:
+    """The model with a normalisation of its images in front, and raw images for an example."""
+    if isinstance(loaded.model, torch.export.ExportedProgram):
+        raise UsageError(
+            "a .pt2 program cannot be normalised", where=source, hint="Give the code that builds the model"
+        )
+    normalization = loaded.normalization if asked is True else asked
+    if not isinstance(normalization, Normalization):
+        hint = "Say how: --mean-std 0.485,0.456,0.406/0.229,0.224,0.225"
+        raise UsageError("nothing says how this model's images are normalised", where="--normalize", hint=hint)
+    put_in_front(loaded.model, normalization, loaded.args, loaded.kwargs, where=source)
+    known = loaded.normalization
+    if known is None:
+        return loaded
+    raw: tuple[Any, Any] = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: known.undo(t) if t.is_floating_point() else t, (loaded.args, loaded.kwargs)
+    )
+    return replace(loaded, args=raw[0], kwargs=raw[1], normalization=None)
+
+
 # ---- what every source shares ----------------------------------------------------------------------------------------
 
 
@@ -315,49 +367,10 @@ def _loaded(
 
 
 def _public(source: str) -> str:
-    path = Path(source)
-    return path.name if path.is_absolute() or ".." in path.parts else source
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    saved = list(sys.path)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = saved
-
-
-@contextmanager
-def _user_code(what: str, where: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one line with the place in that code."""
-    try:
-        yield
-    except BnfoldError:
-        raise
-    except (Exception, SystemExit) as error:
-        hint = f"It happened at {_place(error)}"
-        if "relative import" in str(error):
-            hint += "; a file inside a package is given as pkg.module:factory"
-        raise InputError(f"{what} failed with {type(error).__name__}: {error}", where=where, hint=hint) from error
-
-
-def _place(error: BaseException) -> str:
-    """file:line of the user's code, of the innermost frame that is neither Python's nor an installed package's."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{Path(error.filename).name}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    foreign = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen", __file__)
-    own = [frame for frame in frames if not frame.filename.startswith(foreign)]
-    frame = (own or list(frames))[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
-
-
-def _is_inside(module: ModuleType, folder: Path) -> bool:
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).is_relative_to(folder) and "site-packages" not in Path(file).parts
+    hub, colon, name = source.partition(":") if source.startswith("hf:") else ("", "", source)
+    path = Path(name)
+    hidden = path.is_absolute() or ".." in path.parts or name.startswith("~")
+    return hub + colon + (path.name if hidden else name)
 
 
 # ---- the kinds of source ---------------------------------------------------------------------------------------------
@@ -383,9 +396,11 @@ def _is_file_name(source: str) -> bool:
 
 
 _NAME = r"[^\W\d]\w*"
+_HUB = r"(timm|torchvision|hf):"
 #: In this order; the first that matches reads the source.
 _SOURCES: tuple[_Source, ...] = (
-    _Source("path/to/file.py:factory", _written(rf".+\.py:{_NAME}"), _from_python_file, takes_weights=True),
-    _Source("pkg.module:factory", _written(rf"{_NAME}(\.{_NAME})*:{_NAME}"), _from_python_module, takes_weights=True),
-    _Source("net.pt2, or net.pt with a whole pickled module", _is_file_name, _from_file, takes_weights=False),
+    _Source("path/to/file.py:factory", _written(rf"(?!{_HUB}).+\.py:{_NAME}"), _from_python_file, True),
+    _Source("pkg.module:factory", _written(rf"(?!{_HUB}){_NAME}(\.{_NAME})*:{_NAME}"), _from_python_module, True),
+    _Source("timm:NAME; torchvision:NAME; hf:DIR or hf:ID", _written(f"{_HUB}.+"), _from_hub, True),
+    _Source("net.pt2, or net.pt with a whole pickled module", _is_file_name, _from_file, False),
 )

@@ -541,10 +541,10 @@ def test_weights_alone_are_no_source(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["", " ", "resnet:no-identifier", "hf:org/name", "file.py:two:parts", "pkg.module:1x", "x.pt:foo/bar", "a\0b.pt2"],
+    ["", " ", "resnet:no-identifier", "hf:", "timm:", "file.py:two:parts", "pkg.module:1x", "x.pt:foo/bar", "a\0b.pt2"],
 )
 def test_unknown_sources(source: str) -> None:
-    with pytest.raises(UsageError, match=r"A source is one of: path/to/file.py:factory; pkg.module:factory; net.pt2"):
+    with pytest.raises(UsageError, match=r"A source is one of: path/to/file.py:factory; pkg.module:factory; timm:NAME"):
         load(source)
 
 
