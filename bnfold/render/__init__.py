@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from bnfold.render.bisection import bisection, found
+from bnfold.render.files import document
 from bnfold.render.findings import findings
+from bnfold.render.health import calibration, diagnosis
+from bnfold.render.latency import latency_report
 from bnfold.render.page import Page, text
+from bnfold.render.plots import require_matplotlib
 from bnfold.render.progress import Progress
-from bnfold.render.reports import check_report, export_report, plan_report, problems
+from bnfold.render.reports import check_report, export_report, problems
 
-__all__ = ["Page", "Progress", "check_report", "export_report", "findings", "plan_report", "problems", "text"]
+__all__ = [
+    "Page",
+    "Progress",
+    "bisection",
+    "calibration",
+    "check_report",
+    "diagnosis",
+    "document",
+    "export_report",
+    "findings",
+    "found",
+    "latency_report",
+    "problems",
+    "require_matplotlib",
+    "text",
+]

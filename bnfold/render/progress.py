@@ -9,7 +9,7 @@ from typing import IO, Any
 from bnfold.render.page import console
 
 #: Steps that a stage reports under a name of their own.
-_PART_OF = {"truth": "check"}
+_PART_OF = {"data": "capture", "truth": "check", "search": "check", "accuracy": "check"}
 
 
 class Progress:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
+from bnfold.render.accuracy import accuracy_lines, baseline_lines
+from bnfold.render.advice import int8_warnings, judged, next_steps
 from bnfold.render.page import STYLES, Page
+from bnfold.render.running import running_lines
 from bnfold.render.words import count, error, number, plural, size
-from bnfold.report import REASONS, CheckReport, Entry, ExportReport, Ledger, OutputResult
+from bnfold.report import REASONS, CheckReport, Entry, ExportReport, LayerRange, Ledger, OutputResult
 
 #: Rows of a table, or lines of outputs, that are shown without --verbose.
 _SHOWN, _PROBLEMS = 20, 8
@@ -19,7 +21,7 @@ _SHOWN, _PROBLEMS = 20, 8
 
 def export_report(report: ExportReport, page: Page, *, destination: str, dry_run: bool, verbose: bool) -> None:
     """What ``export`` and ``fold`` print."""
-    _loaded(report, page)
+    loaded(report.source, report.notes, page)
     _folded(report, page)
     if verbose:
         _plan(report.ledger, page, bare=True)
@@ -28,15 +30,17 @@ def export_report(report: ExportReport, page: Page, *, destination: str, dry_run
     else:
         _checked(report.check, page, verbose=verbose)
     _ending(report, page, destination, dry_run)
+    _next(report, page)
     _left(report.ledger, page, verbose=verbose)
+    _int8(report, page, verbose=verbose)
 
 
-def plan_report(report: ExportReport, page: Page, *, verbose: bool) -> None:
-    """What ``inspect`` prints: where every BatchNorm goes."""
-    _loaded(report, page)
+def fold_plan(report: ExportReport, page: Page, *, verbose: bool) -> None:
+    """What ``inspect`` prints of the fold plan: where every BatchNorm goes."""
     _folded(report, page)
     _plan(report.ledger, page, bare=verbose)
     _left(report.ledger, page, verbose=verbose)
+    _int8(report, page, verbose=verbose)
 
 
 def check_report(source: dict[str, Any], path: str, report: CheckReport, page: Page, *, verbose: bool) -> None:
@@ -45,6 +49,7 @@ def check_report(source: dict[str, Any], path: str, report: CheckReport, page: P
     page.line("Against", subject=path)
     _checked(report, page, verbose=verbose)
     page.line("Verdict", _verdict(report.verdict))
+    _next(report, page)
 
 
 def problems(report: CheckReport) -> str:
@@ -56,9 +61,10 @@ def problems(report: CheckReport) -> str:
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _loaded(report: ExportReport, page: Page) -> None:
-    page.line("Loaded", _model(report.source), subject=report.source["source"])
-    for note in report.notes:
+def loaded(source: dict[str, Any], notes: Sequence[str], page: Page) -> None:
+    """The first line of every report: the model."""
+    page.line("Loaded", _model(source), subject=source["source"])
+    for note in notes:
         page.line("", f"note: {note}")
 
 
@@ -84,6 +90,11 @@ def _folded(report: ExportReport, page: Page) -> None:
     if ledger.merges:
         layers, fewer = sum(len(merge.modules) for merge in ledger.merges), sum(m.operators for m in ledger.merges)
         page.line("Merged", plural(fewer, "operator") + " fewer", subject=f"{layers} layers into {len(ledger.merges)}")
+    if ledger.scaled:
+        most = max(entry.largest for entry in ledger.scaled)
+        page.line(
+            "Scaled", f"by powers of two, up to {most:g}", subject=f"{plural(len(ledger.scaled), 'layer')} equalised"
+        )
 
 
 def _directions(ledger: Ledger) -> str:
@@ -134,16 +145,12 @@ def _checked(check: CheckReport, page: Page, *, verbose: bool) -> None:
         candidate = f" [{output.candidate}]" if verbose else ""
         page.line(
             "", f"{output.output}{candidate}: noise {error(output.noise)}", f"error {error(output.error)}",
-            f"ratio {number(output.ratio)} (limit {number(check.limit)})", _verdict(_judged(output, check)),
+            f"ratio {number(output.ratio)} (limit {number(check.limit)})", _verdict(judged(output.ratio, check)),
         )  # fmt: skip
     if len(shown) > _SHOWN and not verbose:
         page.line("", f"{len(shown) - _SHOWN} more outputs with smaller ratios: --verbose lists them")
-    if check.accuracy is not None:
-        known = check.accuracy
-        page.line(
-            "", f"top-1 on {known.samples} labelled samples: {known.before:.1%} before, {known.after:.1%} after, "
-            f"{plural(known.flips, 'flip')}"
-        )  # fmt: skip
+    running_lines(check, page)
+    accuracy_lines(check, page, verbose=verbose)
     for note in check.notes:
         page.line("", f"note: {note}")
     problems = check.problems if verbose else check.problems[:_PROBLEMS]
@@ -151,6 +158,7 @@ def _checked(check: CheckReport, page: Page, *, verbose: bool) -> None:
         page.line("", Text(f"problem: {problem}", STYLES[check.verdict]))
     if len(check.problems) > len(problems):
         page.line("", f"{len(check.problems) - len(problems)} more problems: --verbose lists them")
+    baseline_lines(check.baseline, page, verbose=verbose)
 
 
 def _worst_candidates(outputs: Sequence[OutputResult]) -> list[OutputResult]:
@@ -161,15 +169,6 @@ def _worst_candidates(outputs: Sequence[OutputResult]) -> list[OutputResult]:
             worst[output.output] = output
     found = list(worst.values())
     return found if len(found) <= _SHOWN else sorted(found, key=lambda output: -output.ratio)
-
-
-def _judged(output: OutputResult, check: CheckReport) -> str:
-    """One output's own verdict; a run of one batch size may have failed although the median did not."""
-    if output.ratio > check.limit:
-        return "fail"
-    if math.isnan(output.ratio):  # nothing finite to compare
-        return "inconclusive"
-    return check.verdict if check.verdict != "fail" else "pass"
 
 
 def _verdict(verdict: str) -> Text:
@@ -188,6 +187,28 @@ def _ending(report: ExportReport, page: Page, destination: str, dry_run: bool) -
     else:
         kept = f"kept as {report.file.path} (--keep-failed)" if report.file else "nothing was written"
         page.line("Verdict", _verdict(verdict), f"{kept}; {destination} is as it was")
+
+
+def _int8(report: ExportReport, page: Page, *, verbose: bool) -> None:
+    warnings = list(int8_warnings(report))
+    for i, warning in enumerate(warnings if verbose else warnings[:1]):
+        page.line("" if i else "Warning", warning)
+    if len(warnings) > 1 and not verbose:
+        page.line("", f"{plural(len(warnings) - 1, 'more layer')} like it: --verbose lists them")
+    if verbose and report.layers:
+        rows = [(layer.module or layer.value, *_spreads(layer)) for layer in report.layers]
+        page.table(("weights", "largest", "before", "spread", "before"), rows)
+
+
+def _spreads(layer: LayerRange) -> tuple[str, str, str, str]:
+    before, after = layer.before, layer.after
+    was = (f"{before.largest:.3g}", f"{before.spread:.3g}") if before else ("", "")
+    return f"{after.largest:.3g}", was[0], f"{after.spread:.3g}", was[1]
+
+
+def _next(report: ExportReport | CheckReport, page: Page) -> None:
+    for i, (what, command) in enumerate(next_steps(report)):
+        page.line("" if i else "Next", f"{what}: {command}")
 
 
 def _left(ledger: Ledger, page: Page, *, verbose: bool) -> None:

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+from bnfold.report.accuracy import Accuracy, Agreement, Flip, TargetFit
+from bnfold.report.baseline import BaselineReport, BaselineRow
+from bnfold.report.bisection import Bisection, Culprit
+from bnfold.report.calibration import CalibratedLayer, CalibrationReport
 from bnfold.report.export import ExportReport, FileReport
-from bnfold.report.ledger import REASONS, Entry, Ledger, Merge, Outcome, Refusal
-from bnfold.report.verdict import Accuracy, CheckReport, OutputResult, SiteResult, Verdict
+from bnfold.report.health import FINDINGS, Diagnosis, Finding, NormHealth, NormKind, Severity, Spread
+from bnfold.report.latency import Latency, LatencyReport
+from bnfold.report.ledger import REASONS, Change, Entry, Ledger, Merge, Outcome, Refusal, Scaled
+from bnfold.report.ranges import LayerRange, NormRange, WeightRange
+from bnfold.report.verdict import Adversarial, CheckReport, OutputResult, Placement, SiteResult, Verdict
 
 __all__ = [
+    "FINDINGS",
     "REASONS",
     "Accuracy",
+    "Adversarial",
+    "Agreement",
+    "BaselineReport",
+    "BaselineRow",
+    "Bisection",
+    "CalibratedLayer",
+    "CalibrationReport",
+    "Change",
     "CheckReport",
+    "Culprit",
+    "Diagnosis",
     "Entry",
     "ExportReport",
     "FileReport",
+    "Finding",
+    "Flip",
+    "Latency",
+    "LatencyReport",
+    "LayerRange",
     "Ledger",
     "Merge",
+    "NormHealth",
+    "NormKind",
+    "NormRange",
     "Outcome",
     "OutputResult",
+    "Placement",
     "Refusal",
+    "Scaled",
+    "Severity",
     "SiteResult",
+    "Spread",
+    "TargetFit",
     "Verdict",
+    "WeightRange",
 ]

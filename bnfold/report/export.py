@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from bnfold.report.ledger import Ledger
 from bnfold.report.plain import as_json
+from bnfold.report.ranges import LayerRange, NormRange
 from bnfold.report.verdict import CheckReport
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was written; ``nodes`` counts the operators of a .pt2, which has no ``opset``."""
+    """What was written; ``nodes`` counts the operators of a .pt2, which has no ``opset``.
+
+    ``sha256`` is that of the file itself; the weights beside it, if there are any, carry theirs in their name.
+    """
 
     path: str
     bytes: int
@@ -20,12 +24,18 @@ class FileReport:
     opset: int | None
     batch_norms: int
     data: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Everything that ``export`` found out; ``operators`` before and after folding, ``timings`` in seconds."""
+    """Everything that a run found out; ``operators`` before and after folding, ``timings`` in seconds.
 
+    ``layers`` and ``norms`` are the ranges of the contractions and of the BatchNorms, ``kind`` is the run's command, or
+    ``plan`` for what was only planned.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("passed",)
     source: dict[str, Any]
     ledger: Ledger
     check: CheckReport | None
@@ -33,6 +43,9 @@ class ExportReport:
     operators: tuple[int, int] = (0, 0)
     timings: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerRange, ...] = ()
+    norms: tuple[NormRange, ...] = ()
+    kind: Literal["export", "fold", "plan"] = "export"
 
     @property
     def passed(self) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from bnfold.report.plain import plain
 
 #: Why an affine stays, and what the user can do about it. The README's table is tested against this.
 REASONS: dict[str, tuple[str, str]] = {
     "batch-statistics": (
         "the normalisation uses the statistics of the batch it sees, so its scale is no constant",
-        "put it in eval mode; with track_running_stats=False give it running statistics first (measure mean and "
-        "variance over data and set track_running_stats=True)",
+        "put it in eval mode; one with track_running_stats=False gets running statistics from bnfold calibrate",
     ),
     "not-constant": ("its scale or shift is computed from the model's inputs", "nothing to fold"),
     "nonfinite": (
@@ -58,6 +60,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "dynamic-size": (
         "the fold would be exact only for one size of a dynamic dimension",
         "make that dimension --static",
+    ),
+    "inexpressible": (
+        "the fold exists, and the model's class cannot express it",
+        "export to ONNX or fold to .pt2, which hold the graph and not the class",
     ),
 }
 
@@ -139,11 +145,53 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What becomes of a module when its model's class is to express a fold.
+
+    Attributes:
+        module: its qualified name.
+        kind: an ``"identity"`` takes its place, its own ``"child"`` does, or it gains a ``"parameter"``.
+        name: of the child or of the parameter.
+        shape: of the parameter.
+    """
+
+    module: str
+    kind: Literal["identity", "child", "parameter"]
+    name: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A layer whose output channels were divided by what its readers' input channels were multiplied with.
+
+    Attributes:
+        value: name of its output.
+        module: the layer.
+        into: the layers that read it.
+        largest: the largest of the scales and their reciprocals; powers of two.
+        site: as an Entry's.
+    """
+
+    value: str
+    module: str
+    into: tuple[str, ...]
+    largest: float
+    site: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Ledger:
-    """One entry per affine of the model, in the order of the captured graph, and one per merge."""
+    """One entry per affine of the model, in the order of the captured graph, and one per merge.
+
+    ``changes`` says how a model's own class expresses the folds; None where that was not asked for.
+    """
 
     entries: tuple[Entry, ...] = ()
     merges: tuple[Merge, ...] = ()
+    changes: tuple[Change, ...] | None = None
+    #: Layers that were equalised with what reads them.
+    scaled: tuple[Scaled, ...] = ()
 
     @property
     def left(self) -> tuple[Entry, ...]:
@@ -175,5 +223,39 @@ class Ledger:
     @property
     def sites(self) -> dict[str, str]:
         """Folded value -> the captured value that it must equal."""
-        everything: tuple[Entry | Merge, ...] = (*self.entries, *self.merges)
+        everything: tuple[Entry | Merge | Scaled, ...] = (*self.entries, *self.merges, *self.scaled)
         return {folded: captured for item in everything for folded, captured in item.site}
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The ledger as JSON, for ``from_json``."""
+        return json.dumps(plain(self), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Ledger:
+        """The ledger that ``to_json`` wrote.
+
+        Raises:
+            ValueError: the text is not one.
+        """
+        try:
+            found = json.loads(text)
+            changes = found["changes"]
+            return cls(
+                tuple(_entry(entry) for entry in found["entries"]),
+                tuple(Merge(**_tupled(merge)) for merge in found["merges"]),
+                None if changes is None else tuple(Change(**_tupled(change)) for change in changes),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no ledger ({type(error).__name__}: {error})") from error
+
+
+def _entry(found: dict[str, Any]) -> Entry:
+    refusals = tuple(Refusal(**refusal) for refusal in found["refusals"])
+    return Entry(**{**_tupled(found), "refusals": refusals})
+
+
+def _tupled(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _tupled(item) for key, item in value.items()}
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import platform
 from dataclasses import fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from bnfold._version import __version__
 
-def as_json(report: object, indent: int | None) -> str:
-    """A report as JSON; NaN and infinities become null."""
-    return json.dumps(plain(report), indent=indent, allow_nan=False)
+#: Of the documents that reports are written as; raised whenever a reader of the old ones could misread a new one.
+SCHEMA_VERSION = 1
+
+
+def as_json(report: Any, indent: int | None) -> str:
+    """A report as a JSON document; ``schema.json`` says what is in it. NaN and infinities become null."""
+    head = {"schema": SCHEMA_VERSION, "bnfold": __version__, "kind": report.kind, "versions": versions()}
+    document = head | plain(report)
+    return json.dumps(document, allow_nan=False) if indent is None else lines(document, indent)
+
+
+def versions() -> dict[str, str]:
+    """What a run rests on: Python and the packages that compute something, with their versions."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and their fields as what JSON knows, with null for NaN and infinities."""
+    """Dataclasses, with the properties named in ``derived``, as what JSON knows; null for NaN and infinities."""
     if is_dataclass(value) and not isinstance(value, type):
-        known = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        extra = {
-            name: plain(getattr(value, name)) for name in ("passed", "ratio", "site_ratio") if hasattr(value, name)
-        }
-        return {**known, **extra}
+        names = (*(field.name for field in fields(value)), *getattr(value, "derived", ()))
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def lines(value: Any, indent: int = 2, depth: int = 0) -> str:
+    """As json.dumps with an indent, but a list of numbers or words on one line: a layer has hundreds of channels."""
+    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not value or not (isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in nested)):
+        return json.dumps(value, allow_nan=False)
+    begin, end = "\n" + " " * indent * (depth + 1), "\n" + " " * indent * depth
+    if isinstance(value, dict):
+        rows = (f"{json.dumps(key)}: {lines(item, indent, depth + 1)}" for key, item in value.items())
+        return "{" + begin + f",{begin}".join(rows) + end + "}"
+    return "[" + begin + f",{begin}".join(lines(item, indent, depth + 1) for item in value) + end + "]"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+from bnfold.report.accuracy import Accuracy
+from bnfold.report.baseline import BaselineReport
 from bnfold.report.plain import as_json
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -35,14 +37,28 @@ class OutputResult:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Top-1 on labelled data before (unfolded torch) and after (the file), and the predictions that changed."""
+class Placement:
+    """Where the file's nodes ran: how many on each provider, and those that did not run on the one asked for."""
+
+    nodes: dict[str, int]
+    elsewhere: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """What gradients found: inputs that take the candidates further from the truth than random ones do.
+
+    ``samples`` of them, after ``steps`` steps within the range of the other inputs; ``ratio`` is the worst of any one
+    of them. ``peak`` is the largest value inside of the model as a fraction of its dtype's range, of ``peak_before``
+    where the search began, and ``peak_module`` is where it arises.
+    """
 
     samples: int
-    before: float
-    after: float
-    flips: int
-    smallest_margin: float
+    steps: int
+    ratio: float
+    peak: float
+    peak_before: float
+    peak_module: str
 
 
 @dataclass(frozen=True)
@@ -50,9 +66,13 @@ class CheckReport:
     """The verdict of the gate and the numbers it rests on.
 
     ``ratio`` is the largest output ratio, ``site_ratio`` the largest at a fold site; ``problems`` says in words what
-    failed or could not be judged.
+    failed or could not be judged. ``source`` and ``file`` are the model and the ONNX file of a check on its own.
+    ``deployed`` are the file's outputs as ONNX Runtime's defaults give them on CUDA (TF32): they inform and are not
+    judged.
     """
 
+    kind: ClassVar[str] = "check"
+    derived: ClassVar[tuple[str, ...]] = ("passed", "ratio", "site_ratio")
     verdict: Verdict
     provider: str
     samples: int
@@ -65,6 +85,12 @@ class CheckReport:
     accuracy: Accuracy | None = None
     limit: float = 4.0
     site_limit: float = 16.0
+    source: dict[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    placement: Placement | None = None
+    deployed: tuple[OutputResult, ...] = ()
+    adversarial: Adversarial | None = None
+    baseline: BaselineReport | None = None
 
     @property
     def passed(self) -> bool:

@@ -1,0 +1,87 @@
+"""What results mean for the reader: a verdict for one output, what to do next, what to look out for."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from bnfold.report import CheckReport, ExportReport, LayerRange
+from bnfold.report.ranges import SPREAD_LIMIT
+
+
+def judged(ratio: float, check: CheckReport) -> str:
+    """One output's own verdict; a run of one batch size may have failed although the median did not."""
+    if ratio > check.limit:
+        return "fail"
+    if math.isnan(ratio):  # nothing finite to compare
+        return "inconclusive"
+    return check.verdict if check.verdict != "fail" else "pass"
+
+
+def int8_warnings(report: ExportReport) -> Iterator[str]:
+    """A line for every layer that folding makes hopeless for per-tensor int8, the worst first."""
+    spoiled = [layer for layer in report.layers if layer.spoiled]
+    for layer in sorted(spoiled, key=lambda layer: -_spread(layer)[0]):
+        (after, before, side), name = _spread(layer), layer.module or layer.value
+        folded = [e.module or e.value for e in report.ledger.folded if name in e.into]
+        by = f"folding {' and '.join(folded)} into it" if folded else "folding"
+        was = "" if before is None else f" ({before:.3g} before)"
+        way = "give every output channel a step of its own" if side == "output" else "keep it in float16 or float32"
+        yield (
+            f"{name}: {by} makes per-tensor int8 hopeless: its widest {side} channel is {after:.3g} times the typical "
+            f"one{was}, which is left {127 / after:.2g} of 127 steps; {way}"
+        )
+
+
+def _spread(layer: LayerRange) -> tuple[float, float | None, str]:
+    """What is spread too far after folding, the same before, and which channels those are."""
+    before, after = layer.before, layer.after
+    if after.input_spread > max(SPREAD_LIMIT, after.spread):
+        return after.input_spread, None if before is None else before.input_spread, "input"
+    return after.spread, None if before is None else before.spread, "output"
+
+
+def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
+    """What for, and the command (for a model given in Python, the call); none where nothing is wrong or judged."""
+    check = report.check if isinstance(report, ExportReport) else report
+    if check is None or check.passed:
+        return []
+    kind, suffix = report.kind, ".pt2" if report.kind == "fold" else ".onnx"
+    if isinstance(report, CheckReport):
+        file, kept = report.file or "net.onnx", True
+    else:
+        kept = report.file is not None
+        file = report.file.path if report.file is not None else f"net.failed{suffix}"
+    again = _call(report.source, kind, file if kind == "check" else f"net{suffix}")
+    steps = []
+    if check.verdict == "inconclusive":
+        steps.append(("judge it on more samples, and real ones", again(data="samples.npz", samples="64")))
+    if not kept:
+        steps.append(("keep the file that failed", again(keep_failed="")))
+    if suffix == ".onnx" and check.verdict == "fail":
+        steps.append(("find the first module that goes wrong", _call(report.source, "bisect", file)()))
+    if suffix == ".onnx":
+        steps.append(("see every candidate and every output", _call(report.source, "check", file)(verbose="")))
+    return steps
+
+
+def _call(source: Mapping[str, Any], kind: str, file: str) -> Callable[..., str]:
+    """How a command is run again with more options: on the command line, or in Python where it came from there."""
+
+    def command(**options: str) -> str:
+        words = [str(source["source"]), *(["--weights", str(source["weights"])] if source.get("weights") else [])]
+        words = [kind, file, *words] if kind in ("check", "bisect") else [kind, *words, "-o", file]
+        for name, value in options.items():
+            words += [f"--{name.replace('_', '-')}", *([value] if value else [])]
+        return "python -m bnfold " + shlex.join(words)
+
+    def python(**options: str) -> str:
+        known = {"data": "samples", "samples": "64", "keep_failed": "True"}
+        words = [f"{name}={known[name]}" for name in options if name in known]
+        function = "pipeline.save_folded" if kind == "fold" else kind
+        given = [repr(file), "model"] if kind in ("check", "bisect") else ["model", repr(file)]
+        return f"bnfold.{function}({', '.join([*given, 'args', *words])})"
+
+    return command if "weights" in source else python  # which only what was loaded from a file has

@@ -1,0 +1,127 @@
+"""A report as JUnit XML: what CI servers read. A suite per question, a case per thing that was judged."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from itertools import starmap
+from typing import Literal
+
+from bnfold.render import words
+from bnfold.render.advice import judged, next_steps
+from bnfold.render.health_files import junit_cases, plan_of
+from bnfold.report import BaselineRow, CalibrationReport, CheckReport, Diagnosis, Entry, ExportReport, LatencyReport
+
+#: What XML 1.0 has no way to write, not even escaped.
+_UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(report: ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport) -> str:
+    """The report as XML. Only a pass passes: *inconclusive* is a failure of that type, what was not judged is skipped.
+
+    Suites: ``verdict`` (the gate as a whole, with every problem in words), ``outputs`` and ``fold sites`` of every
+    candidate, ``accuracy``, ``baseline``, ``folds`` (a BatchNorm that stays is skipped with its reason), ``latency``.
+    """
+    root = ET.Element("testsuites", name="bnfold")
+    if isinstance(report, Diagnosis | CalibrationReport):
+        _suite(root, "health" if isinstance(report, Diagnosis) else "statistics", starmap(_case, junit_cases(report)))
+        if (plan := plan_of(report)) is not None:
+            _suite(root, "folds", (_fold(group) for group in plan.ledger.grouped()))
+    elif isinstance(report, LatencyReport):
+        _suite(root, "latency", (_latency(c.name, c.median) for c in report.contestants))
+    else:
+        check = report.check if isinstance(report, ExportReport) else report
+        advice = "".join(f"\nto {what}: {command}" for what, command in next_steps(report))
+        seconds = sum(report.timings.values()) if isinstance(report, ExportReport) else 0.0
+        _suite(root, "verdict", [_verdict(check, report.kind, advice)], seconds)
+        if check is not None:
+            _judged(root, check, advice)
+        if isinstance(report, ExportReport):
+            _suite(root, "folds", (_fold(group) for group in report.ledger.grouped()))
+    for name in ("tests", "failures", "skipped"):
+        root.set(name, str(sum(int(suite.get(name, "0")) for suite in root)))
+    root.set("errors", "0")
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _judged(root: ET.Element, check: CheckReport, advice: str) -> None:
+    for candidate in dict.fromkeys(o.candidate for o in check.outputs):
+        cases = []
+        for o in (o for o in check.outputs if o.candidate == candidate):
+            numbers = f"error {words.error(o.error)}, noise {words.error(o.noise)}"
+            verdict = judged(o.ratio, check)
+            what = f"output '{o.output}', {candidate}: {_ratio(o.ratio, check.limit)}; {numbers}"
+            cases.append(_case(o.output, verdict, what, what + advice))
+        _suite(root, f"outputs: {candidate}", cases)
+    for candidate in dict.fromkeys(s.candidate for s in check.sites):
+        cases = []
+        for s in (s for s in check.sites if s.candidate == candidate):
+            ratio = max(s.ratio, s.channel_ratio)
+            what = f"fold of '{s.module or s.value}', {candidate}: {_ratio(ratio, check.site_limit)}"
+            good = ratio <= check.site_limit
+            cases.append(_case(f"{s.module} ({s.value})", "pass" if good else "fail", what, what + advice))
+        _suite(root, f"fold sites: {candidate}", cases)
+    if check.accuracy is not None:
+        far = check.accuracy.far_flips
+        what = f"{words.plural(far, 'class')} changed that the noise does not explain"
+        _suite(root, "accuracy", [_case("flips", "fail" if far else "pass", what, what + advice)])
+    if check.baseline is not None:
+        _suite(root, "baseline", (_row(row) for row in check.baseline.rows))
+
+
+def _row(row: BaselineRow) -> ET.Element:
+    return _case(row.what, "fail" if row.regressed else "pass", f"{row.said(row.then)} before, {row.said(row.now)} now")
+
+
+def _verdict(check: CheckReport | None, kind: str, advice: str) -> ET.Element:
+    if check is None:
+        why = "a plan is judged by nobody" if kind == "plan" else "nothing was judged: --no-check"
+        return _case("gate", "skipped", why)
+    return _case("gate", check.verdict, "; ".join(check.problems[:3]), "\n".join(check.problems) + advice)
+
+
+def _fold(group: list[Entry]) -> ET.Element:
+    name = group[0].module or group[0].value
+    reasons = dict.fromkeys(r.reason for entry in group if entry.outcome == "left" for r in entry.refusals)
+    stays = any(entry.outcome == "left" for entry in group)
+    return _case(name, "skipped" if stays else "pass", f"stays: {', '.join(reasons)}")
+
+
+def _latency(name: str, seconds: float) -> ET.Element:
+    case = _case(name, "pass", "")
+    case.set("time", f"{seconds:.6f}")
+    return case
+
+
+def _ratio(ratio: float, limit: float) -> str:
+    known = "not known" if math.isnan(ratio) else f"{words.number(ratio)} times the noise"
+    return f"error is {known} (limit {limit:g})"
+
+
+def _case(
+    name: str, verdict: Literal["pass", "fail", "inconclusive", "skipped"] | str, message: str, text: str = ""
+) -> ET.Element:
+    case = ET.Element("testcase", name=_clean(name), time="0")
+    if verdict == "skipped":
+        ET.SubElement(case, "skipped", message=_clean(message))
+    elif verdict != "pass":
+        failure = ET.SubElement(case, "failure", type=verdict, message=_clean(f"{verdict}: {message}"))
+        failure.text = _clean(text)
+    return case
+
+
+def _suite(root: ET.Element, name: str, cases: Iterable[ET.Element], seconds: float = 0.0) -> None:
+    suite = ET.SubElement(root, "testsuite", name=_clean(name), time=f"{seconds:.3f}")
+    for case in cases:
+        case.set("classname", f"bnfold.{_clean(name)}")
+        suite.append(case)
+    for kind, tag in (("tests", "testcase"), ("failures", "testcase/failure"), ("skipped", "testcase/skipped")):
+        suite.set(kind, str(len(suite.findall(tag))))
+    suite.set("errors", "0")
+
+
+def _clean(text: str) -> str:
+    return _UNWRITABLE.sub("\ufffd", text)

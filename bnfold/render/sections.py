@@ -1,0 +1,215 @@
+"""The sections of a page about a model that was judged or folded."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from statistics import median, quantiles
+
+from bnfold._version import __version__
+from bnfold.render import words
+from bnfold.render.advice import int8_warnings, judged, next_steps
+from bnfold.render.plots import ROWS, NormRow, norm_plot, site_plot, weight_plot
+from bnfold.render.tables import Section, Table, label, of_result, section, table
+from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, Entry, ExportReport, LayerRange, Ledger
+from bnfold.report.plain import versions
+
+OUTCOMES = {
+    "backward": "into the layer before", "forward": "into the layer after", "merged": "with a parallel branch",
+    "left": "still there",
+}  # fmt: skip
+SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not judged": "–"}
+#: What a check says in places of its own; whatever else a later version finds out has a section under its name.
+_PLACED = {"outputs", "sites", "accuracy", "source", "problems", "notes"}
+#: Problems that are shown at once.
+_SHOWN = 8
+
+
+def problem_section(report: ExportReport | CheckReport, check: CheckReport) -> Iterator[Section]:
+    """What is wrong, and what to do next; nothing where the verdict is a pass."""
+    if not check.passed:
+        steps = [(f"To {what}:", command) for what, command in next_steps(report)]
+        shown, more = list(check.problems[:_SHOWN]), list(check.problems[_SHOWN:])
+        yield section("problems", "Problems", ("alert", shown), ("more", more), ("steps", steps))
+
+
+def judged_sections(check: CheckReport) -> Iterator[Section]:
+    """What was judged and the outputs, accuracy, and whatever else the check found out."""
+    rows = [
+        (o.output, _verdict(judged(o.ratio, check)), words.number(o.ratio), o.candidate, words.error(o.noise),
+         words.error(o.error))
+        for o in check.outputs
+    ]  # fmt: skip
+    facts = [
+        ("runs on", check.provider), ("samples", f"{check.samples}"),
+        ("batch sizes", ", ".join(map(str, check.batches))), ("fold sites", f"{len({s.value for s in check.sites})}"),
+        ("limits", f"{check.limit:g} times the noise at outputs, {check.site_limit:g} at fold sites"),
+    ]  # fmt: skip
+    text = (
+        "Truth is the unfolded model in float64. Noise is the error of the unfolded model in its own dtype against it, "
+        "error is that of a candidate, and ratio is error over noise. Errors are relative, medians over the samples."
+    )
+    heads = ("output", "verdict", "ratio", "candidate", "noise", "error")
+    yield section(
+        "judged", "What was judged", ("text", text), ("facts", facts),
+        ("table", Table("Outputs", heads, rows)), ("notes", list(check.notes)),
+    )  # fmt: skip
+    if check.accuracy is not None:
+        yield of_result("accuracy", "Accuracy on real data", check.accuracy)
+    for field in fields(check):
+        found, title = getattr(check, field.name), label(field.name).capitalize()
+        if field.name not in _PLACED and is_dataclass(found):
+            yield of_result(field.name, title, found)
+        elif field.name not in _PLACED and isinstance(found, tuple) and found and is_dataclass(found[0]):
+            yield section(field.name, title, ("table", table(title, found)))
+
+
+def fold_sections(report: ExportReport) -> Iterator[Section]:
+    """Where every affine went, what stays and why, and what became one."""
+    ledger = report.ledger
+    counts = Counter(OUTCOMES[entry.outcome] for entry in ledger.batch_norms)
+    facts = [(f"BatchNorms: {where}", str(count)) for where, count in counts.items()]
+    rows = [
+        (
+            _name(e),
+            ", ".join(e.into) or "nothing: it is the identity",
+            ", ".join(e.through),
+            OUTCOMES[e.outcome],
+            e.layer,
+        )
+        for e in ledger.folded
+    ]
+    merges = [
+        (m.into, m.kind, ", ".join(m.modules), str(m.operators), words.count(m.multiply_adds)) for m in ledger.merges
+    ]
+    yield section(
+        "folds", "Folds by module", ("facts", facts), ("notes", list(report.notes)),
+        ("table", Table("Where each affine went", ("module", "into", "through", "direction", "kind"), rows, (0, 1, 2))),
+        ("text", "" if ledger.entries else "The model has no BatchNorm and no other per-channel affine."),
+    )  # fmt: skip
+    if ledger.left:
+        yield _left(ledger)
+    if merges:
+        heads = ("into", "kind", "layers", "operators fewer", "multiply-adds fewer")
+        yield section("merges", "Merges", ("table", Table("Layers that became one", heads, merges, (0, 2))))
+
+
+def _left(ledger: Ledger) -> Section:
+    rows = [
+        (_name(entry), refusal.reason, refusal.blocker or "itself", refusal.operator, entry.layer)
+        for entry in ledger.left
+        for refusal in entry.refusals
+    ]
+    reasons = dict.fromkeys(refusal.reason for entry in ledger.left for refusal in entry.refusals)
+    ways = [(reason, *REASONS[reason]) for reason in reasons]
+    return section(
+        "left", "What stays, and why",
+        ("table", Table("Why each stays, a row per direction", ("module", "reason", "blocked by", "operator", "kind"),
+                        list(dict.fromkeys(rows)), (0, 1, 2, 3))),
+        ("reasons", ways),
+    )  # fmt: skip
+
+
+def site_sections(check: CheckReport | None) -> Iterator[Section]:
+    """The errors at the fold sites, where there are any."""
+    if check is None or not check.sites:
+        return
+    rows = [
+        (s.module or s.value, _verdict("pass" if max(s.ratio, s.channel_ratio) <= check.site_limit else "fail"),
+         words.number(s.ratio), words.number(s.channel_ratio), s.candidate)
+        for s in check.sites
+    ]  # fmt: skip
+    text = "At every fold and merge the folded value against the value it replaces, over all and for the worst channel."
+    yield section(
+        "sites", "Error per layer against the noise", ("text", text + _capped(len({s.value for s in check.sites}))),
+        ("plot", site_plot(check)),
+        ("table", Table("Fold sites", ("module", "verdict", "ratio", "worst channel", "candidate"), rows)),
+    )  # fmt: skip
+
+
+def range_sections(report: ExportReport, *, norms: bool = True) -> Iterator[Section]:
+    """Weights before and after folding; scale and shift of the BatchNorms."""
+    if report.layers:
+        text = (
+            "Per-tensor int8 has one step for a whole weight: a channel much narrower than the widest is left few "
+            "steps. The spread is the widest channel over the median one; above 16 a typical channel keeps fewer than "
+            "8 of 127 steps. What a layer reads is estimated from the BatchNorm in front: beta, and six gamma to "
+            "either side."
+        )
+        heads = ("layer", "channels", "dead", "largest before", "after", "spread before", "after", "of inputs", "reads")
+        yield section(
+            "ranges", "Weight ranges before and after folding", ("text", text + _capped(len(report.layers))),
+            ("alert", [*int8_warnings(report)]), ("plot", weight_plot(report.layers)),
+            ("table", Table("Largest weights of the channels", heads, [_range(layer) for layer in report.layers])),
+        )  # fmt: skip
+    if report.norms and norms:
+        rows = [(norm.module or norm.value, _five(norm.scale), _five(norm.shift)) for norm in report.norms]
+        yield norm_section(rows)
+
+
+def norm_section(rows: Sequence[NormRow]) -> Section:
+    """Scale and shift of every BatchNorm in a picture."""
+    text = (
+        "What each BatchNorm multiplies its channels with and what it adds: the line is the range over the "
+        "channels, the bar the middle half, the tick the median."
+    )
+    title = "Scale and shift of every BatchNorm"
+    return section("norms", title, ("text", text + _capped(len(rows))), ("plot", norm_plot(rows)))
+
+
+def _five(values: Sequence[float]) -> tuple[float, ...]:
+    """Minimum, quartiles and maximum of the finite values."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return tuple(finite or [0.0]) * 5
+    low, _, high = quantiles(finite, n=4, method="inclusive")
+    return min(finite), low, median(finite), high, max(finite)
+
+
+def _range(layer: LayerRange) -> tuple[str, ...]:
+    before, after = layer.before, layer.after
+    reads = f"{layer.reads[0]:.3g} to {layer.reads[1]:.3g}" if layer.reads else "not known"
+    return (
+        layer.module or layer.value, str(after.channels), str(after.dead),
+        f"{before.largest:.3g}" if before else "new", f"{after.largest:.3g}",
+        f"{before.spread:.3g}" if before else "new", f"{after.spread:.3g}", f"{after.input_spread:.3g}", reads,
+    )  # fmt: skip
+
+
+def origin_section(report: ExportReport | CheckReport | Diagnosis | CalibrationReport) -> Section:
+    """The model, the file, and the versions of what ran."""
+    source = report.source
+    facts = [
+        ("model", source.get("source")), ("weights", source.get("weights")),
+        ("SHA-256 of the model", source.get("sha256")),
+        ("parameters", words.count(source["parameters"]) if source.get("parameters") else None),
+    ]  # fmt: skip
+    if isinstance(report, CheckReport):
+        facts.append(("file judged", report.file))
+    elif isinstance(report, CalibrationReport):
+        facts.append(("file", report.path))
+    elif isinstance(report, ExportReport) and report.file is not None:
+        file = report.file
+        facts += [
+            ("file", file.path), ("weights beside it", file.data), ("SHA-256 of the file", file.sha256),
+            ("operator set", file.opset), ("operators in the file", file.nodes),
+        ]  # fmt: skip
+    if isinstance(report, ExportReport):
+        facts.append(("seconds", ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.timings.items())))
+    facts += [("bnfold", __version__), *versions().items(), ("platform", platform.platform())]
+    return section("origin", "Where it comes from", ("facts", [(k, str(v)) for k, v in facts if v not in (None, "")]))
+
+
+def _name(entry: Entry) -> str:
+    return entry.module or entry.value
+
+
+def _verdict(verdict: str) -> str:
+    return f"{SIGNS[verdict]} {verdict}"
+
+
+def _capped(count: int) -> str:
+    return f" The {ROWS} of {count} that stand out most are drawn." if count > ROWS else ""
