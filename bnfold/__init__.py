@@ -3,6 +3,8 @@
 folded = bnfold.fold(model, (x,))                    # .module, .program, .ledger
 report = bnfold.export(model, "net.onnx", (x,))      # .passed, .check, .ledger
 verdict = bnfold.check("net.onnx", model, (x,))      # the gate alone
+diagnosis = bnfold.inspect(model, (x,))              # .findings, .norms, .plan
+calibrated = bnfold.calibrate(model, batches)        # running statistics from data
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from bnfold._version import __version__
 
 if TYPE_CHECKING:
+    from bnfold.calibration import calibrate
+    from bnfold.eager import WrittenBack
     from bnfold.errors import (
         BnfoldError,
         CaptureError,
@@ -23,21 +27,27 @@ if TYPE_CHECKING:
         UsageError,
     )
     from bnfold.options import Folded, Options
-    from bnfold.pipeline import check, export, fold
-    from bnfold.report import CheckReport, Entry, ExportReport, Ledger, Refusal
+    from bnfold.pipeline import bisect, check, export, fold, inspect
+    from bnfold.report import Bisection, CheckReport, Diagnosis, Entry, ExportReport, Ledger, Refusal
+    from bnfold.structure import prepare
 
 _ERRORS = "BnfoldError CaptureError FoldError InputError LowerError ProviderError ResourceError UsageError"
 _HOMES = {
+    "bnfold.calibration": ["calibrate"],
+    "bnfold.eager": ["WrittenBack"],
     "bnfold.errors": _ERRORS.split(),
     "bnfold.options": ["Folded", "Options"],
-    "bnfold.pipeline": ["check", "export", "fold"],
-    "bnfold.report": ["CheckReport", "Entry", "ExportReport", "Ledger", "Refusal"],
+    "bnfold.pipeline": ["bisect", "check", "export", "fold", "inspect"],
+    "bnfold.report": ["Bisection", "CheckReport", "Diagnosis", "Entry", "ExportReport", "Ledger", "Refusal"],
+    "bnfold.structure": ["prepare"],
 }
 
 __all__ = [
+    "Bisection",
     "BnfoldError",
     "CaptureError",
     "CheckReport",
+    "Diagnosis",
     "Entry",
     "ExportReport",
     "FoldError",
@@ -50,10 +60,15 @@ __all__ = [
     "Refusal",
     "ResourceError",
     "UsageError",
+    "WrittenBack",
     "__version__",
+    "bisect",
+    "calibrate",
     "check",
     "export",
     "fold",
+    "inspect",
+    "prepare",
 ]
 
 

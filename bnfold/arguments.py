@@ -17,6 +17,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Row = tuple[Sequence[str], dict[str, Any]]
 _PATH = click.Path(path_type=Path)
 _NO_GROUP = "Help"
+#: What a report can be written as.
+REPORTS = (".json", ".html", ".xml")
 
 
 class Command(click.Command):
@@ -79,19 +81,25 @@ def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> 
     ctx.meta["debug"] = value
 
 
-model_options = _options(
-    "The model",
+_SOURCE: tuple[_Row, ...] = (
     _file("--weights", help="Checkpoint: .safetensors, or from torch.save."),
     _row("--weights-key", metavar="KEY", help="Where in the checkpoint the weights are, e.g. ema.module."),
     _row("--strip-prefix", metavar="TEXT", help="Taken off the checkpoint's keys, e.g. 'module.' with the dot."),
     _row("--arg", "args", multiple=True, metavar="NAME=VALUE", help="Argument of the factory; repeatable."),
     _flag("--unsafe-pickle", help="Load pickled objects. THE FILE CAN THEN RUN ANY CODE."),
+)
+source_options = _options("The model", *_SOURCE)
+model_options = _options(
+    "The model",
+    *_SOURCE,
     _row(
         "--dtype",
         type=click.Choice(["float32", "float16", "bfloat16"]),
         metavar="DTYPE",
         help="Convert the model first: float32, float16 or bfloat16.",
     ),
+    _flag("--normalize", help="Put (x - mean) / std in front, of the model's own configuration; it then folds."),
+    _row("--mean-std", metavar="MEAN/STD", help="The same by hand: 0.485,0.456,0.406/0.229,0.224,0.225 or 0.5/0.5."),
 )
 input_options = _options(
     "Its inputs",
@@ -102,12 +110,44 @@ input_options = _options(
     _row("--dynamic", multiple=True, metavar="N=1..64", help="Range of a dynamic size; repeatable."),
     _flag("--static", help="No dynamic sizes. Default: the batch is dynamic."),
 )  # fmt: skip
+health_options = _options(
+    "The health",
+    _file("--data", metavar="FILE.npz", help="Samples in arrays named like the inputs, to compare statistics with."),
+    _flag("--strict", help="Exit code 1 if there is an error or a warning."),
+)
+calibration_options = _options(
+    "The statistics",
+    _file(
+        "--data", required=True, metavar="FILE.npz",
+        help="Samples in arrays named like forward's parameters, prepared as for training; no labels needed.",
+    ),
+    _file("-o", "--output", required=True, help="A .safetensors file with all weights, for --weights."),
+    _row("--only", multiple=True, metavar="PATTERN", help="BatchNorms to measure, e.g. 'layer4.*'; repeatable."),
+    _row(
+        "--scheme", type=click.Choice(["sequential", "one-pass"]), default="sequential", show_default=True,
+        help="sequential: each layer behind measured ones, a pass over the data per level. one-pass: with batch "
+        "statistics in front, as in training.",
+    ),
+    _number("--batch-size", type=click.IntRange(1), default=64, help="Samples at a time."),
+)  # fmt: skip
 gate_options = _options(
     "The check",
-    _file("--data", metavar="FILE.npz", help="Real samples in arrays named like the inputs, and 'labels' if known."),
+    _file(
+        "--data", metavar="FILE.npz",
+        help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known.",
+    ),
     _number("--samples", type=click.IntRange(1), default=16, help="Samples to compare; about 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
+    _flag("--adversarial", help="Also look by gradient for inputs that overflow, or differ most; takes its time."),
     _number("--limit", type=float, default=4.0, callback=_finite, help="Largest error, in the unfolded model's own."),
+    _file("--baseline", metavar="FILE.json", help="Fail where this run is worse than the one written there."),
+    _flag("--update-baseline", help="Write it, new or anew, if the verdict is a pass."),
+)  # fmt: skip
+bisect_options = _options(
+    "The search",
+    _file("--data", metavar="FILE.npz", help="Real samples in arrays named like the inputs."),
+    _number("--samples", type=click.IntRange(1), default=16, help="Samples to compare; about 10 at least."),
+    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
 )
 device_option = _options(
     "The check",
@@ -123,6 +163,7 @@ output_options = _options(
     _flag("--keep-failed", help="Keep a file that does not pass, as NAME.failed.SUFFIX."),
     _flag("--dry-run", help="Do everything and write nothing; -o is then optional."),
     _flag("--no-merge", help="Do not make one layer of parallel and sequential ones."),
+    _flag("--equalize", help="Move scales between consecutive layers so that per-tensor int8 loses less."),
     _flag("--allow-nonfinite", help="Leave a BatchNorm with NaN or infinities in, instead of failing."),
 )
 onnx_options = _options(
@@ -132,15 +173,39 @@ onnx_options = _options(
     _flag("--no-fold", help="Export the model as it is, to compare with."),
     _flag("--no-simplify", help="Leave out onnxsim."),
 )
+fold_options = _options(
+    "The file",
+    _flag("--eager", help="Write .safetensors for the model's own class, the folds in its weights; see the README."),
+)
 _JSON = _flag("--json", "as_json", help="Print one JSON document instead.")
+_REPORT = _file(
+    "--report", multiple=True, metavar="FILE.json|.html|.xml",
+    help="Write it to a file as well: JSON, a page to read, or JUnit; repeatable.",
+)  # fmt: skip
+_QUIET = _flag("--quiet", "-q", help="No progress and no report: errors and the exit code.")
 report_options = _options(
     "The report",
-    _file("--report", metavar="FILE.json", help="Write it to a file as well."),
+    _REPORT,
     _JSON,
     _flag("--verbose", "-v", help="List every affine and every candidate."),
-    _flag("--quiet", "-q", help="No progress and no report: errors and the exit code."),
+    _QUIET,
 )
 json_option = _options("The report", _JSON)
+bench_options = _options(
+    "The measurement",
+    _row("--source", metavar="SOURCE", help="Measure this torch model as well, on the same inputs."),
+    _number("--runs", type=click.IntRange(6), default=50, help="Rounds; each contestant has a turn in each."),
+    _number("--warmup", type=click.IntRange(0), default=5, help="Calls of each that do not count."),
+    _row("--threads", type=click.IntRange(1), metavar="N", help="For one call. Default: what ONNX Runtime chooses."),
+    _row("--batch", type=click.IntRange(1), metavar="N", help="Size of a dynamic batch. Default: 1."),
+    _row("--input", "inputs", multiple=True, metavar="NAME[1,3,224,224]", help="Whole shape of an input; repeatable."),
+    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the inputs and of the order."),
+    _number(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+        help="Where it runs; cuda never falls back.",
+    ),
+)  # fmt: skip
+bench_report_options = _options("The report", _REPORT, _JSON, _QUIET)
 debug_option = _options(
     "The report",
     _flag(
@@ -153,10 +218,18 @@ debug_option = _options(
 _CLASHES = (
     ("static", "dynamic"),
     ("dry_run", "keep_failed"),
+    ("dry_run", "update_baseline"),
     ("quiet", "verbose"),
     ("no_fold", "allow_nonfinite"),
     ("no_fold", "no_merge"),
-    *(("no_check", other) for other in ("data", "samples", "seed", "limit", "device", "keep_failed")),
+    ("eager", "no_merge"),
+    ("eager", "equalize"),
+    ("no_fold", "equalize"),
+    ("eager", "normalize"),
+    ("eager", "mean_std"),
+    ("normalize", "mean_std"),
+    *(("no_check", other) for other in ("data", "samples", "seed", "limit", "device", "keep_failed", "baseline")),
+    ("no_check", "adversarial"),
 )
 
 
@@ -175,16 +248,33 @@ class Job:
         _check_output(given, suffix)
         _check_contradictions(given)
         file = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
+        if source.startswith("hf:"):
+            file = Path(source[len("hf:") :]).expanduser() / "model.safetensors"
         read = [file, *(given[name] for name in ("weights", "data") if given.get(name)), *reads]
-        if (report := given["report"]) is not None:
-            from bnfold.store import check_destination
+        _check_reports(given, read)
+        if given.get("baseline") is not None or given.get("update_baseline"):
+            from bnfold.baseline import expect_baseline
 
-            if report.suffix.lower() != ".json":
-                raise UsageError("a report is a .json file", where=f"--report {report}")
-            check_destination(report, sources=read)
-            if given.get("output") is not None and os.path.realpath(report) == os.path.realpath(given["output"]):
-                raise UsageError("the report and the output are one file", where=f"--report {report}")
+            expect_baseline(given["baseline"], update=given["update_baseline"], sources=read)
         return cls(source, given, tuple(read), _factory_args(given["args"]))
+
+
+def _check_reports(given: dict[str, Any], read: Sequence[Path]) -> None:
+    taken = {os.path.realpath(given[name]) for name in ("output", "baseline") if given.get(name) is not None}
+    for report in given["report"]:
+        from bnfold.store import check_destination
+
+        where = f"--report {report}"
+        if report.suffix.lower() not in REPORTS:
+            raise UsageError("a report is a .json, .html or .xml file", where=where)
+        if report.suffix.lower() == ".html":
+            from bnfold.render import require_matplotlib
+
+            require_matplotlib()
+        check_destination(report, sources=read)
+        if os.path.realpath(report) in taken:
+            raise UsageError("the report and another output are one file", where=where)
+        taken.add(os.path.realpath(report))
 
 
 def _check_output(given: dict[str, Any], suffix: str) -> None:
@@ -194,7 +284,12 @@ def _check_output(given: dict[str, Any], suffix: str) -> None:
     if output is None and not given["dry_run"]:
         raise UsageError(f"-o says where the {suffix} file goes, and is missing", hint="To write nothing: --dry-run")
     if output is not None and output.suffix.lower() != suffix and not output.is_dir():
-        hint = {".onnx": "The fold command writes .pt2", ".pt2": "The export command writes .onnx"}[suffix]
+        eager = "; with --eager .safetensors, for the model's own class"
+        hint = {
+            ".onnx": f"The fold command writes .pt2{eager}",
+            ".pt2": f"The export command writes .onnx{eager if output.suffix.lower() == '.safetensors' else ''}",
+            ".safetensors": "--eager writes the state dict of the model's own class; without it, .pt2 is written",
+        }.get(suffix)
         raise UsageError(f"the output must be a {suffix} file", where=f"-o {output}", hint=hint)
 
 

@@ -326,6 +326,16 @@ def _asked(dynamic_shapes: Any, user: list[str]) -> Iterator[tuple[str, Any]]:
         yield from zip(user, leaves)
 
 
+def input_shapes(captured: Captured) -> dict[str, tuple[Any, ...]]:
+    """The shape of every tensor among the inputs, by name: sizes, and ``sympy`` expressions where they are dynamic."""
+    values = {node.name: node.meta["val"] for node in captured.program.graph.nodes if node.op == "placeholder"}
+    return {name: _sizes(values[name]) for name in tensor_inputs(captured.program)}
+
+
+def _sizes(value: Tensor) -> tuple[Any, ...]:
+    return tuple(size if isinstance(size, int) else size.node.expr for size in value.shape)
+
+
 def tensor_inputs(program: ExportedProgram) -> list[str]:
     """Names of the user inputs that are tensors, in order."""
     return [

@@ -97,6 +97,8 @@ def cli() -> None:
     SOURCE is one of
       path/to/file.py:factory   a function or class that builds the model; --weights has its checkpoint
       pkg.module:factory        the same, imported
+      timm:NAME                 a model of timm, or torchvision:NAME; --arg pretrained=true for its weights
+      hf:DIR                    what transformers' save_pretrained wrote, or hf:ID from the hub
       net.pt2                   what torch.export.save wrote
       net.pt                    a whole pickled module, only with --unsafe-pickle
     """

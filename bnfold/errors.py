@@ -69,7 +69,7 @@ class ResourceError(BnfoldError):
 #: Every exit code of the command line, with its meaning, in the order of the README's table.
 EXIT_CODES: dict[int, str] = {
     0: "pass: the file was written, or everything asked for holds",
-    1: "the gate failed: nothing was written",
+    1: "the gate failed: nothing was written; bisect found a culprit, or inspect --strict an error or a warning",
     2: "usage: the arguments cannot be understood",
     3: "input rejected: a file, checkpoint, factory or input specification",
     4: "capture, fold or lowering failed",

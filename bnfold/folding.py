@@ -18,11 +18,15 @@ from torch import Tensor
 from bnfold import aten
 from bnfold.affine import Affine
 from bnfold.graph import Graph, Node, UnknownSizeError
-from bnfold.plan import Plan, Words, follow
+from bnfold.plan import Edit, Plan, Words, follow
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
 
 DIRECTIONS: tuple[Outcome, Outcome] = ("backward", "forward")
+
+
+#: Affines that must not go a way, by the name of their value and the way, and why.
+Excluded = Mapping[tuple[str, Outcome], Refusal]
 
 
 def fold(graph: Graph) -> Ledger:
@@ -36,10 +40,17 @@ def fold(graph: Graph) -> Ledger:
 
 
 class Folder:
-    """The state of one pass: the semantics of the nodes, and where shifts and scales would find a home."""
+    """The state of one pass: the semantics of the nodes, and where shifts and scales would find a home.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: edited by ``run``; ``journal`` then lists the edits.
+        excluded: what must stay, beyond what algebra says.
+    """
+
+    def __init__(self, graph: Graph, excluded: Excluded | None = None) -> None:
         self.graph = graph
+        self.journal: list[Edit] = []
+        self._excluded = excluded or {}
         self._semantics: dict[Node, Semantics] = {}
         self._homes: dict[tuple[Node, bool], bool] = {}
         self._parts: dict[tuple[Node, Node], Affine] = {}
@@ -93,7 +104,7 @@ class Folder:
     # -- sources ---------------------------------------------------------------------------------------------------
 
     def _is_source(self, value: Node) -> bool:
-        semantics = self._at(value)
+        semantics = self.semantics(value)
         if isinstance(semantics, Refused):
             return semantics.kind == "batch_norm"
         if not isinstance(semantics, Scaling) or not self.graph.is_float(value):
@@ -102,14 +113,16 @@ class Folder:
         return len(semantics.affine.varies()) <= 1
 
     def _describe(self, site: Node) -> tuple[str, str, str, str]:
-        semantics = self._at(site)
+        semantics = self.semantics(site)
         assert isinstance(semantics, (Scaling, Refused))
         return self.graph.name(site), self.graph.module(site), self.graph.module_class(site), semantics.kind
 
     # -- planning --------------------------------------------------------------------------------------------------
 
     def _plan(self, site: Node, direction: Outcome) -> Plan | Refusal:
-        semantics = self._at(site)
+        if (excluded := self._excluded.get((self.graph.name(site), direction))) is not None:
+            return excluded
+        semantics = self.semantics(site)
         if isinstance(semantics, Refused):
             return self._refuse(site, No(semantics.reason, semantics.detail))
         assert isinstance(semantics, Scaling)
@@ -213,7 +226,7 @@ class Folder:
         identity = Affine.identity(len(self.graph.shape(value)))
         if reader.op == "output" or self.graph.is_list(reader):
             return identity
-        semantics = self._at(reader)
+        semantics = self.semantics(reader)
         slots = [slot for slot, node in self.graph.call(reader).slots() if node is value]
         if all(slot in semantics.shape_only for slot in slots):
             return None
@@ -225,9 +238,18 @@ class Folder:
             return self._parts[reader, value]
         return identity
 
+    def carried(self, value: Node, affine: Affine) -> Plan | Refusal:
+        """The edits that make up for ``affine`` on a value in everything that reads it."""
+        plan = Plan(value, "forward")
+        refusal = self._carry(plan, affine)
+        return plan if refusal is None else refusal
+
     def _push(self, plan: Plan, source: Scaling) -> Refusal | None:
+        return self._carry(plan, source.affine)
+
+    def _carry(self, plan: Plan, affine: Affine) -> Refusal | None:
         graph, site = self.graph, plan.site
-        carried: dict[Node, Affine] = {site: source.affine}
+        carried: dict[Node, Affine] = {site: affine}
         queue: list[tuple[float, Node]] = []
         seen: set[Node] = set()
 
@@ -244,7 +266,7 @@ class Folder:
                 return Refusal("model-output", "the model's output")
             if graph.is_list(reader) or graph.is_frozen(reader):
                 return self._refuse(reader, No("in-place" if graph.is_frozen(reader) else "nonlinear"))
-            call, semantics = graph.call(reader), self._at(reader)
+            call, semantics = graph.call(reader), self.semantics(reader)
             given = {
                 slot: carried[value]
                 for slot, value in call.slots()
@@ -289,14 +311,15 @@ class Folder:
 
     def _ask(self, value: Node, question: object) -> Answer:
         try:
-            answer: Answer = question(self._at(value))  # type: ignore[operator]
+            answer: Answer = question(self.semantics(value))  # type: ignore[operator]
         except UnknownSizeError as error:
             return No("dynamic-size", str(error))
         except (RuntimeError, NotImplementedError) as error:  # an operator that cannot be run on indices
             return No("unknown-operator", f"{type(error).__name__}: {error}")
         return answer
 
-    def _at(self, value: Node) -> Semantics:
+    def semantics(self, value: Node) -> Semantics:
+        """What the operator does to an affine."""
         if value not in self._semantics:
             semantics = aten.semantics(self.graph.call(value))
             if isinstance(semantics, (Sum, Product)):
@@ -317,7 +340,7 @@ class Folder:
         self._semantics = {v: s for v, s in self._semantics.items() if not isinstance(s, (Sum, Product))}
         for value in self.graph.values():
             slots = list(self.graph.call(value).slots())
-            semantics = self._at(value)
+            semantics = self.semantics(value)
             alone = len(value.users) == 1
             for shift in (False, True):
                 operands = {s: self.graph.is_constant(n) or self._homes.get((n, shift), False) for s, n in slots}
@@ -328,6 +351,7 @@ class Folder:
     def _apply(self, plan: Plan) -> list[Node]:
         """Makes the plan's edits; returns the values at which the result must equal a captured value."""
         graph, site = self.graph, plan.site
+        self.journal.append(Edit.of(plan, graph))
         stale: set[Node] = {value for value, _, _ in plan.constants} | {value for value, _ in plan.adds}
         for value, slot, tensor in plan.constants:
             graph.set_constant(value, slot, tensor)
@@ -358,6 +382,14 @@ class Folder:
         self.graph.stands_for[by] = meaning
         return [by]
 
+    def write(self, constants: Iterable[tuple[Node, str, Tensor]], changed: Iterable[Node]) -> None:
+        """Gives slots constants of their own; what is ``changed`` equals no captured value any more."""
+        for value, slot, tensor in constants:
+            self.graph.set_constant(value, slot, tensor)
+            self._semantics.pop(value, None)
+        for value in changed:
+            self.graph.stands_for[value] = None
+
     def _with_sites(self, entry: Entry, values: Iterable[Node]) -> Entry:
         # What took it may itself be gone: an affine, composed into another on its way.
         still = [v for v in values if v in self.graph.order]
@@ -367,7 +399,7 @@ class Folder:
     # -- words -----------------------------------------------------------------------------------------------------
 
     def _words(self, plan: Plan) -> Words:
-        into = {v: self._where(v) for v in sorted(plan.absorbers, key=self.graph.order.__getitem__)}
+        into = {v: self.where(v) for v in sorted(plan.absorbers, key=self.graph.order.__getitem__)}
         return Words(into, dict.fromkeys(self.graph.call(v).operator.removeprefix("aten.") for v in plan.carriers))
 
     def _with_words(self, entry: Entry, words: Words | None) -> Entry:
@@ -375,9 +407,10 @@ class Folder:
             return entry
         return replace(entry, into=tuple(dict.fromkeys(words.into.values())), through=tuple(words.through))
 
-    def _where(self, value: Node) -> str:
+    def where(self, value: Node) -> str:
+        """The module of a layer, or its operator."""
         operator = self.graph.call(value).operator if value.op == "call_function" else "output"
-        own = isinstance(self._at(value), (Contraction, Scaling)) if value.op == "call_function" else False
+        own = isinstance(self.semantics(value), (Contraction, Scaling)) if value.op == "call_function" else False
         return (self.graph.module(value) if own or self.graph.module(value) else "") or operator
 
     def _refuse(self, value: Node, answer: No) -> Refusal:
@@ -385,4 +418,4 @@ class Folder:
             return Refusal(answer.reason, "the model's output", "output", answer.detail)
         if value.op != "call_function":
             return Refusal(answer.reason, f"input '{self.graph.name(value)}'", "input", answer.detail)
-        return Refusal(answer.reason, self._where(value), self.graph.call(value).operator, answer.detail)
+        return Refusal(answer.reason, self.where(value), self.graph.call(value).operator, answer.detail)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bnfold.capture import Captured
+from bnfold.eager import WrittenBack
+from bnfold.eager import write_back as write_into_class
 from bnfold.gate import LIMIT
 from bnfold.load import Provenance
 from bnfold.report import Ledger
@@ -36,17 +38,44 @@ class Folded:
         program: the folded program; ``torch.export.save`` takes it.
         ledger: one entry per affine: where it went, or why it stays.
         captured: the unfolded program that it came from.
+        meanings: which captured value an edited value of ``program`` equals, by name; None where it equals none. Every
+            other value equals the captured one of its name.
     """
 
     program: ExportedProgram
     ledger: Ledger
     captured: Captured
+    meanings: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
         """The folded model as a torch.nn.Module with the same signature."""
         module: nn.Module = self.program.module()
         return module
+
+    def apply_to(self, model: Model) -> nn.Module:
+        """A copy of ``model``, of the same class and in eval mode, with the folds written into it.
+
+        Weights change, layers gain biases, and an ``nn.Identity`` stands where a BatchNorm was. What the class cannot
+        express stays: see ``write_back``, which names it.
+
+        Args:
+            model: what was folded; not touched.
+
+        Raises:
+            InputError: ``model`` is a program, which has no class, or is not what was folded.
+            FoldError: the copy does not compute what the folded program does.
+        """
+        return self.write_back(model).module
+
+    def write_back(self, model: Model) -> WrittenBack:
+        """As ``apply_to``, with the ledger of what was written: ``.module``, ``.ledger``, ``.refused``, ``.program``.
+
+        A merge, and a fold that gives each use of a weight its own, are in no class: the fold is planned again without
+        them, so that ``.program`` may be less folded than this one. ``bnfold.prepare(other, written.ledger)`` gives
+        another instance of the class the structure that ``written.module.state_dict()`` loads into.
+        """
+        return write_into_class(self.captured, model)
 
 
 @dataclass(frozen=True)
@@ -57,18 +86,23 @@ class Options:
     data: Path | str | Mapping[str, Any] | None = None
     samples: int = 16
     seed: int = 0
+    adversarial: bool = False
     limit: float = LIMIT
     opset: int | None = None
     dtype: torch.dtype | None = None
     static: bool = False
     fold: bool = True
     merge: bool = True
+    equalize: bool = False
+    eager: bool = False
     simplify: bool = True
     check: bool = True
     external_data: bool | None = None
     allow_nonfinite: bool = False
     keep_failed: bool = False
     dry_run: bool = False
+    baseline: Path | str | None = None
+    update_baseline: bool = False
     provenance: Provenance | None = None
     sources: Sequence[Path] = ()
     progress: Progress = field(default=silent, repr=False)

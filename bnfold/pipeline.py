@@ -6,32 +6,55 @@ source  graph      graph   ONNX     verdict  file on disk
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from bnfold import store
-from bnfold.errors import InputError, LowerError
+from bnfold.batches import data_batches
+from bnfold.bisection import Bisector
+from bnfold.calibrated_file import save_calibrated as write_calibrated
+from bnfold.calibration import Scheme, measure
+from bnfold.diagnose import captured_failure, examine, worst_first
+from bnfold.errors import CaptureError, InputError, LowerError, UsageError
+from bnfold.file_graph import FileGraph
 from bnfold.gate import Gate
 from bnfold.lower import lower
 from bnfold.options import Clock, Folded, Model, Options
 from bnfold.program_file import save_program
-from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
+from bnfold.report import (
+    Bisection,
+    CalibrationReport,
+    CheckReport,
+    Diagnosis,
+    ExportReport,
+    FileReport,
+    Finding,
+    Ledger,
+)
 from bnfold.runtime import resolve_device
 from bnfold.stages import (
     capture_model,
+    compared,
+    expect,
     fold_captured,
+    keep_baseline,
     make_report,
     metadata,
     opset,
     prepare,
     read_data,
     refuse_nonfinite,
+    sha256_of,
+    source_facts,
+    traced,
     write_file,
 )
+from bnfold.structure import save_written
 
 
 def fold(
@@ -43,6 +66,7 @@ def fold(
     dtype: torch.dtype | None = None,
     static: bool = False,
     merge: bool = True,
+    equalize: bool = False,
     allow_nonfinite: bool = True,
 ) -> Folded:
     """Folds every per-channel affine that algebra allows; ``model`` is not touched.
@@ -55,6 +79,7 @@ def fold(
         dtype: convert to this floating-point dtype; folding still starts from the stored constants.
         static: make no dimension dynamic by default.
         merge: make one contraction of parallel and sequential ones.
+        equalize: let scales move between consecutive layers so that their channels have like ranges.
         allow_nonfinite: leave a BatchNorm with NaN or infinite constants in place instead of raising.
 
     Raises:
@@ -63,7 +88,7 @@ def fold(
         FoldError: NaN or infinite constants and not ``allow_nonfinite``.
     """
     captured = capture_model(model, args, kwargs, dynamic_shapes, dtype, static)
-    folded = fold_captured(captured, merge=merge)
+    folded = fold_captured(captured, merge=merge, equalize=equalize)
     if not allow_nonfinite:
         refuse_nonfinite(folded.ledger)
     return folded
@@ -97,13 +122,14 @@ def export(
     """
     options = replace(options or Options(), **more)
     path, clock = Path(path), Clock(options.progress)
+    expect(options)
     device = resolve_device(options.device) if options.check else "cpu"
     store.check_destination(path, sources=options.sources)
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
             folded.program, opset=opset(options), simplify=options.simplify, dims=folded.captured.dims,
-            sites=folded.ledger.sites, metadata=metadata(options, folded),
+            sites=traced(folded), metadata=metadata(options, folded),
         )  # fmt: skip
         if options.opset not in (None, lowered.opset):
             raise LowerError(f"torch.onnx wrote opset {lowered.opset} instead of {options.opset}", where="--opset")
@@ -117,13 +143,15 @@ def export(
                     folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
                     lowered.sites, device,
                     samples=options.samples, seed=options.seed, limit=options.limit, data=data, labels=labels,
-                    progress=options.progress,
+                    adversarial=options.adversarial, progress=options.progress,
                 ).judge()  # fmt: skip
-        report = make_report(model, options, folded, verdict, clock)
+            verdict = compared(verdict, options)
+        report = make_report("export", model, options, folded, verdict, clock)
         if options.dry_run:
             return report
         if verdict is None or verdict.passed:
             staging.commit(staging.path.name, file.data)
+            keep_baseline(verdict, options)
             return replace(report, file=replace(file, path=str(path)))
         if options.keep_failed:
             name = f"{path.stem}.failed{path.suffix}"
@@ -144,8 +172,11 @@ def save_folded(
 ) -> ExportReport:
     """Folds ``model``, proves the folded program equal to it, and writes the program as ``.pt2``; no ONNX.
 
+    With ``eager=True`` the folds go back into the model's own class, and its state dict is written as ``.safetensors``;
+    ``prepare`` gives another instance of the class the structure that it loads into.
+
     Args:
-        path: where the program goes; untouched unless the verdict is a pass.
+        path: where the file goes; untouched unless the verdict is a pass.
         model, args, kwargs, dynamic_shapes, options: as for ``export``.
 
     Raises:
@@ -154,24 +185,36 @@ def save_folded(
     options = replace(options or Options(), **more)
     path, clock = Path(path), Clock(options.progress)
     store.check_destination(path, sources=options.sources)
+    expect(options)
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
+    written = None
+    if options.eager:
+        with clock("write back"):
+            written = folded.write_back(model)
+            folded = replace(folded, program=written.program, ledger=written.ledger)
     verdict = None
     if options.check:
         with clock("check"):
             verdict = Gate(
                 folded.captured, folded.ledger, folded.program, samples=options.samples, seed=options.seed,
-                limit=options.limit, data=data, labels=labels, progress=options.progress,
+                limit=options.limit, data=data, labels=labels, adversarial=options.adversarial,
+                progress=options.progress, eager=written.module if written else None,
             ).judge()  # fmt: skip
-    report = make_report(model, options, folded, verdict, clock)
+        verdict = compared(verdict, options)
+    report = make_report("fold", model, options, folded, verdict, clock)
     if options.dry_run or not (verdict is None or verdict.passed or options.keep_failed):
         return report
     if not (verdict is None or verdict.passed):
         path = path.with_name(f"{path.stem}.failed{path.suffix}")
     with clock("write"), store.atomic(path) as staged:
-        save_program(folded.program, staged)
-        size = staged.stat().st_size
+        if written is None:
+            save_program(folded.program, staged)
+        else:
+            save_written(written.module, written.ledger, staged)
+        size, sha256 = staged.stat().st_size, sha256_of(staged)
+    keep_baseline(verdict, options)
     gone, total = folded.ledger.count()
-    return replace(report, file=FileReport(str(path), size, report.operators[1], None, total - gone))
+    return replace(report, file=FileReport(str(path), size, report.operators[1], None, total - gone, None, sha256))
 
 
 def plan(
@@ -195,7 +238,136 @@ def plan(
     options = replace(options or Options(), **more, allow_nonfinite=True, data=None)
     clock = Clock(options.progress)
     folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock)
-    return make_report(model, options, folded, None, clock)
+    return make_report("plan", model, options, folded, None, clock)
+
+
+def inspect(
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | None = None,
+    **more: Any,
+) -> Diagnosis:
+    """The health of every BatchNorm of ``model``, and what folding would do to them; ``model`` is not touched.
+
+    Args:
+        model: a module in any mode, or a program, of which only its graph's normalisations can be known.
+        args: positional example inputs, as for ``torch.export.export``; without any there is no fold plan.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
+        options: as for ``export``; with ``data=`` running statistics are compared with those of the data.
+
+    Returns:
+        One ``NormHealth`` per BatchNorm, findings from the closed list ``bnfold.report.FINDINGS``, and the plan. A
+        model that torch.export cannot capture has the finding ``not-captured`` in place of a plan.
+
+    Raises:
+        InputError: the data cannot be read or the model fails on it, or the inputs are not those of the program.
+    """
+    options = replace(options or Options(), **more, allow_nonfinite=True)
+    clock = Clock(options.progress)
+    captured, planned, missing, notes = None, None, list[Finding](), list[str]()
+    if args is not None or kwargs or isinstance(model, ExportedProgram):
+        try:
+            folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, replace(options, data=None), clock)
+            planned, captured = make_report("plan", model, options, folded, None, clock), folded.captured
+        except CaptureError as error:
+            missing.append(captured_failure(error))
+    else:
+        notes.append("no example inputs (--input), so no fold plan")
+    with clock("health"):
+        found = examine(model, args, kwargs, captured=captured, data=options.data, progress=options.progress)
+    return Diagnosis(
+        source_facts(options.provenance, model), found.norms, worst_first((*found.findings, *missing)), planned,
+        found.samples, (*notes, *found.notes),
+    )  # fmt: skip
+
+
+def save_calibrated(
+    model: Model,
+    path: str | Path,
+    data: Path | str | Mapping[str, Any],
+    *,
+    only: Sequence[str] | None = None,
+    scheme: Scheme = "sequential",
+    batch: int = 64,
+    options: Options | None = None,
+) -> CalibrationReport:
+    """Measures the BatchNorms of ``model`` on ``data`` and writes all its weights, the new statistics among them.
+
+    Args:
+        model: a module; not touched.
+        path: a .safetensors file. ``--weights`` loads it into the same class, also where that keeps no running
+            statistics: the file's metadata says which BatchNorms have got some.
+        data: samples by input name, or a file of them.
+        only: patterns of the BatchNorms to measure. Default: all.
+        scheme: as for ``calibrate``.
+        batch: samples at a time.
+        options: of these the provenance, the source files and the progress.
+
+    Raises:
+        UsageError: the model is a program, or ``only`` names no BatchNorm.
+        InputError: see ``calibrate``, and where the data cannot be read.
+    """
+    options, path = options or Options(), Path(path)
+    if isinstance(model, ExportedProgram):
+        raise UsageError("a .pt2 program has no layers to calibrate", hint="Give the code that builds the model")
+    store.check_destination(path, sources=options.sources)
+    read, samples = data_batches(model, data, batch)
+    options.progress("calibrate", 0, 1)
+    measured = measure(model, read, only=only, scheme=scheme, progress=options.progress)
+    calibrated = measured.written(model)
+    with store.atomic(path) as staged:
+        write_calibrated(calibrated, staged, measured.like)
+        size = staged.stat().st_size
+    return CalibrationReport(
+        source_facts(options.provenance, model), scheme, samples, measured.passes, measured.layers,
+        measured.unreached, measured.circular, str(path), size,
+    )  # fmt: skip
+
+
+def bisect(
+    path: str | Path,
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | None = None,
+    **more: Any,
+) -> Bisection:
+    """The first module of an existing ONNX file that leaves the noise, and what was folded into it.
+
+    Where the file is right and ONNX Runtime's optimisations make it wrong, their names.
+
+    Args:
+        path: the ONNX file; every value of one that ``export`` wrote is compared with the model's own.
+        model: the unfolded model.
+        args: positional example inputs, as for ``torch.export.export``.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as for ``torch.export.export``.
+        options: as for ``export``; whether to fold and to merge is taken from the file.
+
+    Raises:
+        InputError: the file is missing or damaged, does not run, or its inputs do not fit the model's.
+        CaptureError: torch.export cannot capture the model.
+    """
+    options, path = replace(options or Options(), **more, allow_nonfinite=True), Path(path)
+    if not path.is_file():
+        raise InputError("there is no such file", where=str(path))
+    device, clock = resolve_device(options.device), Clock(options.progress)
+    made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
+    if made:
+        options = replace(options, fold=made != "no", merge="merged" in made, equalize="equalised" in made)
+    folded, data, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock)
+    with clock("bisect"):
+        found = Bisector(
+            folded.captured, path, folded.ledger, folded.meanings, device, options.samples, options.seed, data=data,
+            progress=options.progress,
+        ).find()  # fmt: skip
+    return replace(found, source=source_facts(options.provenance, model), file=str(path))
 
 
 def check(
@@ -225,11 +397,16 @@ def check(
     options, path = replace(options or Options(), **more), Path(path)
     if not path.is_file():
         raise InputError("there is no such file", where=str(path))
+    expect(options)
     device, clock = resolve_device(options.device), Clock(options.progress)
     with clock("capture"):
         captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
-        data, labels = read_data(options.data, captured)
-    return Gate(
+        data, labels = read_data(options.data, captured, options.progress)
+    verdict = Gate(
         captured, Ledger(), None, path, device=device, samples=options.samples, seed=options.seed, limit=options.limit,
-        data=data, labels=labels, progress=options.progress,
+        data=data, labels=labels, adversarial=options.adversarial, progress=options.progress,
     ).judge()  # fmt: skip
+    verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)
+    if not options.dry_run:
+        keep_baseline(verdict, options)
+    return replace(verdict, source=source_facts(options.provenance, model), file=str(path))

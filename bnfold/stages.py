@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
 from bnfold import store
 from bnfold._version import __version__
-from bnfold.capture import Captured, capture, tensor_inputs
-from bnfold.errors import FoldError, InputError
+from bnfold.baseline import expect_baseline, judge_baseline, write_baseline
+from bnfold.capture import Captured, capture, input_shapes
+from bnfold.data import Labels, assign, examine, load_data, select
+from bnfold.decisions import places
+from bnfold.equalize import equalize as equalize_graph
+from bnfold.errors import FoldError, InputError, UsageError
 from bnfold.folding import fold as fold_graph
 from bnfold.graph import Graph
-from bnfold.inputs import load_data, widen_batch
+from bnfold.inputs import widen_batch
 from bnfold.load import Provenance
 from bnfold.lower import EXTERNAL_BYTES, Lowered, relocate, save
 from bnfold.merge import merge as merge_graph
-from bnfold.options import Clock, Folded, Model, Options
+from bnfold.names import number_names
+from bnfold.options import Clock, Folded, Model, Options, Progress, silent
+from bnfold.ranges import layer_ranges, norm_ranges
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
+from bnfold.stored import Rows
+
+
+def expect(options: Options) -> None:
+    """Fails at once where the run's baseline could not be read or written in the end."""
+    if options.baseline is not None and not options.check:
+        raise UsageError("a baseline is compared with what the check finds, and there is no check")
+    path = None if options.baseline is None else Path(options.baseline)
+    expect_baseline(path, update=options.update_baseline, sources=options.sources)
+
+
+def compared(verdict: CheckReport, options: Options) -> CheckReport:
+    """The verdict with the baseline's say in it."""
+    if options.baseline is None:
+        return verdict
+    return judge_baseline(verdict, Path(options.baseline), update=options.update_baseline)
+
+
+def keep_baseline(verdict: CheckReport | None, options: Options) -> None:
+    """Writes the baseline where that is asked for and the verdict is a pass."""
+    if options.baseline is not None and options.update_baseline and verdict is not None and verdict.passed:
+        write_baseline(verdict, Path(options.baseline))
 
 
 def prepare(
     model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock
-) -> tuple[Folded, dict[str, np.ndarray] | None, np.ndarray | None]:
+) -> tuple[Folded, dict[str, Rows] | None, Labels | None]:
     """Captures and folds, and reads the data that the gate will need."""
     with clock("capture"):
         captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
-        data, labels = read_data(options.data, captured)
+        data, labels = read_data(options.data, captured, options.progress)
     with clock("fold"):
         folded = (
-            fold_captured(captured, merge=options.merge)
+            fold_captured(captured, merge=options.merge, equalize=options.equalize)
             if options.fold
             else Folded(captured.program, Ledger(), captured)
         )
@@ -43,12 +74,18 @@ def prepare(
 
 
 def make_report(
-    model: Model, options: Options, folded: Folded, verdict: CheckReport | None, clock: Clock
+    kind: Literal["export", "fold", "plan"],
+    model: Model,
+    options: Options,
+    folded: Folded,
+    verdict: CheckReport | None,
+    clock: Clock,
 ) -> ExportReport:
     """The report of a run, before a file is written."""
     return ExportReport(
         source_facts(options.provenance, model), folded.ledger, verdict, None, count_operators(folded), clock.spent,
-        folded.captured.notes,
+        folded.captured.notes, layer_ranges(folded.captured, folded.program, folded.ledger),
+        norm_ranges(folded.captured, folded.ledger), kind,
     )  # fmt: skip
 
 
@@ -64,13 +101,16 @@ def capture_model(
     return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, dtype=dtype, static=static)
 
 
-def fold_captured(captured: Captured, *, merge: bool) -> Folded:
-    """Folds and merges a captured program."""
+def fold_captured(captured: Captured, *, merge: bool, equalize: bool = False) -> Folded:
+    """Folds, merges and, where asked, equalises a captured program."""
     graph = Graph(captured.program, captured.masters)
     ledger = fold_graph(graph)
     if merge:
         ledger = merge_graph(graph, ledger)
-    return Folded(graph.finish(), ledger, captured)
+    if equalize:
+        ledger = equalize_graph(graph, ledger)
+    meanings = {node.name: meaning for node, meaning in graph.stands_for.items()}
+    return Folded(graph.finish(), ledger, captured, meanings)
 
 
 def refuse_nonfinite(ledger: Ledger) -> None:
@@ -85,6 +125,11 @@ def refuse_nonfinite(ledger: Ledger) -> None:
                 )
 
 
+def traced(folded: Folded) -> list[str]:
+    """The values that the gate reads from the file: the fold sites, and what the model decides."""
+    return [*folded.ledger.sites, *(place.value for place in places(folded.program))]
+
+
 def opset(options: Options) -> int | None:
     """The operator set to ask torch.onnx for; None leaves the choice to it."""
     # ONNX knows a bfloat16 Conv from opset 22 on.
@@ -96,12 +141,18 @@ def write_file(lowered: Lowered, staging: store.Staging, external: bool | None) 
     target, data = staging.folder / staging.path.name, None
     if external if external is not None else lowered.weight_bytes > EXTERNAL_BYTES:
         save(lowered, target, external="weights")
-        data, digest = staging.seal_data("weights")
-        relocate(target, data, digest)
+        data, sealed = staging.seal_data("weights")
+        relocate(target, data, sealed)
     else:
         save(lowered, target)
     size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
-    return FileReport(str(target), size, lowered.nodes, lowered.opset, lowered.batch_norms, data)
+    return FileReport(str(target), size, lowered.nodes, lowered.opset, lowered.batch_norms, data, sha256_of(target))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def metadata(options: Options, folded: Folded) -> dict[str, str]:
@@ -112,6 +163,7 @@ def metadata(options: Options, folded: Folded) -> dict[str, str]:
         "bnfold.torch_version": str(torch.__version__),
         "bnfold.batch_norms_folded": str(gone),
         "bnfold.batch_norms_left": str(total - gone),
+        "bnfold.rewritten": _rewritten(options),
         # The file that is judged is, byte for byte, the file that is stored; one that fails is not stored.
         "bnfold.verdict": "pass" if options.check else "not checked",
     }
@@ -122,10 +174,16 @@ def metadata(options: Options, folded: Folded) -> dict[str, str]:
     return found
 
 
+def _rewritten(options: Options) -> str:
+    words = ["folded", *(["merged"] if options.merge else []), *(["equalised"] if options.equalize else [])]
+    return ", ".join(words) if options.fold else "no"
+
+
 def source_facts(provenance: Provenance | None, model: Model | None = None) -> dict[str, Any]:
     """What a report says about the model: its source, its weights' file and SHA-256, how many parameters."""
     if provenance is None:
-        return {"source": type(model).__name__}
+        held = () if model is None else model.parameters()
+        return {"source": type(model).__name__, "parameters": sum(p.numel() for p in held if not is_lazy(p))}
     return {
         "source": provenance.source,
         "weights": provenance.weights,
@@ -143,23 +201,48 @@ def count_operators(folded: Folded) -> tuple[int, int]:
     return count(folded.captured.program), count(folded.program)
 
 
-def read_data(data: Any, captured: Captured) -> tuple[dict[str, np.ndarray] | None, np.ndarray | None]:
-    """Samples by input name and their labels, checked against the model's inputs."""
+def read_data(
+    data: Any, captured: Captured, progress: Progress = silent
+) -> tuple[dict[str, Rows] | None, Labels | None]:
+    """Samples by input name and what is known about them, read once and found fit for the model.
+
+    Raises:
+        InputError: the data are damaged, or do not fit the model's inputs or outputs.
+    """
     if data is None:
         return None, None
-    names = tensor_inputs(captured.program)
+    shapes = input_shapes(captured)
+    # An input without samples along its first axis, such as a scale, may be left to the example.
+    batched = [name for name, shape in shapes.items() if shape and not isinstance(shape[0], int)]
+    optional = [name for name in shapes if batched and name not in batched]
+    outputs = _float_outputs(captured)
     if isinstance(data, (str, Path)):
-        arrays, labels = load_data(Path(data), names)
+        arrays, labels = load_data(Path(data), list(shapes), list(outputs), optional)
     else:
-        labels = np.asarray(data["labels"]) if "labels" in data else None
-        arrays = {name: np.asarray(value) for name, value in data.items() if name != "labels"}
-        if set(arrays) != set(names):
-            raise InputError(f"data has arrays {sorted(arrays)}, the model takes {names}", hint="Name them alike")
+        given = {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in data.items()}
+        arrays, labels = select({n: np.asarray(v) for n, v in given.items()}, list(shapes), list(outputs), optional)
     for name, rows in arrays.items():
-        value = captured.flat[captured.names.index(name)]
-        if isinstance(value, Tensor) and tuple(rows.shape[1:]) != tuple(value.shape[1:]):
+        wanted, sample = shapes[name][1:], tuple(rows.shape[1:])
+        fits = len(wanted) == len(sample) and all(n == m for n, m in zip(wanted, sample) if isinstance(n, int))
+        if not fits or not shapes[name]:
+            takes = ", ".join(str(n) if isinstance(n, int) else "?" for n in wanted)
             raise InputError(
-                f"array '{name}' holds samples of {tuple(rows.shape[1:])}, the model takes {tuple(value.shape[1:])}",
+                f"array '{name}' holds samples of {sample}, the model takes ({takes})",
+                where=labels.where,
                 hint="The first axis of every array is the sample",
             )
-    return arrays, labels
+    labels = assign(labels, outputs)
+    dtypes = {name: captured.flat[captured.names.index(name)].dtype for name in arrays}
+    return arrays, replace(labels, digest=examine(arrays, labels, dtypes, progress))
+
+
+def _float_outputs(captured: Captured) -> dict[str, tuple[int | None, ...]]:
+    """The shape of every floating-point output by name, None where it is dynamic."""
+    (values,) = captured.program.graph.output_node().args
+    nodes: list[Any] = [value for value in values if isinstance(value, (torch.fx.Node, int, float))]
+    metas = {name: getattr(node, "meta", {}).get("val") for name, node in zip(number_names(captured.program), nodes)}
+    return {
+        name: tuple(size if isinstance(size, int) else None for size in value.shape)
+        for name, value in metas.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 DIGITS = f"{MODELS / 'digits.py'}"
-COMMANDS = ("check", "doctor", "export", "fold", "inspect")
+COMMANDS = ("bench", "bisect", "calibrate", "check", "doctor", "export", "fold", "inspect")
 
 NETS = """
 import torch
@@ -278,8 +278,8 @@ def test_inspect_shows_the_plan_and_writes_nothing(nets: Path, tmp_path: Path, m
     assert re.search(r"0\.1 +BatchNorm2d +0\.0", printed) and re.search(r"2\.1 +BatchNorm2d +2\.0", printed)
     assert not list(tmp_path.iterdir())
     document = json.loads(passes("inspect", f"{nets}:small", "--json"))
-    assert [entry["into"] for entry in document["ledger"]["entries"]] == [["0.0"], ["2.0"]]
-    assert document["check"] is None and document["file"] is None
+    assert [entry["into"] for entry in document["plan"]["ledger"]["entries"]] == [["0.0"], ["2.0"]]
+    assert document["plan"]["check"] is None and document["plan"]["file"] is None
 
 
 def test_doctor_tells_versions_and_exits_5_on_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +326,7 @@ def test_json_is_one_document_and_quiet_prints_nothing(nets: Path, tmp_path: Pat
 def test_the_report_file_is_the_json(nets: Path, tmp_path: Path) -> None:
     result = bnfold("inspect", f"{nets}:small", "--json", "--report", tmp_path / "r.json")
     stored, printed = json.loads((tmp_path / "r.json").read_text()), json.loads(result.stdout)
-    assert stored == printed and stored["ledger"]["entries"]
+    assert stored == printed and stored["plan"]["ledger"]["entries"]
 
 
 def test_a_reader_that_leaves_early_changes_nothing(nets: Path, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_help_lists_commands_exit_codes_and_kinds_of_source() -> None:
     text = passes("--help")
     assert all(re.search(rf"^ +{code} +{re.escape(meaning)}$", text, re.M) for code, meaning in EXIT_CODES.items())
     assert all(re.search(rf"^  {name} ", text, re.M) for name in COMMANDS) and set(COMMANDS) == set(cli.commands)
-    assert all(kind in text for kind in ("file.py:factory", "pkg.module:factory", "net.pt2", "--unsafe-pickle"))
+    assert all(kind in text for kind in ("file.py:factory", "pkg.module:factory", "net.pt2", "timm:", "hf:"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -144,7 +144,7 @@ BAD: dict[str, tuple[str, int, str]] = {
     "weights of a program": ("net.pt2 --weights good.pt", 2, "whole model"),
     "input of a program": ("net.pt2 --input input[2,3,6,6]", 2, "fixed in the file"),
     "static program": ("net.pt2 --static", 2, "--static does not apply"),
-    "report of another kind": (f"{NET} --report r.txt", 2, "a .json file"),
+    "report of another kind": (f"{NET} --report r.txt", 2, "a .json, .html or .xml file"),
     "report over the source": ("net.json --report net.json", 2, ""),
     "output of another kind": (f"{NET} -o net.pt2", 2, "must be a .onnx file"),
     "output is a folder": (f"{NET} -o .", 2, "is a folder"),

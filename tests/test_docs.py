@@ -10,7 +10,7 @@ import pytest
 from bnfold import semantics
 from bnfold.cli import cli
 from bnfold.errors import EXIT_CODES
-from bnfold.report import REASONS
+from bnfold.report import FINDINGS, REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +30,12 @@ def test_the_table_of_exit_codes_is_the_programs_own() -> None:
 def test_the_table_of_reasons_is_the_programs_own() -> None:
     section = README[README.index("## Why a BatchNorm stays") :]
     assert re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE) == list(REASONS)
+
+
+def test_the_table_of_findings_is_the_programs_own() -> None:
+    section = README[README.index("## Healthy BatchNorms") : README.index("## Why a BatchNorm stays")]
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \|", section, re.MULTILINE)
+    assert rows == [(code, severity) for code, (severity, _, _) in FINDINGS.items()]
 
 
 def test_kinds_of_semantics_are_listed() -> None:

@@ -25,7 +25,6 @@ LEFT: dict[str, tuple[int, set[str]]] = {
     # GELU -> BatchNorm -> zero-padded convolution, or a residual
     "convmixer": (4, {"nonlinear", "zero-padding", "unequal-scales"}),
     "xcit": (1, {"nonlinear", "zero-padding"}),
-    "repvit": (1, {"several-readers", "unequal-scales"}),
     # the borders are written by slices of a padded value
     "dbb_border": (1, {"several-readers", "unequal-scales"}),
     # one convolution that two BatchNorms, or a BatchNorm and something else, read

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.arguments import Command, Job, debug_option, input_options, json_option, model_options, report_options
+from bnfold.arguments import (
+    Command,
+    Job,
+    debug_option,
+    health_options,
+    input_options,
+    json_option,
+    model_options,
+    report_options,
+)
 from bnfold.commands.running import load_model, pipeline_options, present, quiet, working
 from bnfold.commands.terminal import show, write
 
@@ -20,28 +29,32 @@ if TYPE_CHECKING:
 @click.argument("source")
 @model_options
 @input_options
+@health_options
 @report_options
 @debug_option
 def inspect(source: str, **given: Any) -> int:
-    """Print the fold plan: what goes where, what stays and why. Writes nothing.
+    """Print the health of every BatchNorm and the fold plan. Writes nothing.
+
+    Exit code 0 whatever it finds, unless --strict.
 
     \b
     bnfold inspect net.py:make --weights net.safetensors
+    bnfold inspect net.py:make --weights net.safetensors --data train.npz --strict
     """
     job = Job.of(source, given)
     with working(job) as progress:
         from bnfold import pipeline
 
-        loaded, inputs = load_model(job)
-        report = pipeline.plan(loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
+        loaded, inputs = load_model(job, optional=True)
+        report = pipeline.inspect(loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
 
     def render(page: Page, verbose: bool) -> None:
-        from bnfold.render import plan_report
+        from bnfold.render import diagnosis
 
-        plan_report(report, page, verbose=verbose)
+        diagnosis(report, page, verbose=verbose)
 
     present(job, report, render)
-    return 0
+    return 1 if given["strict"] and not report.healthy else 0
 
 
 @click.command(cls=Command)

@@ -14,6 +14,7 @@ from bnfold.arguments import (
     Job,
     debug_option,
     device_option,
+    fold_options,
     gate_options,
     input_options,
     model_options,
@@ -47,33 +48,36 @@ def export(source: str, **given: Any) -> int:
     bnfold export net.py:make --weights net.safetensors -o net.onnx
     bnfold export net.py:make --arg width=32 --input "x:float32[N,3,H,W]" --dynamic N=1..64 -o net.onnx
     """
-    return _produce(Job.of(source, given, suffix=".onnx"), given, "export")
+    return _produce(source, given, "export", ".onnx")
 
 
 @click.command(cls=Command)
 @click.argument("source")
 @output_options
+@fold_options
 @model_options
 @input_options
 @gate_options
 @report_options
 @debug_option
 def fold(source: str, **given: Any) -> int:
-    """Fold, check, and write the folded program as .pt2, without ONNX.
+    """Fold, check, and write the folded program as .pt2, or the folded weights of the model's class; no ONNX.
 
     \b
     bnfold fold net.py:make --weights net.safetensors -o net.pt2
+    bnfold fold net.py:make --weights net.safetensors --eager -o folded.safetensors
     """
-    return _produce(Job.of(source, given, suffix=".pt2"), given, "save_folded")
+    return _produce(source, given, "save_folded", ".safetensors" if given["eager"] else ".pt2")
 
 
-def _produce(job: Job, given: dict[str, Any], command: str) -> int:
-    """What ``export`` and ``fold`` share: all but the pipeline's function."""
+def _produce(source: str, given: dict[str, Any], command: str, suffix: str) -> int:
+    """What ``export`` and ``fold`` share: all but the pipeline's function and the kind of file."""
+    job = Job.of(source, given, suffix=suffix)
     with contextlib.ExitStack() as stack:
         output = given["output"]
         if output is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bnfold-"))
-            output = Path(folder) / ("model.onnx" if command == "export" else "model.pt2")
+            output = Path(folder) / f"model{suffix}"
         else:
             from bnfold.store import check_destination
 

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,33 +21,46 @@ if TYPE_CHECKING:
     from bnfold.load import Loaded
     from bnfold.options import Options
     from bnfold.render import Page, Progress
-    from bnfold.report import CheckReport, ExportReport
+    from bnfold.render.files import Report
+    from bnfold.report import Bisection, CheckReport
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
 
-def load_model(job: Job) -> tuple[Loaded, dict[str, Any]]:
-    """The model that the source names, and its example inputs as the pipeline takes them."""
+def load_model(job: Job, *, optional: bool = False) -> tuple[Loaded, dict[str, Any]]:
+    """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any."""
     import torch
 
     from bnfold.inputs import model_inputs, parse_dynamic, parse_input
-    from bnfold.load import load
 
     given = job.given
     specs = [parse_input(text) for text in given["inputs"]]
     ranges = {name: (low, high) for name, low, high in map(parse_dynamic, given["dynamic"])}
     if given["static"] and any(isinstance(dim, str) for spec in specs for dim in spec.dims):
         raise UsageError("--static and an --input with letters contradict each other", hint="Write numbers")
-    loaded = load(
-        job.source, weights=given["weights"], weights_key=given["weights_key"], strip_prefix=given["strip_prefix"],
-        factory_args=job.factory_args, unsafe_pickle=given["unsafe_pickle"],
-    )  # fmt: skip
+    loaded = load_source(job)
     if given["static"] and not isinstance(loaded.model, torch.nn.Module):
         raise UsageError("--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file")
+    if optional and not specs and not ranges and loaded.args is None and not loaded.kwargs:
+        return loaded, {}
     args, kwargs, shapes = model_inputs(
         loaded.model, loaded.args, loaded.kwargs, specs, ranges, where=job.source, seed=given.get("seed", 0)
     )
     return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
+
+
+def load_source(job: Job) -> Loaded:
+    """The model that the source names."""
+    from bnfold.load import load
+    from bnfold.normalize import Normalization
+
+    given = job.given
+    by_hand = Normalization.parse(given["mean_std"]) if given.get("mean_std") else None
+    return load(
+        job.source, weights=given["weights"], weights_key=given["weights_key"], strip_prefix=given["strip_prefix"],
+        factory_args=job.factory_args, unsafe_pickle=given["unsafe_pickle"],
+        normalize=by_hand or bool(given.get("normalize")),
+    )  # fmt: skip
 
 
 def pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
@@ -57,12 +71,14 @@ def pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
 
     given = job.given
     same: tuple[str, ...] = ("device", "data", "samples", "seed", "limit", "opset", "static", "external_data")
-    same += ("allow_nonfinite", "keep_failed", "dry_run")
+    same += ("allow_nonfinite", "keep_failed", "dry_run", "adversarial", "baseline", "update_baseline")
     return Options(
         **{name: given[name] for name in same if name in given},
         dtype=getattr(torch, given["dtype"]) if given["dtype"] else None,
         fold=not given.get("no_fold"),
         merge=not given.get("no_merge"),
+        eager=bool(given.get("eager")),
+        equalize=bool(given.get("equalize")),
         simplify=not given.get("no_simplify"),
         check=not given.get("no_check"),
         provenance=loaded.provenance,
@@ -100,17 +116,26 @@ def quiet(*, debug: bool) -> Iterator[None]:
             logging.disable(before)
 
 
-def present(job: Job, report: ExportReport | CheckReport, render: Callable[[Page, bool], None]) -> None:
-    """Writes the report where it was asked for: to a file, as JSON, or for people."""
-    if job.given["report"] is not None:
-        from bnfold.store import atomic
+def present(job: Job, report: Report | Bisection, render: Callable[[Page, bool], None]) -> None:
+    """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people."""
+    try:
+        for path in job.given["report"]:
+            _write_report(path, report)
+    finally:
+        if job.given["as_json"]:
+            write(report.to_json() + "\n", sys.stdout)
+        elif not job.given["quiet"]:
+            show(lambda page: render(page, job.given["verbose"]))
 
-        with atomic(job.given["report"]) as staged:
-            staged.write_text(report.to_json() + "\n", encoding="utf-8")
-    if job.given["as_json"]:
-        write(report.to_json() + "\n", sys.stdout)
-    elif not job.given["quiet"]:
-        show(lambda page: render(page, job.given["verbose"]))
+
+def _write_report(path: Path, report: Report | Bisection) -> None:
+    from bnfold.render import document
+    from bnfold.store import atomic
+
+    with quiet(debug=bool(click.get_current_context().meta.get("debug"))):
+        text = document(report, path.suffix.lower())
+    with atomic(path) as staged:
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def exit_code(job: Job, verdict: CheckReport | None) -> int:
