@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from bnfold.capture import Captured
 from bnfold.errors import InputError
-from bnfold.interpret import Runner
+from bnfold.interpret import Runner, raise_tensor
 from bnfold.placement import placement
 from bnfold.report import Placement
 from bnfold.runtime import Session, open_session
@@ -41,10 +44,15 @@ class Candidate(Protocol):
 
 
 class TorchCandidate:
-    """A program run by torch."""
+    """A program run by torch, in its own dtypes or in float64."""
 
-    def __init__(self, name: str, program: ExportedProgram) -> None:
-        self.name, self.deployed, self._runner = name, False, Runner(program)
+    def __init__(self, name: str, program: ExportedProgram, *, precise: bool = False) -> None:
+        self.name, self.deployed, self._program = name, False, program
+        self._runner = Runner(program, precise=precise)
+
+    def precise(self) -> TorchCandidate:
+        """The same program, constants rounded as they are, run in float64."""
+        return TorchCandidate(f"{self.name} in float64", self._program, precise=True)
 
     def knows(self, names: Sequence[str]) -> bool:
         """It does: the names are its own."""
@@ -52,7 +60,7 @@ class TorchCandidate:
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
-        return self._runner(flat)
+        return self.decide(flat, ())[0]
 
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Intermediate values by name."""
@@ -61,18 +69,33 @@ class TorchCandidate:
     def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
         """Flat outputs and intermediate values."""
         outputs = self._runner(flat, keep=set(names))
-        return outputs, self._runner.kept
+        return _lowered(outputs, self._program) if self._runner.precise else outputs, self._runner.kept
+
+
+def _lowered(outputs: Sequence[Any], program: ExportedProgram) -> list[Any]:
+    """What was computed in float64, in the dtypes that a program returns."""
+    returned: Any = program.graph.output_node().args[0]
+    dtypes = [getattr(getattr(node, "meta", {}).get("val"), "dtype", None) for node in returned]
+    return [x.to(dtype) if isinstance(x, Tensor) and dtype else x for x, dtype in zip(outputs, dtypes)]
 
 
 class EagerCandidate:
     """A module run by torch as its users run it. It shows no values but its outputs."""
 
-    def __init__(self, name: str, run: Callable[[tuple[Any, ...]], list[Any]]) -> None:
-        self.name, self.deployed, self._run = name, True, run
+    def __init__(self, name: str, captured: Captured, *, precise: bool = False) -> None:
+        self.name, self.deployed, self._captured, self._precise = name, True, captured, precise
+
+    def precise(self) -> EagerCandidate:
+        """The same module in float64, but for what its code says to be of another dtype."""
+        module = deepcopy(self._captured.eager)
+        assert module is not None
+        return EagerCandidate(f"{self.name} in float64", replace(self._captured, eager=module.double()), precise=True)
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
-        return self._run(tuple(flat))
+        if not self._precise:
+            return self._captured.run_eager(tuple(flat))
+        return _lowered(self._captured.run_eager(tuple(raise_tensor(x) for x in flat)), self._captured.program)
 
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """None."""

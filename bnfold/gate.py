@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from bnfold.accuracy import judge_accuracy
@@ -31,26 +31,14 @@ from bnfold.candidates import (
 )
 from bnfold.capture import Captured
 from bnfold.data import Labels
-from bnfold.decisions import NOISE_LIMIT
 from bnfold.devices import judge_device
 from bnfold.errors import BnfoldError
 from bnfold.following import Follower
 from bnfold.interpret import Runner
-from bnfold.judge import Tally, epsilon, finite_problem, median
 from bnfold.matching import Match, match
-from bnfold.names import number_names
 from bnfold.optimizers import guilty
-from bnfold.reference import (
-    RUN_FACTOR,
-    SAMPLE_FACTOR,
-    Findings,
-    Progress,
-    References,
-    batched,
-    first_line,
-    numbers,
-    words,
-)
+from bnfold.outputs import OutputJudge
+from bnfold.reference import Findings, Progress, References
 from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
 from bnfold.runtime import open_session, provider_notes
 from bnfold.samples import Batch, batches
@@ -109,13 +97,13 @@ class Gate:
         capture_error = self._references.judge_capture()
         outputs: list[OutputResult] = []
         provider, placed = "torch", None
-        self._follower: Follower | None = None
+        self._outputs = OutputJudge(self._references, self.limit)
         clean = False
         candidates = self._candidates()
         for i, candidate in enumerate(candidates):
             self.progress("check", i, len(candidates) + 1)
             before = len(self._findings.problems)
-            outputs += self._judge_outputs(candidate)
+            outputs += self._outputs.judge(candidate)
             if not candidate.deployed:
                 clean = len(self._findings.problems) == before
             elif clean and len(self._findings.problems) > before and isinstance(candidate, OnnxCandidate):
@@ -145,12 +133,11 @@ class Gate:
         return CheckReport(
             verdict, provider, self._references.samples, batch_sizes, tuple(outputs), tuple(sites), capture_error,
             (*problems, *doubts), tuple(notes), accuracy, self.limit, self.site_limit,
-            placement=placed, deployed=tuple(deployed), adversarial=found.result(self._worst_found),
+            placement=placed, deployed=tuple(deployed), adversarial=found.result(self._outputs.worst_found),
         )  # fmt: skip
 
     def _search(self, made: list[Batch]) -> Found:
         """Inputs found by gradients, where they are asked for."""
-        self._worst_found = 0.0
         if not self.adversarial:
             return Found(())
         self.progress("search", 0, 1)
@@ -163,13 +150,12 @@ class Gate:
         if self.path is None or self.device != "cuda":
             return []
         candidate = self._onnx(optimized=True, tf32=True)
-        judged, self._findings = self._findings, Findings()
+        found = Findings()
         try:
-            return self._judge_outputs(candidate)
+            return OutputJudge(self._references, self.limit, found).judge(candidate)
         finally:
             candidate.close()
-            judged.notes += [f"as deployed, not judged: {problem}" for problem in self._findings.problems]
-            self._findings = judged
+            self._findings.notes += [f"as deployed, not judged: {problem}" for problem in found.problems]
 
     def _say_where(self, sites: Sequence[SiteResult]) -> None:
         """Adds to what is said of an output the first fold site, in the order of the graph, that is off."""
@@ -210,7 +196,7 @@ class Gate:
         if self.folded is not None:
             found.append(TorchCandidate("folded torch", self.folded))
         if self.eager is not None:
-            found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager).run_eager))
+            found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager)))
         if self.path is not None:
             self._findings.notes += provider_notes(self.device)
             found += [self._onnx(optimized=on) for on in (False, True)]
@@ -218,7 +204,8 @@ class Gate:
 
     def _blame(self) -> str:
         """Which of ONNX Runtime's optimisations makes a file wrong that is right without them, as a problem."""
-        plain, full = (Follower(self._references, self._onnx(optimized=on), self._follower) for on in (False, True))
+        before = self._outputs.follower
+        plain, full = (Follower(self._references, self._onnx(optimized=on), before) for on in (False, True))
         ratios = [(full.misfit(run), run) for run in range(len(self._references.batches))]
         worst, run = max(ratios)
         # Right or wrong is on which side of the middle, on a logarithmic scale, a run ends.
@@ -226,7 +213,7 @@ class Gate:
 
         def wrong(disabled: Sequence[str]) -> bool:
             candidate = self._onnx(optimized=True, disabled=disabled)
-            return not Follower(self._references, candidate, self._follower).misfit(run) < middle
+            return not Follower(self._references, candidate, before).misfit(run) < middle
 
         names = guilty(wrong)
         if not names:
@@ -245,111 +232,6 @@ class Gate:
             tf32=tf32, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
             disabled=disabled,
         )  # fmt: skip
-
-    def _judge_outputs(self, candidate: Candidate) -> list[OutputResult]:
-        tallies: dict[int, Tally] = {}
-        wrong_integers: dict[int, tuple[int, int, bool]] = {}
-        self._follower = follower = Follower(self._references, candidate, self._follower)
-        for run, (batch, truth, unfolded) in enumerate(
-            zip(self._references.batches, self._references.truth, self._references.unfolded)
-        ):
-            try:
-                outputs, followed = follower.run(run)
-            except Exception as error:
-                self._findings.problems.append(f"{candidate.name}: fails at {words(batch)}: {first_line(error)}")
-                continue
-            given = numbers(outputs)
-            if len(given) != len(unfolded):
-                self._findings.problems.append(f"{candidate.name}: {len(given)} outputs instead of {len(unfolded)}")
-                return []
-            for i, (own, value, true, right) in enumerate(zip(unfolded, given, truth, followed)):
-                where = self._where(candidate, i)
-                widened = self._widened_ok(candidate, own, value)
-                if value.shape != right.shape or (value.dtype != own.dtype and not widened):
-                    problem = f"{where}: {tuple(value.shape)} {value.dtype} instead of {tuple(right.shape)} {own.dtype}"
-                    self._findings.problems.append(f"{problem} at batch {batch.size}")
-                    continue
-                problem_found = finite_problem(value, right)
-                if problem_found:
-                    found = f" on {batch.origin} inputs" if batch.origin else ""
-                    self._worst_found = float("inf") if found else self._worst_found
-                    self._findings.problems.append(f"{where}: {problem_found}{found}")
-                if own.is_floating_point():
-                    tally = tallies.setdefault(i, Tally(epsilon(own.dtype)))
-                    tally.add(value, own, true, batched=batched(batch, own), run=run, followed=right)
-                else:
-                    wrong, total, known = wrong_integers.get(i, (0, 0, True))
-                    known = known and run not in self._references.blind and torch.equal(own, true)
-                    wrong_integers[i] = (wrong + int((value != right).sum()), total + own.numel(), known)
-        follower.report()
-        for i, (wrong, total, known) in wrong_integers.items():
-            known = known and not follower.unread(i)
-            if wrong:
-                (self._findings.problems if known else self._findings.doubts).append(
-                    f"{self._where(candidate, i)}: {wrong} of {total} integers differ"
-                    + ("" if known else "; whether they are near-ties cannot be told")
-                )
-        results = [self._judge_tally(candidate, i, tally) for i, tally in tallies.items()]
-        ran = self._references.samples
-        results += [OutputResult(candidate.name, self._output_name(i), 0.0, 0.0, 0.0, 0.0, ran) for i in wrong_integers]
-        return results
-
-    def _widened_ok(self, candidate: Candidate, own: Tensor, value: Tensor) -> bool:
-        return (
-            isinstance(candidate, OnnxCandidate)
-            and candidate.wider
-            and own.dtype in (torch.bfloat16, torch.float16)
-            and value.dtype == torch.float32
-        )
-
-    def _judge_tally(self, candidate: Candidate, index: int, tally: Tally) -> OutputResult:
-        where = self._where(candidate, index)
-        if not tally.elements:
-            self._findings.doubts.append(f"{where}: it has no finite element to compare; give real inputs (--data)")
-            nan = float("nan")
-            return OutputResult(candidate.name, self._output_name(index), nan, nan, nan, nan, 0)
-        noise, steady = tally.relative(tally.noise), tally.ratios(steady=True)
-        searched = [r for r, run in zip(steady.tolist(), tally.runs) if self._references.batches[run].origin]
-        self._worst_found = max([self._worst_found, *searched])
-        wild = noise > max(NOISE_LIMIT, 16 * tally.eps)
-        # A discontinuous model is by chance exact on some samples, and an error over that noise means nothing.
-        ratios = steady if wild else tally.ratios()
-        typical = median(ratios)
-        unread = self._follower.unread(index) if self._follower else 0
-        against = self._findings.doubts if unread else self._findings.problems
-        if unread and not typical <= self.limit:
-            where = f"{where} (depends on decisions of the model that the file gives no names to, {unread} of them)"
-        if not typical <= self.limit:
-            against.append(f"{where}: error is {typical:.3g} times the noise (limit {self.limit:g})")
-        apart: dict[str, float] = {}
-        for run, ratio in tally.per_run().items():
-            size = words(self._references.batches[run])
-            if not ratio <= max(self.limit * RUN_FACTOR, apart.get(size, 0.0)):
-                apart[size] = ratio
-        against += [f"{where}: error is {ratio:.3g} times the noise at {size}" for size, ratio in apart.items()]
-        far = int((~(steady <= self.limit * SAMPLE_FACTOR)).sum())
-        if far and typical <= self.limit:
-            self._findings.doubts.append(
-                f"{where}: {far} of {len(steady)} samples are off by up to {float(steady.max()):.3g} times the noise, "
-                "the others not: wrong for some inputs, or a decision (top-k, rounding) that fell the other way"
-            )
-        if wild:
-            self._findings.doubts.append(
-                f"output '{self._output_name(index)}': the unfolded model's own error is {noise:.2g} of it, so almost "
-                "anything would pass; it is discontinuous on these inputs (top-k, rounding) or out of its range: try "
-                "--data"
-            )
-        return OutputResult(
-            candidate.name, self._output_name(index), noise, tally.relative(tally.error), typical,
-            float(ratios.max()), len(tally.error),
-        )  # fmt: skip
-
-    def _where(self, candidate: Candidate, index: int) -> str:
-        return f"{candidate.name}, output '{self._output_name(index)}'"
-
-    def _output_name(self, index: int) -> str:
-        names = number_names(self.captured.program)
-        return names[index] if index < len(names) else str(index)
 
 
 @contextlib.contextmanager

@@ -55,8 +55,9 @@ ALLOWED: dict[str, str] = {
     "kernels": "semantics",
     "lower": "errors names program translate",
     "translate": "errors",
-    "gate": "accuracy adversarial candidates capture data decisions devices errors following interpret judge"
-    " matching names optimizers reference report runtime samples sites stored",
+    "gate": "accuracy adversarial candidates capture data devices errors following interpret matching optimizers"
+    " outputs reference report runtime samples sites stored",
+    "outputs": "candidates decisions following judge names reference report",
     "bisection": "candidates capture errors file_graph following functional matching optimizers reference report"
     " runtime samples sites stored",
     "file_graph": "errors",
@@ -71,7 +72,7 @@ ALLOWED: dict[str, str] = {
     "stored": "errors",
     "adversarial": "capture draw functional interpret reference report samples",
     "devices": "candidates placement reference report",
-    "candidates": "errors interpret placement report runtime",
+    "candidates": "capture errors interpret placement report runtime",
     "matching": "capture errors names runtime",
     "baseline": "errors report store",
     "judge": "",

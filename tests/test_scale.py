@@ -53,8 +53,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, name, wrapped)
 
     for owner, name in (
-        (Folder, "_ask"), (Folder, "_at"), (Folder, "_plan"), (Folder, "_agreed"), (Graph, "call"), (Graph, "shape"),
-        (Graph, "readers"), (Graph, "constant"), (Affine, "agree"), (Affine, "settled"),
+        (Folder, "_ask"), (Folder, "semantics"), (Folder, "_plan"), (Folder, "_agreed"), (Graph, "call"),
+        (Graph, "shape"), (Graph, "readers"), (Graph, "constant"), (Affine, "agree"), (Affine, "settled"),
     ):  # fmt: skip
         count(owner, name)
     return counted
@@ -84,11 +84,11 @@ def test_the_count_sees_quadratic_work(work, monkeypatch):
 
     def slow(self: Folder, site: Any, direction: Any) -> Any:
         for value in self.graph.values():
-            self._at(value)
+            self.semantics(value)
         return plan(self, site, direction)
 
     monkeypatch.setattr(Folder, "_plan", slow)
-    with pytest.raises(AssertionError, match="_at"):
+    with pytest.raises(AssertionError, match="semantics"):
         test_work_grows_with_the_layers_and_no_faster("residual", work)
 
 
