@@ -136,7 +136,7 @@ gate_options = _options(
         "--data", metavar="FILE.npz",
         help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known.",
     ),
-    _number("--samples", type=click.IntRange(1), default=16, help="Samples to compare; about 10 at least."),
+    _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
     _flag("--adversarial", help="Also look by gradient for inputs that overflow, or differ most; takes its time."),
     _number("--limit", type=float, default=4.0, callback=_finite, help="Largest error, in the unfolded model's own."),
@@ -146,7 +146,7 @@ gate_options = _options(
 bisect_options = _options(
     "The search",
     _file("--data", metavar="FILE.npz", help="Real samples in arrays named like the inputs."),
-    _number("--samples", type=click.IntRange(1), default=16, help="Samples to compare; about 10 at least."),
+    _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
 )
 device_option = _options(

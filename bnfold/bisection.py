@@ -30,7 +30,7 @@ from bnfold.optimizers import guilty
 from bnfold.reference import RUN_FACTOR, Findings, Progress, References, first_line
 from bnfold.report import Bisection, Culprit, Ledger
 from bnfold.runtime import open_session
-from bnfold.samples import Batch, batches
+from bnfold.samples import MIN_SAMPLES, Batch, batches
 from bnfold.sites import Noise
 from bnfold.stored import Rows
 
@@ -55,7 +55,7 @@ class Bisector:
     ledger: Ledger = field(default_factory=Ledger)
     meanings: Mapping[str, str | None] = field(default_factory=dict)
     device: Literal["cpu", "cuda"] = "cpu"
-    samples: int = 16
+    samples: int = MIN_SAMPLES
     seed: int = 0
     limit: float = LIMIT
     data: Mapping[str, Rows] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -226,18 +227,22 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> Iterator[
     """
     import onnx
 
-    model = onnx.load_model(path, load_external_data=False)
-    if widen:
-        model = onnx.load_model_from_string(widened(path))
-    made = {name for node in model.graph.node for name in node.output}
-    already = {value.name for value in model.graph.output}
-    present = [name for name in names if name in made]
-    for name in present:
-        if name not in already:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
     copy = path.with_name(f"{path.stem}.sites.onnx")
     try:
-        copy.write_bytes(model.SerializeToString())
+        if widen:
+            copy.write_bytes(widened(path))
+        else:
+            shutil.copyfile(path, copy)
+        graph = onnx.load_model(copy, load_external_data=False).graph
+        made = {name for node in graph.node for name in node.output}
+        already = {value.name for value in graph.output}
+        del graph  # the weights are in it
+        present = [name for name in names if name in made]
+        more = onnx.ModelProto()
+        more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in present if name not in already)
+        # Two messages after one another are one with the fields of both: that is how protobuf's encoding is defined.
+        with copy.open("ab") as file:
+            file.write(more.SerializeToString())
         yield copy, present, len(already)
     finally:
         copy.unlink(missing_ok=True)

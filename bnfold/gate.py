@@ -41,7 +41,7 @@ from bnfold.outputs import OutputJudge
 from bnfold.reference import Findings, Progress, References
 from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
 from bnfold.runtime import open_session, provider_notes
-from bnfold.samples import Batch, batches
+from bnfold.samples import MIN_SAMPLES, Batch, batches
 from bnfold.sites import judge_sites
 from bnfold.stored import Rows
 
@@ -62,7 +62,7 @@ class Gate:
     #: What the file calls the folded program's values.
     file_names: Mapping[str, str] = field(default_factory=dict)
     device: Literal["cpu", "cuda"] = "cpu"
-    samples: int = 16
+    samples: int = MIN_SAMPLES
     seed: int = 0
     limit: float = LIMIT
     site_limit: float = SITE_LIMIT
@@ -92,7 +92,10 @@ class Gate:
             ranges=captured.ranges, pinned=self._matched.pinned,
         )  # fmt: skip
         found = self._search(made)
-        self._references = References(captured, [*made, *found.batches], self._findings, self.limit, self.progress)
+        self._references = References(
+            captured, [*made, *found.batches], self._findings, self.limit, self.progress,
+            watch=set(self.ledger.sites.values()),
+        )  # fmt: skip
         self._references.run()
         capture_error = self._references.judge_capture()
         outputs: list[OutputResult] = []

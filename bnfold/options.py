@@ -84,7 +84,7 @@ class Options:
 
     device: Device = "auto"
     data: Path | str | Mapping[str, Any] | None = None
-    samples: int = 16
+    samples: int = 10
     seed: int = 0
     adversarial: bool = False
     limit: float = LIMIT

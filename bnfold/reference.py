@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from bnfold.samples import MIN_SAMPLES, Batch
 RUN_FACTOR = 16.0
 #: A single sample this many limits away is a wrong value or a decision that fell the other way: no pass either way.
 SAMPLE_FACTOR = 64.0
+#: Values at fold sites are compared for as many samples as fit into this many elements.
+WATCHED_ELEMENTS = 16_000_000
 #: How many limits away torch's kernels may take a program that is right in float64. Some of them start the sum of a
 #: convolution with its bias, so that every term is rounded to the bias's precision, and a fold adds biases: where a
 #: signal is small beside them (a net with random weights, deep down) that came to 5.5 times the noise over the stages
@@ -58,6 +61,9 @@ class References:
     unfolded: list[list[Tensor]] = field(default_factory=list)
     #: The batches for which there is no truth.
     blind: set[int] = field(default_factory=set)
+    #: Values to keep of one batch, which is in ``watched`` with them: true, and in the program's own dtypes.
+    watch: Collection[str] = ()
+    watched: tuple[Batch, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
 
     @property
     def samples(self) -> int:
@@ -76,14 +82,17 @@ class References:
         runnable: list[Batch] = []
         seen: set[tuple[int, str]] = set()
         reason = ""
+        watching = watched_batch(self.captured, self.batches, self.watch) if self.watch else None
         for i, batch in enumerate(self.batches):
             self.progress("truth", i, len(self.batches))
             # The captured graph may hold for fewer sizes than the model: each size is put to the model itself once.
             eager = None if (batch.size, batch.sizes) in seen else self._run_eager(batch)
             seen.add((batch.size, batch.sizes))
             try:
-                own = numbers(unfolded(batch.flat, keep=self.decisions.names))
-                self.decisions.note(batch, unfolded.kept)
+                watch = self.watch if batch is watching else ()
+                own = numbers(unfolded(batch.flat, keep={*self.decisions.names, *watch}))
+                kept = unfolded.kept
+                self.decisions.note(batch, kept)
             except Exception as error:
                 reason = first_line(error)
                 if isinstance(eager, list):
@@ -99,7 +108,10 @@ class References:
                 self.findings.notes.append(f"the unfolded model itself does not run at {words(batch)}: {reason}")
                 continue
             try:
-                truth = numbers(self.decisions.follow(precise, batch).outputs)
+                followed = self.decisions.follow(precise, batch, keep=watch)
+                truth = numbers(followed.outputs)
+                if watch:
+                    self.watched = batch, followed.kept, {name: kept[name] for name in watch}
             except Exception as error:
                 self.findings.doubts.append(
                     f"the graph does not run in float64 ({first_line(error)}), so there is no truth to compare with; "
@@ -203,3 +215,17 @@ def first_line(error: BaseException) -> str:
     """Type and first line of an exception, for a message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def watched_batch(captured: Captured, batches: Sequence[Batch], names: Collection[str]) -> Batch:
+    """The largest batch of the first sizes whose values of those names fit into ``WATCHED_ELEMENTS``."""
+    elements = 0
+    for node in captured.program.graph.nodes:
+        value = node.meta.get("val")
+        if node.name in names and isinstance(value, Tensor):
+            elements += prod(n if isinstance(n, int) else max(int(n.node.hint), 1) for n in value.shape)
+    example = captured.flat[0] if captured.flat else None
+    per_sample = max(elements // max(example.shape[0] if isinstance(example, Tensor) and example.ndim else 1, 1), 1)
+    fitting = [b for b in batches if not b.sizes or b.sizes == batches[0].sizes]
+    small = [b for b in fitting if b.samples * per_sample <= WATCHED_ELEMENTS]
+    return max(small, key=lambda b: b.samples) if small else min(fitting, key=lambda b: b.samples)

@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bnfold.candidates import Candidate, OnnxCandidate, TorchCandidate
 from bnfold.interpret import Runner, coarsest_epsilon
 from bnfold.judge import epsilon, site_ratios
-from bnfold.reference import KERNELS, References, first_line
+from bnfold.reference import KERNELS, References, first_line, watched_batch
 from bnfold.report import Ledger, SiteResult
 from bnfold.samples import Batch
 
-#: Values at fold sites are compared for as many samples as fit into this many elements.
-SITE_ELEMENTS = 16_000_000
 #: How often the effect of rounding the constants is drawn. Drawn once, one channel in fifty happens to move a sixteenth
 #: of what it typically does and its ratio is off by as much; over the sites of one MobileNetV2 and six sets of inputs
 #: the worst ratio of a correct fold was 14.6 with one, 7.9 with two, 5.5 with four and 4.1 with eight.
@@ -39,7 +36,8 @@ def judge_sites(
     modules = {value: entry.module or entry.value for entry in ledger.entries for value, _ in entry.site}
     modules |= {value: merge.into for merge in ledger.merges for value, _ in merge.site}
     modules |= {value: ", ".join(scaled.into) for scaled in ledger.scaled for value, _ in scaled.site}
-    batch = _site_batch(references, sites)
+    watched = references.watched
+    batch = watched[0] if watched else watched_batch(references.captured, references.batches, set(sites.values()))
     noise = Noise.of(references, batch, set(sites.values()))
     if noise is None:  # no float64 truth: said already, and inconclusive
         return []
@@ -123,8 +121,12 @@ class Noise:
     def __init__(self, references: References, batch: Batch, names: set[str]) -> None:
         self._references, self._batch, self._names = references, batch, names
         captured = references.captured
-        self._precise, own = Runner(captured.program, precise=True, masters=captured.masters), Runner(captured.program)
+        self._precise = Runner(captured.program, precise=True, masters=captured.masters)
+        if references.watched and references.watched[0] is batch and names <= set(references.watch):
+            _, self.truth, self.unfolded = references.watched
+            return
         self.truth = references.decisions.follow(self._precise, batch, keep=names).kept
+        own = Runner(captured.program)
         own(batch.flat, keep=names)
         self.unfolded = own.kept
 
@@ -165,19 +167,3 @@ class Noise:
             for name, truth in floats.items():
                 squares[name] += (kept[name] - truth).square()
         return {name: (square / ROUNDINGS).sqrt() for name, square in squares.items()}
-
-
-def _site_batch(references: References, sites: Mapping[str, str]) -> Batch:
-    """The largest batch of the first sizes whose values at the sites fit into ``SITE_ELEMENTS``."""
-    wanted = set(sites.values())
-    elements = 0
-    for node in references.captured.program.graph.nodes:
-        value = node.meta.get("val")
-        if node.name in wanted and isinstance(value, Tensor):
-            elements += int(np.prod([n if isinstance(n, int) else max(int(n.node.hint), 1) for n in value.shape]))
-    flat = references.captured.flat
-    example = flat[0] if flat else None
-    per_sample = max(elements // max(example.shape[0] if isinstance(example, Tensor) and example.ndim else 1, 1), 1)
-    fitting = [b for b in references.batches if not b.sizes or b.sizes == references.batches[0].sizes]
-    small = [b for b in fitting if b.samples * per_sample <= SITE_ELEMENTS]
-    return max(small, key=lambda b: b.samples) if small else min(fitting, key=lambda b: b.samples)

@@ -107,7 +107,7 @@ def test_legacy_exports_pass(opset: int, as_inputs: bool, tmp_path: Path) -> Non
     model = onnx.load(tmp_path / "net.onnx")
     assert len(model.graph.input) == (2 if not as_inputs else 2 + len(model.graph.initializer))
     report = check(tmp_path / "net.onnx")
-    assert report.passed and report.batches == (1, 2, 7, 6), report
+    assert report.passed and report.batches == (1, 2, 7), report
     assert "the file takes image as 'i', vector as 'v'" in notes(report)
 
 
@@ -252,7 +252,7 @@ def test_a_fixed_batch_is_judged_at_that_size(batch: int, tmp_path: Path) -> Non
     legacy(tmp_path / "net.onnx", batch, opset_version=17)
     x, v = rows(20, 3, 8, 8, seed=3).numpy(), rows(20, 5, seed=4).numpy()
     report = check(tmp_path / "net.onnx", data={"image": x, "vector": v})
-    assert report.passed and report.batches == (batch,) and report.samples >= 16
+    assert report.passed and report.batches == (batch,) and report.samples >= 10
     assert f"the file is fixed at batch {batch}, and judged at no other size" in notes(report)
     assert report.accuracy is not None and report.accuracy.samples == 20
     assert {a.samples for a in report.accuracy.agreement} == {20}
@@ -265,7 +265,7 @@ def test_a_fixed_size_of_an_image_is_judged_at_that_size(tmp_path: Path) -> None
     dims = {"image": {0: torch.export.Dim("N"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")},
             "vector": {0: torch.export.Dim("N")}}  # fmt: skip
     report = check(changed(tmp_path / "net.onnx", change), dynamic_shapes=dims)
-    assert report.passed and "the file is fixed at h 12, w 8" in notes(report) and report.batches == (1, 2, 7, 6)
+    assert report.passed and "the file is fixed at h 12, w 8" in notes(report) and report.batches == (1, 2, 7)
 
 
 def test_a_fixed_batch_of_another_size_is_refused(tmp_path: Path) -> None:
