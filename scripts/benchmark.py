@@ -5,8 +5,9 @@
     python scripts/benchmark.py --suite merge --output docs/merge
 
 A suite is a module in ``scripts/suites`` with a ``run(settings) -> Outcome``. Its tables are printed as Markdown; with
-``--output NAME`` they go into ``NAME.md``, and everything measured into ``NAME.json``. What is compared runs in turn,
-in random order in every round, and figures are medians over rounds of ratios within one. Run it on an idle machine.
+``--output NAME`` they go into ``NAME.md``, everything measured into ``NAME.json`` and a picture into ``NAME.svg``. What
+is compared runs in turn, in random order in every round, and figures are medians over rounds of ratios within one. Run
+it on an idle machine. The peers come with ``pip install -c constraints.txt -e '.[bench]'``.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outcome: Outcome = importlib.import_module(f"suites.{given.suite}").run(settings)
-    text = outcome.markdown()
-    print(text)
+    print(outcome.markdown())
     if given.output is not None:
+        picture = given.output.with_suffix(".svg")
+        if outcome.figure is not None:
+            outcome.figure(picture)
+        text = outcome.markdown(picture.name if outcome.figure is not None else "")
         given.output.with_suffix(".md").write_text(text, encoding="utf-8")
         given.output.with_suffix(".json").write_text(json.dumps(outcome.data, indent=1) + "\n", encoding="utf-8")
 

@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,14 @@ class Outcome:
     intro: str
     tables: Sequence[Table]
     data: dict[str, Any] = field(repr=False)
+    #: Draws the picture that stands above the tables, as SVG.
+    figure: Callable[[Path], None] | None = None
 
-    def markdown(self) -> str:
-        """The whole page."""
-        return "\n\n".join([f"# {self.title}", self.intro, *(table.markdown() for table in self.tables)]) + "\n"
+    def markdown(self, picture: str = "") -> str:
+        """The whole page, with the picture of that name."""
+        shown = [f"![{self.title}]({picture})"] if picture else []
+        tables = (table.markdown() for table in self.tables)
+        return "\n\n".join([f"# {self.title}", self.intro, *shown, *tables]) + "\n"
 
 
 def conditions(settings: Settings) -> dict[str, str]:

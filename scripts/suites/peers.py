@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,17 +27,17 @@ INTRO = """
 Published nets with random weights and settled statistics (`scripts/benchmark_nets.py`), at 224x224 with a dynamic
 batch, through bnfold and through what users take in its place. Every tool writes the same module in a process of its
 own, one after the other in random order: *seconds* is the whole process, Python and torch included, *peak* its largest
-resident memory (medians of {repeats}; of the tools without a goal, one). Then `bnfold.check` judges every file against
-the unfolded model in float64: *error over noise* is of the file as deployed, all of ONNX Runtime's optimisations on,
-and a file that fails is marked. Latency is of one image, in turn in random order, the median over rounds of the ratio
-of two times in one round, over bnfold's: above 1 bnfold's is the faster file. *Load* is how long a session takes to
-open.
+resident memory (medians of {repeats} runs; of the peers other than torch.onnx, of one). Then `bnfold.check` judges
+every file against the unfolded model in float64: *error over noise* is of the file as deployed, all of ONNX Runtime's
+optimisations on, and a file that fails is marked. Latency is of one image, in turn in random order, the median over
+rounds of the ratio of two times in one round, over bnfold's: above 1 bnfold's is the faster file. *Load* is how long a
+session takes to open.
 
     python scripts/benchmark.py --suite peers --output docs/benchmarks
 """.strip()
 #: Tools whose time and memory have goals of their own; the others' are measured once.
 TIMED = ("bnfold", "bnfold, checked", "torch.onnx")
-REPEATS = 3
+REPEATS = 2
 QUICK = ("ResNet-50",)
 
 
@@ -66,7 +67,9 @@ def run(settings: Settings) -> Outcome:
     state = conditions(settings)
     tables = [_summary(found), *(_table(name, cells) for name, cells in found.items())]
     intro = f"{INTRO.format(repeats=repeats)}\n\n{sentence(state)}"
-    return Outcome("Benchmarks", intro, tables, {"conditions": state, "nets": _data(found)})
+    return Outcome(
+        "Benchmarks", intro, tables, {"conditions": state, "nets": _data(found)}, lambda path: _draw(found, path)
+    )  # fmt: skip
 
 
 def _cells(name: str, folder: Path, repeats: int, settings: Settings) -> dict[str, Cell]:
@@ -132,7 +135,7 @@ def _race(cells: dict[str, Cell], settings: Settings) -> None:
 
 
 def _median(values: list[Any]) -> float:
-    return float(sorted(values)[len(values) // 2]) if values else float("nan")
+    return float(statistics.median(values)) if values else float("nan")
 
 
 def _table(name: str, cells: dict[str, Cell]) -> Table:
@@ -183,6 +186,36 @@ def _summary(found: dict[str, dict[str, Cell]]) -> Table:
     columns = ("tool", "BatchNorms left", "wrong files", "error over noise", "latency over bnfold's: plain nets",
                "branchy nets", "seconds over torch.onnx's", "peak over torch.onnx's")  # fmt: skip
     return Table("All nets", columns, rows, before="Geometric means; BatchNorms are counted over all nets.")
+
+
+def _draw(found: dict[str, dict[str, Cell]], path: Path) -> None:
+    """Per net and tool, latency over bnfold's with its interval."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "bnfold"
+    peers = [tool for tool in TOOLS if not tool.startswith("bnfold")]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.45 * len(found)), layout="constrained")
+    for i, tool in enumerate(peers):
+        points = [(row, cells[tool].latency) for row, cells in enumerate(found.values()) if cells[tool].latency]
+        rows = [row + 0.12 * (i - (len(peers) - 1) / 2) for row, _ in points]
+        ratios = [latency.ratio for _, latency in points if latency]
+        spread = [[abs(latency.ratio - end) for _, latency in points if latency for end in [latency.interval[side]]]
+                  for side in (0, 1)]  # fmt: skip
+        axes.errorbar(ratios, rows, xerr=spread, fmt="o", markersize=4, linewidth=1, label=tool)
+    axes.axvline(1, color="gray", linewidth=1)
+    axes.set_xscale("log")
+    ticks = [0.8, 1, 1.25, 1.5, 2, 3, 4]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("latency over that of bnfold's file (right of 1: bnfold's is faster)")
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def _data(found: dict[str, dict[str, Cell]]) -> dict[str, Any]:
