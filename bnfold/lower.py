@@ -209,7 +209,7 @@ def _simplify(model: ir.Model) -> ir.Model:
     hidden: dict[str, ir.TensorProtocol] = {}
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > SKELETON_BYTES:
+        if tensor is not None and tensor.nbytes > SKELETON_BYTES and not _is_zero_bias(tensor):
             hidden[name] = tensor
             value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
             del model.graph.initializers[name]
@@ -236,6 +236,11 @@ def _simplify(model: ir.Model) -> ir.Model:
         if module:
             node.metadata_props["module"] = module
     return simplified
+
+
+def _is_zero_bias(tensor: ir.TensorProtocol) -> bool:
+    """Whether adding a tensor changes nothing, which onnxsim can only know of what it sees."""
+    return len(tensor.shape) == 1 and not tensor.numpy().any()
 
 
 def _own_outputs(graph: ir.Graph) -> None:

@@ -258,3 +258,12 @@ def test_checks_of_numbers_stay_behind(tmp_path: Path) -> None:
     captured, made = lowered(Net(forward), (images,))
     assert any("_assert" in str(n.target) or "_is_all_true" in str(n.target) for n in captured.program.graph.nodes)
     assert {n.op_type for n in written(made, tmp_path / "net.onnx").graph.node} == {"Conv", "Relu"}
+
+
+@pytest.mark.parametrize(("bias", "adds"), [(0.0, 0), (0.5, 1)])
+def test_a_bias_of_zeros_is_no_operator(bias: float, adds: int) -> None:
+    """Nets that were never trained are full of them, and onnxsim is not shown large constants."""
+    linear = nn.Linear(4, 300)
+    nn.init.constant_(linear.bias, bias)
+    program = capture(linear, (torch.randn(2, 3, 4),)).program
+    assert [node.op_type for node in lower(program).model.graph].count("Add") == adds
