@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bnfold._version import __version__
 
 if TYPE_CHECKING:
-    from bnfold.calibration import calibrate
-    from bnfold.eager import WrittenBack
+    from bnfold.eager.eager import WrittenBack
     from bnfold.errors import (
         BnfoldError,
         CaptureError,
@@ -26,20 +25,21 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
+    from bnfold.loading.structure import prepare
     from bnfold.options import Folded, Options
     from bnfold.pipeline import bisect, check, export, fold, inspect
     from bnfold.report import Bisection, CheckReport, Diagnosis, Entry, ExportReport, Ledger, Refusal
-    from bnfold.structure import prepare
+    from bnfold.statistics.calibration import calibrate
 
 _ERRORS = "BnfoldError CaptureError FoldError InputError LowerError ProviderError ResourceError UsageError"
 _HOMES = {
-    "bnfold.calibration": ["calibrate"],
-    "bnfold.eager": ["WrittenBack"],
+    "bnfold.statistics.calibration": ["calibrate"],
+    "bnfold.eager.eager": ["WrittenBack"],
     "bnfold.errors": _ERRORS.split(),
     "bnfold.options": ["Folded", "Options"],
     "bnfold.pipeline": ["bisect", "check", "export", "fold", "inspect"],
     "bnfold.report": ["Bisection", "CheckReport", "Diagnosis", "Entry", "ExportReport", "Ledger", "Refusal"],
-    "bnfold.structure": ["prepare"],
+    "bnfold.loading.structure": ["prepare"],
 }
 
 __all__ = [

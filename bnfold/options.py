@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bnfold.capture import Captured
-from bnfold.eager import WrittenBack
-from bnfold.eager import write_back as write_into_class
-from bnfold.gate import LIMIT
-from bnfold.load import Provenance
+from bnfold.eager.eager import WrittenBack
+from bnfold.eager.eager import write_back as write_into_class
+from bnfold.gate.gate import LIMIT
+from bnfold.graph.capture import Captured
+from bnfold.loading.load import Provenance
 from bnfold.report import Ledger
 
 Model = nn.Module | ExportedProgram

@@ -15,17 +15,15 @@ import torch
 from torch.export import ExportedProgram
 
 from bnfold import store
-from bnfold.batches import data_batches
-from bnfold.bisection import Bisector
-from bnfold.calibrated_file import save_calibrated as write_calibrated
-from bnfold.calibration import Scheme, measure
-from bnfold.diagnose import captured_failure, examine, worst_first
 from bnfold.errors import CaptureError, InputError, LowerError, UsageError
-from bnfold.file_graph import FileGraph
-from bnfold.gate import Gate
-from bnfold.lower import lower
+from bnfold.gate.bisection import Bisector
+from bnfold.gate.file_graph import FileGraph
+from bnfold.gate.gate import Gate
+from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
+from bnfold.loading.program_file import save_program
+from bnfold.loading.structure import save_written
+from bnfold.lowering.lower import lower
 from bnfold.options import Clock, Folded, Model, Options
-from bnfold.program_file import save_program
 from bnfold.report import (
     Bisection,
     CalibrationReport,
@@ -36,7 +34,7 @@ from bnfold.report import (
     Finding,
     Ledger,
 )
-from bnfold.runtime import resolve_device
+from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import (
     capture_model,
     compared,
@@ -54,7 +52,9 @@ from bnfold.stages import (
     traced,
     write_file,
 )
-from bnfold.structure import save_written
+from bnfold.statistics.batches import data_batches
+from bnfold.statistics.calibration import Scheme, measure
+from bnfold.statistics.diagnose import captured_failure, examine, worst_first
 
 
 def fold(

@@ -15,23 +15,23 @@ from torch.nn.parameter import is_lazy
 
 from bnfold import store
 from bnfold._version import __version__
-from bnfold.baseline import expect_baseline, judge_baseline, write_baseline
-from bnfold.capture import Captured, capture, input_shapes
-from bnfold.data import Labels, assign, examine, load_data, select
-from bnfold.decisions import places
-from bnfold.equalize import equalize as equalize_graph
 from bnfold.errors import FoldError, InputError, UsageError
-from bnfold.folding import fold as fold_graph
-from bnfold.graph import Graph
-from bnfold.inputs import widen_batch
-from bnfold.load import Provenance
-from bnfold.lower import EXTERNAL_BYTES, Lowered, relocate, save
-from bnfold.merge import merge as merge_graph
-from bnfold.names import number_names
+from bnfold.gate.baseline import expect_baseline, judge_baseline, write_baseline
+from bnfold.gate.data import Labels, assign, examine, load_data, select
+from bnfold.gate.decisions import places
+from bnfold.gate.stored import Rows
+from bnfold.graph.capture import Captured, capture, input_shapes
+from bnfold.graph.graph import Graph
+from bnfold.graph.names import number_names
+from bnfold.loading.inputs import widen_batch
+from bnfold.loading.load import Provenance
+from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
 from bnfold.options import Clock, Folded, Model, Options, Progress, silent
-from bnfold.ranges import layer_ranges, norm_ranges
+from bnfold.passes.equalize import equalize as equalize_graph
+from bnfold.passes.folding import fold as fold_graph
+from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
-from bnfold.stored import Rows
+from bnfold.statistics.ranges import layer_ranges, norm_ranges
 
 
 def expect(options: Options) -> None:

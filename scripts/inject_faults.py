@@ -39,11 +39,11 @@ from fault_kinds import KINDS, SPARSE, Subject, subject_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bnfold.capture import capture
 from bnfold.errors import BnfoldError
-from bnfold.gate import LIMIT, SITE_LIMIT, Gate
-from bnfold.lower import lower, save
-from bnfold.reference import SAMPLE_FACTOR
+from bnfold.gate.gate import LIMIT, SITE_LIMIT, Gate
+from bnfold.gate.reference import SAMPLE_FACTOR
+from bnfold.graph.capture import capture
+from bnfold.lowering.lower import lower, save
 from bnfold.stages import fold_captured
 
 NETS = (

@@ -21,7 +21,7 @@ import zoo
 from torch import nn
 
 import bnfold
-from bnfold.runtime import open_session
+from bnfold.runtime.runtime import open_session
 
 
 def wide(gigabytes: float, width: int = 8192) -> nn.Module:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from long_programs import PROGRAMS
 
-from bnfold.folding import fold
-from bnfold.graph import Graph
+from bnfold.graph.graph import Graph
+from bnfold.passes.folding import fold
 
 
 def seconds(name: str, layers: int) -> tuple[float, float, float]:

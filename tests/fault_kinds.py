@@ -17,8 +17,8 @@ from faults import bf16
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from bnfold.capture import Captured, capture
-from bnfold.lower import Lowered, lower
+from bnfold.graph.capture import Captured, capture
+from bnfold.lowering.lower import Lowered, lower
 from bnfold.report import Ledger
 from bnfold.stages import fold_captured
 
@@ -120,7 +120,7 @@ def lowered_file(lowered: Lowered) -> onnx.ModelProto:
     import tempfile
     from pathlib import Path
 
-    from bnfold.lower import save
+    from bnfold.lowering.lower import save
 
     with tempfile.TemporaryDirectory() as folder:
         save(lowered, Path(folder) / "net.onnx")

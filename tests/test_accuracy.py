@@ -18,13 +18,14 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import accuracy, stages
-from bnfold.capture import Captured, capture
+from bnfold import stages
 from bnfold.errors import InputError
-from bnfold.folding import fold as fold_graph
-from bnfold.gate import Gate
-from bnfold.graph import Graph
-from bnfold.lower import lower, save
+from bnfold.gate import accuracy
+from bnfold.gate.gate import Gate
+from bnfold.graph.capture import Captured, capture
+from bnfold.graph.graph import Graph
+from bnfold.lowering.lower import lower, save
+from bnfold.passes.folding import fold as fold_graph
 from bnfold.report import Accuracy, CheckReport
 
 torch.set_num_threads(1)

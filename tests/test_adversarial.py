@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import adversarial
-from bnfold.adversarial import STEPS, search
-from bnfold.capture import Captured, capture
 from bnfold.cli import cli
-from bnfold.samples import Batch, batches
+from bnfold.gate import adversarial
+from bnfold.gate.adversarial import STEPS, search
+from bnfold.gate.samples import Batch, batches
+from bnfold.graph.capture import Captured, capture
 from bnfold.stages import fold_captured
 
 torch.set_num_threads(1)

@@ -17,8 +17,8 @@ from torch import nn
 
 import bnfold
 from bnfold import aten
-from bnfold.capture import capture
-from bnfold.graph import Graph
+from bnfold.graph.capture import capture
+from bnfold.graph.graph import Graph
 from bnfold.semantics import Opaque, Refused, Same, ShapeOnly, Unknown
 
 ops = torch.ops.aten

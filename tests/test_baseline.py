@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bnfold
-from bnfold.baseline import expect_baseline, judge_baseline, write_baseline
 from bnfold.cli import cli
 from bnfold.errors import InputError, ResourceError, UsageError
+from bnfold.gate.baseline import expect_baseline, judge_baseline, write_baseline
 from bnfold.report import Accuracy, Agreement, CheckReport, OutputResult, SiteResult, TargetFit
 
 torch.set_num_threads(1)

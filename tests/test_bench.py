@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from bnfold import bench as module
-from bnfold.bench import bench, interval, measure
 from bnfold.cli import cli
-from bnfold.contestants import Contestant, random_feeds, sized_inputs, torch_arguments, torch_contestant
 from bnfold.errors import BnfoldError, InputError, ProviderError
-from bnfold.runtime import cuda_problem
+from bnfold.runtime import bench as module
+from bnfold.runtime.bench import bench, interval, measure
+from bnfold.runtime.contestants import Contestant, random_feeds, sized_inputs, torch_arguments, torch_contestant
+from bnfold.runtime.runtime import cuda_problem
 
 torch.set_num_threads(1)
 FLOAT, HALF, INT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64

@@ -22,10 +22,11 @@ from test_decisions import FAULTS as DECISIVE
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import bisection, pipeline
+from bnfold import pipeline
 from bnfold.cli import cli
 from bnfold.errors import InputError
-from bnfold.optimizers import NAMES, guilty
+from bnfold.gate import bisection
+from bnfold.gate.optimizers import NAMES, guilty
 from bnfold.report import Bisection
 
 torch.set_num_threads(1)

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.batchnorms import batch_norms, watching_inputs
-from bnfold.calibration import measure
 from bnfold.cli import cli
-from bnfold.distance import Sampled
-from bnfold.load import load
-from bnfold.moments import Moments, parts
-from bnfold.waves import schedule
+from bnfold.loading.load import load
+from bnfold.statistics.batchnorms import batch_norms, watching_inputs
+from bnfold.statistics.calibration import measure
+from bnfold.statistics.distance import Sampled
+from bnfold.statistics.moments import Moments, parts
+from bnfold.statistics.waves import schedule
 
 torch.set_num_threads(1)
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -91,7 +91,7 @@ def test_moments_of_parts_are_those_of_the_whole(sizes, offset, seed):
 def test_large_inputs_are_taken_in_parts(monkeypatch):
     x = rows(11)
     whole = Moments.of(x)
-    monkeypatch.setattr("bnfold.moments.CHUNK", 200)  # two samples of 3 x 6 x 5
+    monkeypatch.setattr("bnfold.statistics.moments.CHUNK", 200)  # two samples of 3 x 6 x 5
     assert [len(part) for part in parts(x)] == [2, 2, 2, 2, 2, 1]
     torch.testing.assert_close(Moments.of(x).mean, whole.mean)
     torch.testing.assert_close(Moments.of(x).variance, whole.variance)

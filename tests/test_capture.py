@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import bnfold
-from bnfold.capture import Captured, capture, tensor_inputs
 from bnfold.errors import CaptureError, InputError
-from bnfold.interpret import Runner
+from bnfold.graph.capture import Captured, capture, tensor_inputs
+from bnfold.graph.interpret import Runner
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -284,10 +284,10 @@ def test_sizes_that_contradict_one_another_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_of_ours_with_a_fixed_batch_is_a_fault(tmp_path: Path) -> None:
-    from bnfold.capture import capture
-    from bnfold.folding import fold
-    from bnfold.gate import Gate
-    from bnfold.graph import Graph
+    from bnfold.gate.gate import Gate
+    from bnfold.graph.capture import capture
+    from bnfold.graph.graph import Graph
+    from bnfold.passes.folding import fold
 
     legacy(tmp_path / "net.onnx", 1, opset_version=17, input_names=["image", "vector"])
     captured = capture(net(), ARGS)

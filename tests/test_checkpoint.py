@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bnfold import checkpoint
-from bnfold.checkpoint import Kind, identify, load_weights, unpickle, verify_archive
 from bnfold.errors import InputError
+from bnfold.loading import checkpoint
+from bnfold.loading.checkpoint import Kind, identify, load_weights, unpickle, verify_archive
 
 torch.set_num_threads(1)
 

@@ -283,8 +283,8 @@ def test_inspect_shows_the_plan_and_writes_nothing(nets: Path, tmp_path: Path, m
 
 
 def test_doctor_tells_versions_and_exits_5_on_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnfold import doctor
-    from bnfold.doctor import Finding
+    from bnfold.runtime import doctor
+    from bnfold.runtime.doctor import Finding
 
     printed = passes("doctor")
     assert f"torch {torch.__version__}" in printed and f"bnfold {__version__}" in printed

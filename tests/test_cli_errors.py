@@ -19,9 +19,10 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from bnfold import runtime, stages, store
+from bnfold import stages, store
 from bnfold.cli import cli
 from bnfold.errors import CaptureError
+from bnfold.runtime import runtime
 
 torch.set_num_threads(1)
 BEFORE = b"the file of yesterday"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bnfold.data import IGNORED, VOID, Labels, assign, examine, load_data, select, stored_batches
 from bnfold.errors import InputError
+from bnfold.gate.data import IGNORED, VOID, Labels, assign, examine, load_data, select, stored_batches
 
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 

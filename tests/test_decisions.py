@@ -20,11 +20,11 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from bnfold.aten.deciding import bound
-from bnfold.capture import Captured, capture
-from bnfold.decisions import places
-from bnfold.gate import Gate
-from bnfold.interpret import Runner
-from bnfold.lower import lower, save
+from bnfold.gate.decisions import places
+from bnfold.gate.gate import Gate
+from bnfold.graph.capture import Captured, capture
+from bnfold.graph.interpret import Runner
+from bnfold.lowering.lower import lower, save
 from bnfold.options import Folded
 from bnfold.report import CheckReport, Ledger
 from bnfold.stages import fold_captured, traced

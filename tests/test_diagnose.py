@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnfold
-from bnfold.distance import Distance, Sampled
-from bnfold.moments import Moments
 from bnfold.report import FINDINGS, Diagnosis
+from bnfold.statistics.distance import Distance, Sampled
+from bnfold.statistics.moments import Moments
 
 torch.set_num_threads(1)
 SHAPE = (8, 3, 6, 5)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bnfold import doctor, runtime
-from bnfold.doctor import Finding, examine
+from bnfold.runtime import doctor, runtime
+from bnfold.runtime.doctor import Finding, examine
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,7 +188,7 @@ def test_a_broken_library_is_a_finding_and_the_rest_is_still_examined(monkeypatc
 def test_without_torch_and_onnxruntime_it_still_answers() -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from bnfold.doctor import examine\n"
+        "from bnfold.runtime.doctor import examine\n"
         "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
         "sys.modules['torch'] = sys.modules['onnxruntime'] = None\n"
         "print(*(f'{finding.level} {finding.what}' for finding in examine()), sep='\\n')"

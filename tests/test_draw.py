@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
-from bnfold.capture import capture
-from bnfold.draw import GUESSED, MASKED, draw, index_limits, is_mask
-from bnfold.samples import batches
+from bnfold.gate.draw import GUESSED, MASKED, draw, index_limits, is_mask
+from bnfold.gate.samples import batches
+from bnfold.graph.capture import capture
 
 torch.set_num_threads(1)
 

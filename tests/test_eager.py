@@ -25,10 +25,10 @@ from zoo_hf import HF_NETS
 import bnfold
 from bnfold import FoldError, InputError, Ledger, prepare
 from bnfold.cli import cli
-from bnfold.eager import WrittenBack
-from bnfold.gate import Gate
+from bnfold.eager.eager import WrittenBack
+from bnfold.gate.gate import Gate
+from bnfold.loading.structure import restructure, save_written
 from bnfold.report import Change
-from bnfold.structure import restructure, save_written
 
 torch.set_num_threads(1)
 MODELS = Path(__file__).parent.parent / "models"
@@ -540,7 +540,7 @@ def test_a_program_has_no_class() -> None:
 
 
 def test_a_copy_that_computes_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnfold import eager
+    from bnfold.eager import eager
 
     right = eager._fill
 

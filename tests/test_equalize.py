@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnfold
-from bnfold.interpret import Runner
-from bnfold.load import load
-from bnfold.runtime import open_session
+from bnfold.graph.interpret import Runner
+from bnfold.loading.load import load
+from bnfold.runtime.runtime import open_session
 
 torch.set_num_threads(1)
 

@@ -362,7 +362,7 @@ def test_ledger_says_what_happened():
 
 
 def test_sites_name_values_that_are_equal():
-    from bnfold.interpret import Runner
+    from bnfold.graph.interpret import Runner
 
     folded = plain(net(), IMAGE)
     sites = folded.ledger.sites

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import bnfold
-from bnfold.capture import capture
+from bnfold.graph.capture import capture
 
 IMAGE = (2, 4, 5, 6)
 

@@ -15,14 +15,16 @@ from faults import AT_SITES, FAULTS, victim
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import candidates, interpret, reference, session
-from bnfold.capture import Captured, capture
 from bnfold.errors import InputError, ProviderError
-from bnfold.folding import fold as fold_graph
-from bnfold.gate import Gate
-from bnfold.graph import Graph
-from bnfold.lower import lower, save
+from bnfold.gate import candidates, reference
+from bnfold.gate.gate import Gate
+from bnfold.graph import interpret
+from bnfold.graph.capture import Captured, capture
+from bnfold.graph.graph import Graph
+from bnfold.lowering.lower import lower, save
+from bnfold.passes.folding import fold as fold_graph
 from bnfold.report import CheckReport, Ledger
+from bnfold.runtime import session
 
 torch.set_num_threads(1)
 SCALES = (1.0, 100.0, 0.01)

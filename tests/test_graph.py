@@ -13,8 +13,8 @@ from torch.export import Dim
 from torch.nn.utils import parametrizations
 
 import bnfold
-from bnfold.capture import capture
-from bnfold.graph import Graph
+from bnfold.graph.capture import capture
+from bnfold.graph.graph import Graph
 
 IMAGE = (2, 4, 5, 6)
 

@@ -26,8 +26,8 @@ from zoo import randomize
 import bnfold
 from bnfold import InputError, ProviderError, UsageError
 from bnfold.cli import cli
-from bnfold.load import load
-from bnfold.normalize import Normalization, Normalize, put_in_front
+from bnfold.loading.load import load
+from bnfold.loading.normalize import Normalization, Normalize, put_in_front
 
 torch.set_num_threads(1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

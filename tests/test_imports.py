@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bnfold"
+#: Packages that only sort modules by what they are for: each module has its own row.
+SHELVES = {"loading", "graph", "passes", "lowering", "gate", "runtime", "statistics", "eager"}
 
 #: Module -> what it may import of bnfold. cli -> pipeline -> stages -> shared vocabulary; stages do not import one
 #: another. A package stands for all of its modules, which may import one another.
@@ -19,8 +21,7 @@ ALLOWED: dict[str, str] = {
     "__main__": "cli",
     "cli": "_version commands errors",
     "pytest_plugin": "commands render report",
-    "commands": "arguments bench doctor errors inputs load normalize options pipeline render report stages store",
-    "arguments": "baseline errors load render store",
+    "commands": "baseline bench doctor errors inputs load normalize options pipeline render report stages store",
     "render": "_version doctor errors report",
     "doctor": "_version runtime",
     "bench": "contestants report runtime",
@@ -124,7 +125,6 @@ NO_TORCH_AT_IMPORT = {
     "pytest_plugin",
     "baseline",
     "commands",
-    "arguments",
     "render",
     "report",
     "errors",
@@ -133,12 +133,24 @@ NO_TORCH_AT_IMPORT = {
 }
 
 
+def module_of(parts: Sequence[str]) -> str | None:
+    """The row that a dotted path below ``bnfold`` belongs to; None for a package of rows and for names in modules."""
+    if parts[0] not in SHELVES:
+        return parts[0]
+    return parts[1] if len(parts) > 1 else None
+
+
 def sources() -> dict[str, list[ast.Module]]:
-    """The syntax trees of every module, those of a package together."""
+    """The syntax trees of every module, those of a package that stands for its modules together."""
     found: dict[str, list[ast.Module]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        found.setdefault(name, []).append(ast.parse(path.read_text(encoding="utf-8")))
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = module_of(parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if name == "__init__" and len(parts) > 1:
+            assert len(tree.body) == 1, f"{path}: what a package of modules holds is its docstring"
+        elif name is not None:
+            found.setdefault(name, []).append(tree)
     return found
 
 
@@ -151,13 +163,14 @@ def imported(node: ast.AST) -> set[str]:
         return {alias.name for alias in node.names}
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "relative imports hide what is imported"
-        inner = node.module == "bnfold"
-        return {f"bnfold.{alias.name}" for alias in node.names} if inner else {str(node.module)}
+        inner = node.module == "bnfold" or str(node.module) in {f"bnfold.{shelf}" for shelf in SHELVES}
+        return {f"{node.module}.{alias.name}" for alias in node.names} if inner else {str(node.module)}
     return set()
 
 
 def of_bnfold(names: set[str], own: str = "") -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("bnfold.")} - {own}
+    found = {module_of(name.split(".")[1:]) for name in names if name.startswith("bnfold.")}
+    return {name for name in found if name is not None} - {own}
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -187,7 +200,7 @@ def imports(module: str, *, functions: bool = True, types: bool = True) -> set[s
 def lazily_public() -> set[str]:
     """The modules that ``bnfold.__getattr__`` imports by name."""
     strings = (node.value for tree in SOURCES["__init__"] for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return {str(text).split(".")[1] for text in strings if str(text).startswith("bnfold.")}
+    return of_bnfold({str(text) for text in strings})
 
 
 def test_every_module_has_its_row() -> None:

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from bnfold import inputs
 from bnfold.errors import InputError, UsageError
-from bnfold.inputs import InputSpec, example, parse_dynamic, parse_input, widen_batch
+from bnfold.loading import inputs
+from bnfold.loading.inputs import InputSpec, example, parse_dynamic, parse_input, widen_batch
 
 torch.set_num_threads(1)
 

@@ -12,8 +12,8 @@ from checker import RELATIVE, Net, assert_close, build, noise
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bnfold.capture import capture
-from bnfold.interpret import Runner
+from bnfold.graph.capture import capture
+from bnfold.graph.interpret import Runner
 
 IMAGE = (2, 4, 5, 6)
 

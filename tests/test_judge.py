@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnfold.judge import Tally, epsilon, finite_problem, median, site_ratios
+from bnfold.gate.judge import Tally, epsilon, finite_problem, median, site_ratios
 
 INF, NAN = float("inf"), float("nan")
 EPS = epsilon(torch.float32)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnfold.kernels import Kernel, added, average, composed, depthwise, embedded, may_fit
+from bnfold.passes.kernels import Kernel, added, average, composed, depthwise, embedded, may_fit
 from bnfold.semantics import Geometry
 
 torch.set_num_threads(1)

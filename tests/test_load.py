@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bnfold import checkpoint
 from bnfold.errors import InputError, UsageError
-from bnfold.load import load, parse_factory_arg
+from bnfold.loading import checkpoint
+from bnfold.loading.load import load, parse_factory_arg
 
 torch.set_num_threads(1)
 

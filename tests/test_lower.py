@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import bnfold
-from bnfold import lower as lower_module
-from bnfold.capture import Captured, capture
 from bnfold.errors import LowerError
-from bnfold.folding import fold as fold_graph
-from bnfold.graph import Graph
-from bnfold.lower import Lowered, lower, save
-from bnfold.runtime import open_session
+from bnfold.graph.capture import Captured, capture
+from bnfold.graph.graph import Graph
+from bnfold.lowering import lower as lower_module
+from bnfold.lowering.lower import Lowered, lower, save
+from bnfold.passes.folding import fold as fold_graph
+from bnfold.runtime.runtime import open_session
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnfold.metrics import Classification, Errors, Regression, rms
+from bnfold.gate.metrics import Classification, Errors, Regression, rms
 
 torch.set_num_threads(1)
 

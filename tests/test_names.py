@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnfold.names import output_names
+from bnfold.graph.names import output_names
 
 
 class Returns(nn.Module):

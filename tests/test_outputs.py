@@ -11,11 +11,11 @@ from faults import victim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnfold.capture import capture
-from bnfold.folding import fold
-from bnfold.gate import Gate
-from bnfold.graph import Graph
-from bnfold.interpret import Runner
+from bnfold.gate.gate import Gate
+from bnfold.graph.capture import capture
+from bnfold.graph.graph import Graph
+from bnfold.graph.interpret import Runner
+from bnfold.passes.folding import fold
 from bnfold.report import CheckReport
 
 torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def test_a_wrong_fold_of_that_size_is_a_fault(rough):
 
 def test_a_class_is_run_in_float64_as_well(monkeypatch):
     """The module that a fold was written into; float64 answers for it too, and the module is left as it was."""
-    from bnfold import candidates
+    from bnfold.gate import candidates
 
     run, dtypes = candidates.Captured.run_eager, []
 

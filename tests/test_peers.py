@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnfold
-from bnfold.interpret import Runner
+from bnfold.graph.interpret import Runner
 
 IMAGE = noise(2, 4, 6, 6)
 NORM = "batch_norm"

@@ -17,7 +17,7 @@ from torch.export import Dim
 import bnfold
 from bnfold import pipeline, stages
 from bnfold.errors import FoldError, InputError, UsageError
-from bnfold.runtime import open_session
+from bnfold.runtime.runtime import open_session
 
 torch.set_num_threads(1)
 

@@ -15,16 +15,16 @@ from onnx_parts import FLOAT, X, adder, encode, serialized
 from torch import Tensor, nn
 
 import bnfold
-from bnfold import candidates, devices, gate
-from bnfold import placement as placements
-from bnfold.capture import capture
 from bnfold.errors import LowerError
-from bnfold.gate import Gate
-from bnfold.lower import lower, save
-from bnfold.placement import placement, placement_finding, read_profile
+from bnfold.gate import candidates, devices, gate
+from bnfold.gate.gate import Gate
+from bnfold.graph.capture import capture
+from bnfold.lowering.lower import lower, save
 from bnfold.report import Ledger, Placement
-from bnfold.runtime import CPU, CUDA, cuda_problem, open_session
-from bnfold.session import Session
+from bnfold.runtime import placement as placements
+from bnfold.runtime.placement import placement, placement_finding, read_profile
+from bnfold.runtime.runtime import CPU, CUDA, cuda_problem, open_session
+from bnfold.runtime.session import Session
 
 torch.set_num_threads(1)
 

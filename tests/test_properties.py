@@ -25,11 +25,11 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 import bnfold
-from bnfold.folding import fold
-from bnfold.graph import Graph
-from bnfold.interpret import Runner
-from bnfold.judge import Tally, epsilon
-from bnfold.program import copy_graph, rebuild
+from bnfold.gate.judge import Tally, epsilon
+from bnfold.graph.graph import Graph
+from bnfold.graph.interpret import Runner
+from bnfold.graph.program import copy_graph, rebuild
+from bnfold.passes.folding import fold
 from bnfold.report import REASONS, Ledger
 
 RELATIVE = 1e-10

@@ -11,10 +11,10 @@ import pytest
 from onnx import helper
 from onnx_parts import FLOAT, Value, serialized
 
-from bnfold import providers
-from bnfold import session as sessions
 from bnfold.errors import ProviderError
-from bnfold.runtime import CPU, CUDA, Array, cuda_problem
+from bnfold.runtime import providers
+from bnfold.runtime import session as sessions
+from bnfold.runtime.runtime import CPU, CUDA, Array, cuda_problem
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.ranges import REACH, layer_ranges, norm_ranges
 from bnfold.report import LayerRange, NormRange, WeightRange
 from bnfold.report.ranges import SPREAD_LIMIT
+from bnfold.statistics.ranges import REACH, layer_ranges, norm_ranges
 
 torch.set_num_threads(1)
 

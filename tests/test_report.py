@@ -19,8 +19,8 @@ from report_samples import CHECK, EXPORT, real, reports
 
 from bnfold import pipeline
 from bnfold._version import __version__
-from bnfold.arguments import REPORTS
 from bnfold.cli import cli
+from bnfold.commands.arguments import REPORTS
 from bnfold.render import document
 from bnfold.report import schema
 from bnfold.report.plain import SCHEMA_VERSION, lines, plain

@@ -13,10 +13,10 @@ import pytest
 from onnx import helper
 from onnx_parts import FLOAT, X, adder, encode, serialized
 
-from bnfold import runtime
-from bnfold import session as sessions
 from bnfold.errors import ProviderError
-from bnfold.runtime import CPU, CUDA, cuda_problem, open_session, resolve_device
+from bnfold.runtime import runtime
+from bnfold.runtime import session as sessions
+from bnfold.runtime.runtime import CPU, CUDA, cuda_problem, open_session, resolve_device
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def test_auto_takes_cuda_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_missing_onnxruntime_is_a_provider_error() -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['onnxruntime'] = None\n"
-        "from bnfold.runtime import cuda_problem, open_session\n"
+        "from bnfold.runtime.runtime import cuda_problem, open_session\n"
         "print(cuda_problem())\n"
         "try:\n    open_session(b'')\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
     )
@@ -66,7 +66,7 @@ def test_a_missing_onnxruntime_is_a_provider_error() -> None:
 
 def test_importing_the_module_loads_no_framework() -> None:
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bnfold.runtime\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bnfold.runtime.runtime\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'onnx', 'onnxruntime')))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

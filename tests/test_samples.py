@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import bnfold
-from bnfold.capture import Captured, capture
-from bnfold.samples import MIN_SAMPLES, Batch, batches
+from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
+from bnfold.graph.capture import Captured, capture
 
 
 class Anything(nn.Module):

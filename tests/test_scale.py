@@ -15,9 +15,9 @@ from long_programs import PROGRAMS
 from torch.export import ExportedProgram
 
 from bnfold.affine import Affine
-from bnfold.folding import Folder, fold
-from bnfold.graph import Graph
-from bnfold.interpret import Runner
+from bnfold.graph.graph import Graph
+from bnfold.graph.interpret import Runner
+from bnfold.passes.folding import Folder, fold
 from bnfold.report import Ledger
 
 

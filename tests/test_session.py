@@ -13,9 +13,9 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx_parts import BFLOAT16, FLOAT, INT64, Value, X, adder, build, encode, identity, serialized
 
-from bnfold import session as sessions
 from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, ResourceError
-from bnfold.runtime import CPU, Array, open_session
+from bnfold.runtime import session as sessions
+from bnfold.runtime.runtime import CPU, Array, open_session
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bnfold.errors import InputError
-from bnfold.stored import Stored, in_order, open_arrays
+from bnfold.gate.stored import Stored, in_order, open_arrays
 
 X = np.arange(60, dtype=np.float32).reshape(20, 3)
 
@@ -136,7 +136,7 @@ def test_python_objects_are_refused(form: str, tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from bnfold.stored import in_order, open_arrays
+from bnfold.gate.stored import in_order, open_arrays
 (rows,) = open_arrays(Path(sys.argv[1])).values()
 total = sum(float(chunk[0, 0]) for chunk in in_order(rows, 64)) + float(rows[[5, len(rows) - 1]].sum())
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

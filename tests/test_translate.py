@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from bnfold import lower as lower_module
-from bnfold import translate as translate_module
-from bnfold.capture import capture
 from bnfold.errors import LowerError
-from bnfold.lower import lower, save
-from bnfold.runtime import open_session
+from bnfold.graph.capture import capture
+from bnfold.lowering import lower as lower_module
+from bnfold.lowering import translate as translate_module
+from bnfold.lowering.lower import lower, save
+from bnfold.runtime.runtime import open_session
 
 torch.set_num_threads(1)
 

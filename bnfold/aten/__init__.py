@@ -32,7 +32,7 @@ from bnfold.aten.scaling import additive, batch_norm, div, instance_norm, mul, n
 from bnfold.semantics import Refused, Semantics, ShapeOnly, Unknown
 
 if TYPE_CHECKING:
-    from bnfold.call import Call
+    from bnfold.graph.call import Call
 
 
 def _row(semantics: Semantics) -> Row:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bnfold.semantics import Opaque, Semantics
 
 if TYPE_CHECKING:
-    from bnfold.call import Call
+    from bnfold.graph.call import Call
 
 Row = Callable[["Call"], Semantics]
 OPAQUE = Opaque()

@@ -12,7 +12,7 @@ from bnfold.aten.common import OPAQUE, constant_operands, per_axis
 from bnfold.semantics import Bilinear, Contraction, Geometry, Semantics
 
 if TYPE_CHECKING:
-    from bnfold.call import Call
+    from bnfold.graph.call import Call
 
 from bnfold.aten.moving import attention
 

@@ -19,7 +19,7 @@ from bnfold.semantics import (
 )
 
 if TYPE_CHECKING:
-    from bnfold.call import Call
+    from bnfold.graph.call import Call
 
 
 def attention(call: Call, weights: str, values: str) -> Semantics | None:

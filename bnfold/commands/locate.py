@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.arguments import (
+from bnfold.commands.arguments import (
     Command,
     Job,
     bisect_options,

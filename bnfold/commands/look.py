@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.arguments import (
+from bnfold.commands.arguments import (
     Command,
     Job,
     debug_option,
@@ -64,7 +64,7 @@ def inspect(source: str, **given: Any) -> int:
 def doctor(ctx: click.Context, as_json: bool) -> int:
     """Print versions, providers that really work, and what is wrong here. Exit code 5 if something is."""
     with quiet(debug=bool(ctx.meta.get("debug"))), contextlib.redirect_stdout(sys.stderr):
-        from bnfold.doctor import examine
+        from bnfold.runtime.doctor import examine
 
         found = examine()
     if as_json:

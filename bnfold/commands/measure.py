@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.arguments import Command, Job, bench_options, bench_report_options, debug_option, model_options
+from bnfold.commands.arguments import Command, Job, bench_options, bench_report_options, debug_option, model_options
 from bnfold.commands.running import load_source, present, working
 from bnfold.errors import UsageError
 
@@ -38,7 +38,7 @@ def bench(files: tuple[Path, ...], **given: Any) -> int:
     given["verbose"] = False
     job = Job.of(source or str(files[0]), given, reads=files)
     with working(job) as progress:
-        from bnfold.bench import bench as run
+        from bnfold.runtime.bench import bench as run
 
         model, args, kwargs = _load(job) if source else (None, None, {})
         report = run(
@@ -80,7 +80,7 @@ def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The shapes that the user gave, by input."""
     if not texts:
         return {}
-    from bnfold.inputs import parse_input
+    from bnfold.loading.inputs import parse_input
 
     found: dict[str, tuple[int, ...]] = {}
     for text in texts:

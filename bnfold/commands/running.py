@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.arguments import Job
+from bnfold.commands.arguments import Job
 from bnfold.commands.terminal import fail, show, write
 from bnfold.errors import UsageError
 
 if TYPE_CHECKING:
-    from bnfold.load import Loaded
+    from bnfold.loading.load import Loaded
     from bnfold.options import Options
     from bnfold.render import Page, Progress
     from bnfold.render.files import Report
@@ -31,7 +31,7 @@ def load_model(job: Job, *, optional: bool = False) -> tuple[Loaded, dict[str, A
     """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any."""
     import torch
 
-    from bnfold.inputs import model_inputs, parse_dynamic, parse_input
+    from bnfold.loading.inputs import model_inputs, parse_dynamic, parse_input
 
     given = job.given
     specs = [parse_input(text) for text in given["inputs"]]
@@ -51,8 +51,8 @@ def load_model(job: Job, *, optional: bool = False) -> tuple[Loaded, dict[str, A
 
 def load_source(job: Job) -> Loaded:
     """The model that the source names."""
-    from bnfold.load import load
-    from bnfold.normalize import Normalization
+    from bnfold.loading.load import load
+    from bnfold.loading.normalize import Normalization
 
     given = job.given
     by_hand = Normalization.parse(given["mean_std"]) if given.get("mean_std") else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.arguments import Command, Job, calibration_options, debug_option, report_options, source_options
+from bnfold.commands.arguments import Command, Job, calibration_options, debug_option, report_options, source_options
 from bnfold.commands.running import load_source, present, working
 
 if TYPE_CHECKING:

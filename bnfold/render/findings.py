@@ -10,7 +10,7 @@ from rich.text import Text
 from bnfold.render.page import STYLES, Page
 
 if TYPE_CHECKING:
-    from bnfold.doctor import Finding
+    from bnfold.runtime.doctor import Finding
 
 
 def findings(found: Iterable[Finding], page: Page) -> None:

@@ -147,7 +147,8 @@ class NormHealth:
         scale: of gamma/sqrt(var + eps), None where it has no running statistics.
         shift: of beta - mean*scale.
         variance: of the running variance.
-        distance: where data was given, of the channels' distance from it (``bnfold.distance``), in standard deviations.
+        distance: where data was given, of the channels' distance from it, in standard deviations
+            (``bnfold.statistics.distance``).
     """
 
     module: str

@@ -8,7 +8,7 @@ from statistics import median
 from typing import ClassVar
 
 #: Per-tensor int8 is hopeless where the widest channel is more than this many times the typical one; see
-#: ``bnfold.ranges`` for the reason.
+#: ``bnfold.statistics.ranges`` for the reason.
 SPREAD_LIMIT = 16.0
 
 

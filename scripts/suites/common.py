@@ -17,9 +17,9 @@ import onnx
 import torch
 from torch import nn
 
-from bnfold.bench import Device, machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
 from bnfold.report import Latency
-from bnfold.runtime import cuda_problem
+from bnfold.runtime.bench import Device, machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
+from bnfold.runtime.runtime import cuda_problem
 
 
 @dataclass(frozen=True)

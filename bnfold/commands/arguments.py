@@ -1,0 +1,315 @@
+"""The options of the command line, each written once, and which of them contradict one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from bnfold.errors import UsageError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Row = tuple[Sequence[str], dict[str, Any]]
+_PATH = click.Path(path_type=Path)
+_NO_GROUP = "Help"
+#: What a report can be written as.
+REPORTS = (".json", ".html", ".xml")
+
+
+class Command(click.Command):
+    """Options in the help under the heading of their group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes a section per group, and the option for help last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", _NO_GROUP), []).append(record)
+        for group, records in sorted(groups.items(), key=lambda item: item[0] == _NO_GROUP):
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+class Option(click.Option):
+    """An option that belongs to a group of the help."""
+
+    def __init__(self, *args: Any, group: str = _NO_GROUP, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self.group = group
+
+
+def _row(*names: str, **settings: Any) -> _Row:
+    return names, settings
+
+
+def _flag(*names: str, **settings: Any) -> _Row:
+    return names, {"is_flag": True, **settings}
+
+
+def _file(*names: str, **settings: Any) -> _Row:
+    return names, {"type": _PATH, "metavar": "FILE", **settings}
+
+
+def _number(*names: str, **settings: Any) -> _Row:
+    return names, {"show_default": True, **settings}
+
+
+def _options(group: str, *rows: _Row) -> Callable[[_Function], _Function]:
+    """A decorator that gives a command the options in ``rows``."""
+
+    def decorate(function: _Function) -> _Function:
+        for names, settings in reversed(rows):
+            function = click.option(*names, cls=Option, group=group, **settings)(function)
+        return function
+
+    return decorate
+
+
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise click.BadParameter("it must be a positive number", ctx=ctx, param=parameter)
+    return value
+
+
+def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    ctx.meta["debug"] = value
+
+
+_SOURCE: tuple[_Row, ...] = (
+    _file("--weights", help="Checkpoint: .safetensors, or from torch.save."),
+    _row("--weights-key", metavar="KEY", help="Where in the checkpoint the weights are, e.g. ema.module."),
+    _row("--strip-prefix", metavar="TEXT", help="Taken off the checkpoint's keys, e.g. 'module.' with the dot."),
+    _row("--arg", "args", multiple=True, metavar="NAME=VALUE", help="Argument of the factory; repeatable."),
+    _flag("--unsafe-pickle", help="Load pickled objects. THE FILE CAN THEN RUN ANY CODE."),
+)
+source_options = _options("The model", *_SOURCE)
+model_options = _options(
+    "The model",
+    *_SOURCE,
+    _row(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        metavar="DTYPE",
+        help="Convert the model first: float32, float16 or bfloat16.",
+    ),
+    _flag("--normalize", help="Put (x - mean) / std in front, of the model's own configuration; it then folds."),
+    _row("--mean-std", metavar="MEAN/STD", help="The same by hand: 0.485,0.456,0.406/0.229,0.224,0.225 or 0.5/0.5."),
+)
+input_options = _options(
+    "Its inputs",
+    _row(
+        "--input", "inputs", multiple=True, metavar="SPEC",
+        help="NAME:DTYPE[N,3,224,224]; letters are dynamic sizes; repeatable. Default: the model's own example.",
+    ),
+    _row("--dynamic", multiple=True, metavar="N=1..64", help="Range of a dynamic size; repeatable."),
+    _flag("--static", help="No dynamic sizes. Default: the batch is dynamic."),
+)  # fmt: skip
+health_options = _options(
+    "The health",
+    _file("--data", metavar="FILE.npz", help="Samples in arrays named like the inputs, to compare statistics with."),
+    _flag("--strict", help="Exit code 1 if there is an error or a warning."),
+)
+calibration_options = _options(
+    "The statistics",
+    _file(
+        "--data", required=True, metavar="FILE.npz",
+        help="Samples in arrays named like forward's parameters, prepared as for training; no labels needed.",
+    ),
+    _file("-o", "--output", required=True, help="A .safetensors file with all weights, for --weights."),
+    _row("--only", multiple=True, metavar="PATTERN", help="BatchNorms to measure, e.g. 'layer4.*'; repeatable."),
+    _row(
+        "--scheme", type=click.Choice(["sequential", "one-pass"]), default="sequential", show_default=True,
+        help="sequential: each layer behind measured ones, a pass over the data per level. one-pass: with batch "
+        "statistics in front, as in training.",
+    ),
+    _number("--batch-size", type=click.IntRange(1), default=64, help="Samples at a time."),
+)  # fmt: skip
+gate_options = _options(
+    "The check",
+    _file(
+        "--data", metavar="FILE.npz",
+        help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known.",
+    ),
+    _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
+    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
+    _flag("--adversarial", help="Also look by gradient for inputs that overflow, or differ most; takes its time."),
+    _number("--limit", type=float, default=4.0, callback=_finite, help="Largest error, in the unfolded model's own."),
+    _file("--baseline", metavar="FILE.json", help="Fail where this run is worse than the one written there."),
+    _flag("--update-baseline", help="Write it, new or anew, if the verdict is a pass."),
+)  # fmt: skip
+bisect_options = _options(
+    "The search",
+    _file("--data", metavar="FILE.npz", help="Real samples in arrays named like the inputs."),
+    _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
+    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
+)
+device_option = _options(
+    "The check",
+    _number(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+        help="Where ONNX Runtime runs; cuda never falls back.",
+    ),
+)  # fmt: skip
+output_options = _options(
+    "The file",
+    _file("-o", "--output", help="Where it goes; untouched unless the verdict is a pass."),
+    _flag("--no-check", help="Write it unproved."),
+    _flag("--keep-failed", help="Keep a file that does not pass, as NAME.failed.SUFFIX."),
+    _flag("--dry-run", help="Do everything and write nothing; -o is then optional."),
+    _flag("--no-merge", help="Do not make one layer of parallel and sequential ones."),
+    _flag("--equalize", help="Move scales between consecutive layers so that per-tensor int8 loses less."),
+    _flag("--allow-nonfinite", help="Leave a BatchNorm with NaN or infinities in, instead of failing."),
+)
+onnx_options = _options(
+    "The file",
+    _row("--opset", type=click.IntRange(1), metavar="N", help="ONNX operator set. Default: torch.onnx's."),
+    _row("--external-data/--no-external-data", default=None, help="Weights in a file beside it. Default: above 1 GB."),
+    _flag("--no-fold", help="Export the model as it is, to compare with."),
+    _flag("--no-simplify", help="Leave out onnxsim."),
+)
+fold_options = _options(
+    "The file",
+    _flag("--eager", help="Write .safetensors for the model's own class, the folds in its weights; see the README."),
+)
+_JSON = _flag("--json", "as_json", help="Print one JSON document instead.")
+_REPORT = _file(
+    "--report", multiple=True, metavar="FILE.json|.html|.xml",
+    help="Write it to a file as well: JSON, a page to read, or JUnit; repeatable.",
+)  # fmt: skip
+_QUIET = _flag("--quiet", "-q", help="No progress and no report: errors and the exit code.")
+report_options = _options(
+    "The report",
+    _REPORT,
+    _JSON,
+    _flag("--verbose", "-v", help="List every affine and every candidate."),
+    _QUIET,
+)
+json_option = _options("The report", _JSON)
+bench_options = _options(
+    "The measurement",
+    _row("--source", metavar="SOURCE", help="Measure this torch model as well, on the same inputs."),
+    _number("--runs", type=click.IntRange(6), default=50, help="Rounds; each contestant has a turn in each."),
+    _number("--warmup", type=click.IntRange(0), default=5, help="Calls of each that do not count."),
+    _row("--threads", type=click.IntRange(1), metavar="N", help="For one call. Default: what ONNX Runtime chooses."),
+    _row("--batch", type=click.IntRange(1), metavar="N", help="Size of a dynamic batch. Default: 1."),
+    _row("--input", "inputs", multiple=True, metavar="NAME[1,3,224,224]", help="Whole shape of an input; repeatable."),
+    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the inputs and of the order."),
+    _number(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+        help="Where it runs; cuda never falls back.",
+    ),
+)  # fmt: skip
+bench_report_options = _options("The report", _REPORT, _JSON, _QUIET)
+debug_option = _options(
+    "The report",
+    _flag(
+        "--debug", expose_value=False, is_eager=True, callback=_note_debug,
+        help="Tracebacks, and the warnings of the libraries.",
+    ),
+)  # fmt: skip
+
+#: Options of which a run can have one.
+_CLASHES = (
+    ("static", "dynamic"),
+    ("dry_run", "keep_failed"),
+    ("dry_run", "update_baseline"),
+    ("quiet", "verbose"),
+    ("no_fold", "allow_nonfinite"),
+    ("no_fold", "no_merge"),
+    ("eager", "no_merge"),
+    ("eager", "equalize"),
+    ("no_fold", "equalize"),
+    ("eager", "normalize"),
+    ("eager", "mean_std"),
+    ("normalize", "mean_std"),
+    *(("no_check", other) for other in ("data", "samples", "seed", "limit", "device", "keep_failed", "baseline")),
+    ("no_check", "adversarial"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run's arguments, understood and free of contradictions."""
+
+    source: str
+    given: dict[str, Any]
+    reads: tuple[Path, ...]
+    factory_args: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: str, given: dict[str, Any], *, suffix: str = "", reads: Sequence[Path] = ()) -> Job:
+        """Raises UsageError where options contradict one another."""
+        _check_output(given, suffix)
+        _check_contradictions(given)
+        file = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
+        if source.startswith("hf:"):
+            file = Path(source[len("hf:") :]).expanduser() / "model.safetensors"
+        read = [file, *(given[name] for name in ("weights", "data") if given.get(name)), *reads]
+        _check_reports(given, read)
+        if given.get("baseline") is not None or given.get("update_baseline"):
+            from bnfold.gate.baseline import expect_baseline
+
+            expect_baseline(given["baseline"], update=given["update_baseline"], sources=read)
+        return cls(source, given, tuple(read), _factory_args(given["args"]))
+
+
+def _check_reports(given: dict[str, Any], read: Sequence[Path]) -> None:
+    taken = {os.path.realpath(given[name]) for name in ("output", "baseline") if given.get(name) is not None}
+    for report in given["report"]:
+        from bnfold.store import check_destination
+
+        where = f"--report {report}"
+        if report.suffix.lower() not in REPORTS:
+            raise UsageError("a report is a .json, .html or .xml file", where=where)
+        if report.suffix.lower() == ".html":
+            from bnfold.render import require_matplotlib
+
+            require_matplotlib()
+        check_destination(report, sources=read)
+        if os.path.realpath(report) in taken:
+            raise UsageError("the report and another output are one file", where=where)
+        taken.add(os.path.realpath(report))
+
+
+def _check_output(given: dict[str, Any], suffix: str) -> None:
+    if not suffix:
+        return
+    output = given["output"]
+    if output is None and not given["dry_run"]:
+        raise UsageError(f"-o says where the {suffix} file goes, and is missing", hint="To write nothing: --dry-run")
+    if output is not None and output.suffix.lower() != suffix and not output.is_dir():
+        eager = "; with --eager .safetensors, for the model's own class"
+        hint = {
+            ".onnx": f"The fold command writes .pt2{eager}",
+            ".pt2": f"The export command writes .onnx{eager if output.suffix.lower() == '.safetensors' else ''}",
+            ".safetensors": "--eager writes the state dict of the model's own class; without it, .pt2 is written",
+        }.get(suffix)
+        raise UsageError(f"the output must be a {suffix} file", where=f"-o {output}", hint=hint)
+
+
+def _check_contradictions(given: dict[str, Any]) -> None:
+    context = click.get_current_context()
+    said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    for one, other in _CLASHES:
+        if {one, other} <= said:
+            a, b = (f"--{name.replace('_', '-')}" for name in (one, other))
+            raise UsageError(f"{a} and {b} contradict each other", hint="Leave one of them out")
+
+
+def _factory_args(texts: Sequence[str]) -> dict[str, Any]:
+    if not texts:
+        return {}
+    from bnfold.loading.load import parse_factory_arg
+
+    found: dict[str, Any] = {}
+    for name, value in map(parse_factory_arg, texts):
+        if name in found:
+            raise UsageError("this argument is given twice", where=f"--arg {name}")
+        found[name] = value
+    return found

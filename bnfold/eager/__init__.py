@@ -1,0 +1,1 @@
+"""A fold written back into the model's own class."""

@@ -1,0 +1,146 @@
+"""Writing a fold back into the model's own class: changed weights, new biases, Identity where a BatchNorm was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bnfold.eager.blueprint import Blueprint
+from bnfold.eager.expression import Conflicts, Expression, express
+from bnfold.errors import FoldError, InputError
+from bnfold.gate.gate import LIMIT
+from bnfold.gate.reference import Findings, References
+from bnfold.gate.samples import batches
+from bnfold.graph.capture import Captured, eval_copy
+from bnfold.graph.graph import Graph
+from bnfold.graph.interpret import constant_of
+from bnfold.loading.structure import restructure
+from bnfold.passes.folding import Folder
+from bnfold.report import Entry, Ledger
+
+
+@dataclass(frozen=True)
+class WrittenBack:
+    """A fold that a model's own class expresses.
+
+    Attributes:
+        module: a copy of the model, of the same class and in eval mode, with the fold in its weights and structure.
+        ledger: of this fold; its ``changes`` let ``prepare`` give another instance the structure of ``module``.
+        program: the same fold as a program.
+    """
+
+    module: nn.Module
+    ledger: Ledger
+    program: ExportedProgram
+
+    @property
+    def refused(self) -> tuple[Entry, ...]:
+        """The affines that could be folded in a graph, and that the class cannot express without."""
+        return tuple(e for e in self.ledger.left if any(r.reason == "inexpressible" for r in e.refusals))
+
+
+def write_back(captured: Captured, model: nn.Module | ExportedProgram) -> WrittenBack:
+    """Folds ``captured`` as far as the class of ``model`` can express it, and writes that into a copy of ``model``.
+
+    Nothing is merged. What is left out is planned around, so that the rest is a fold in its own right.
+
+    Args:
+        captured: what was captured from ``model``.
+        model: not touched.
+
+    Raises:
+        InputError: ``model`` is a program, which has no class, or is not what was captured.
+        FoldError: the copy does not compute what the folded program does.
+    """
+    if isinstance(model, ExportedProgram) or captured.eager is None:
+        hint = "Give the module that it was exported from, or fold to .pt2"
+        raise InputError("an exported program has no class to write a fold into", hint=hint)
+    _refuse_other(captured, model)
+    graph, ledger, expression = _expressible(captured)
+    program = graph.finish()
+    written = copy.deepcopy(eval_copy(model))
+    if captured.masters is not None:
+        written = written.to(_dtype(captured))
+    modules = dict(written.named_modules(remove_duplicate=False))  # by their names before any takes another's place
+    restructure(written, expression.changes)
+    _fill(modules, expression.tensors)
+    result = WrittenBack(written, replace(ledger, changes=expression.changes), program)
+    _verify(captured, result)
+    return result
+
+
+def _expressible(captured: Captured) -> tuple[Graph, Ledger, Expression]:
+    """The fold without what the class cannot express: found by trying, as one affine may rest on another."""
+    blueprint = Blueprint(captured)
+    excluded: Conflicts = {}
+    while True:
+        graph = Graph(captured.program, captured.masters)
+        graph.materialise()
+        folder = Folder(graph, excluded)
+        ledger = folder.run()
+        found = express(blueprint, graph, folder.journal)
+        if isinstance(found, Expression):
+            return graph, ledger, found
+        excluded |= found
+
+
+def _refuse_other(captured: Captured, model: nn.Module) -> None:
+    """Raises InputError where ``model`` does not hold what was captured."""
+    assert captured.eager is not None
+    if type(model) is not type(captured.eager):
+        what = f"this is a {type(model).__name__}, and a {type(captured.eager).__name__} was folded"
+        raise InputError(what, hint="Give the model that was folded")
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name in captured.program.state_dict:
+        now = own.get(name)
+        then = (captured.masters or {}).get(name, constant_of(captured.program, name))
+        if now is None or now.shape != then.shape or not _same(now.detach(), then.detach()):
+            raise InputError(
+                f"'{name}' is not what it was when the model was folded",
+                where=type(model).__name__,
+                hint="Fold the model as it is now",
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one is other or one.data_ptr() == other.data_ptr():
+        return True
+    one, other = one.to("cpu"), other.to("cpu")
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _dtype(captured: Captured) -> torch.dtype:
+    floats = (t.dtype for t in captured.program.state_dict.values() if t.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
+@torch.no_grad()
+def _fill(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Gives tensors their folded values, rounded once; a tensor under several names stays one."""
+    for name, value in tensors.items():
+        owner, _, own_name = name.rpartition(".")
+        getattr(modules[owner], own_name).copy_(value)
+
+
+def _verify(captured: Captured, written: WrittenBack) -> None:
+    """Raises FoldError unless the written module computes what the folded program does: it holds the same numbers."""
+    folded = replace(captured, program=written.program, eager=written.module, masters=None)
+    made = batches(captured.program, captured.names, captured.flat, ranges=captured.ranges)
+    findings = Findings()
+    references = References(folded, made[:2], findings, LIMIT, lambda stage, done, total: None)
+    try:
+        references.run()
+        references.judge_capture()
+    except InputError as error:  # it does not run at all
+        findings.problems.append(error.what)
+    if findings.problems:
+        raise FoldError(
+            f"the fold does not hold in the model's class: {findings.problems[0].removeprefix('capture: ')}",
+            where=type(written.module).__name__,
+            hint="Fold to .pt2 instead, and please report this model",
+        )

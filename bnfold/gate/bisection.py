@@ -1,0 +1,337 @@
+"""The first module of a file that leaves the noise: every value of the file against the same value of the model.
+
+A file of bnfold's own calls its values as the captured graph does, and folding the model again tells which captured
+value each of them must equal, and which equals none because an affine is on its way through. The values are read in
+the order of the file, some at a time, until one is off. Other files are compared by what their values hold: a value of
+the model that is nowhere else to be found may have been folded away, so there the culprit is the first value after the
+last ones that agree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bnfold.errors import InputError
+from bnfold.gate.candidates import OnnxCandidate, needs_widening, widened
+from bnfold.gate.file_graph import FileGraph, FileValue
+from bnfold.gate.following import Follower
+from bnfold.gate.matching import match
+from bnfold.gate.optimizers import guilty
+from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References, first_line
+from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
+from bnfold.gate.sites import Noise
+from bnfold.gate.stored import Rows
+from bnfold.graph.capture import Captured
+from bnfold.graph.functional import module_of
+from bnfold.report import Bisection, Culprit, Ledger
+from bnfold.runtime.runtime import open_session
+
+#: Largest ratio, over all or in the worst channel, of a value that is right. Of all values of 62 nets the worst was at
+#: 4.1, and of 56 nets of transformers at 33 (ALIGN, D-FINE: approximated sigmoids in
+#: quiet channels); faults in a layer are in the thousands.
+LIMIT = 64.0
+#: As many elements are compared at a time.
+CHUNK = 8_000_000
+
+
+@dataclass
+class Bisector:
+    """One search. Build it, then ``find``.
+
+    ``meanings`` says of the values of the folded program, by name, which captured value they equal (None: none) where
+    that is not the one of their own name.
+    """
+
+    captured: Captured
+    path: Path
+    ledger: Ledger = field(default_factory=Ledger)
+    meanings: Mapping[str, str | None] = field(default_factory=dict)
+    device: Literal["cpu", "cuda"] = "cpu"
+    samples: int = MIN_SAMPLES
+    seed: int = 0
+    limit: float = LIMIT
+    data: Mapping[str, Rows] | None = None
+    progress: Progress = lambda stage, done, total: None
+
+    def find(self) -> Bisection:
+        """The first value that is off.
+
+        Raises:
+            InputError: the file's inputs do not fit the model's, or it runs on none of them.
+        """
+        self._file = FileGraph.read(self.path)
+        self._ours = "bnfold.version" in self._file.metadata
+        self._widen = needs_widening(self.path, self.device)
+        probe = open_session(widened(self.path) if self._widen else self.path, device=self.device, optimized=False)
+        self._matched = match(self.captured, probe, widened=self._widen)
+        del probe
+        made = batches(
+            self.captured.program, self.captured.names, self.captured.flat, samples=self.samples, seed=self.seed,
+            data=self.data, ranges=self.captured.ranges, pinned=self._matched.pinned,
+        )  # fmt: skip
+        self._findings = Findings()
+        self._references = References(self.captured, made, self._findings, 4.0, self.progress)
+        self._references.run()
+        self._nodes = {node.name: node for node in self.captured.program.graph.nodes}
+        plain, full = self._misfits(optimized=False), self._misfits(optimized=True)
+        worst, run = max((ratio, run) for run, ratio in enumerate(plain))
+        optimizers: tuple[str, ...] = ()
+        if worst <= RUN_FACTOR < max(full):
+            optimizers = self._blame(full, plain)
+        culprit = self._scan(run if worst > RUN_FACTOR else self._largest())
+        if culprit is None and worst > RUN_FACTOR:
+            # Errors are medians over samples, which a single wrong sample does not move.
+            culprit = self._scan(run, pooled=True)
+        if culprit is None and worst > RUN_FACTOR:
+            self._notes.append("every value that could be compared agrees, and the outputs do not: see check")
+        return Bisection(
+            culprit, optimizers, self._agree, len(self._ratios), len(self._file.values), worst, max(full), self.limit,
+            tuple(dict.fromkeys((*self._matched.notes, *self._findings.doubts, *self._notes))),
+        )  # fmt: skip
+
+    # -- outputs -------------------------------------------------------------------------------------------------------
+
+    def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
+        names = {value.name: value.name for value in self._file.values}
+        return OnnxCandidate(
+            self.path, device=self.device, optimized=optimized, inputs=self._matched.inputs, widen=self._widen,
+            disabled=disabled, names=names, outputs=self._matched.outputs, wider=self._matched.wider,
+        )  # fmt: skip
+
+    def _misfits(self, *, optimized: bool) -> list[float]:
+        """Batch by batch the largest ratio of any sample of any output."""
+        follower = Follower(self._references, self._onnx(optimized=optimized))
+        return [follower.misfit(run) for run in range(len(self._references.batches))]
+
+    def _blame(self, full: Sequence[float], plain: Sequence[float]) -> tuple[str, ...]:
+        worst, run = max((ratio, run) for run, ratio in enumerate(full))
+        middle = math.sqrt(min(worst, 1e30) * max(plain[run], 1.0))
+
+        def wrong(disabled: Sequence[str]) -> bool:
+            candidate = self._onnx(optimized=True, disabled=disabled)
+            return not Follower(self._references, candidate).misfit(run) < middle
+
+        return guilty(wrong)
+
+    def _largest(self) -> int:
+        sizes = [b.samples if b.sizes == self._references.batches[0].sizes else 0 for b in self._references.batches]
+        return sizes.index(max(sizes))
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def _scan(self, run: int, *, pooled: bool = False) -> Culprit | None:
+        self._pooled = pooled
+        batch = self._references.batches[run]
+        self._ratios: dict[str, float] = {}
+        self._agree, self._notes = "", list[str]()
+        self._candidate = self._onnx(optimized=False)
+        partners = self._partners()
+        if not partners:
+            self._notes.append("the file and the model have no names in common: values are compared by what they hold")
+        try:
+            taken: Mapping[str, Tensor] = self._candidate.decide(batch.flat, self._references.decisions.names)[1]
+        except Exception as error:
+            raise InputError(f"the file does not run: {first_line(error)}", where=str(self.path)) from error
+        try:
+            taken = self._references.decisions.complete(taken)
+            turns = self._references.following(run, taken).turns
+        except Exception:  # indices that there are none of: they are off where they are decided
+            turns, taken = (), {}
+        self._turned = {turn.place.value: turn.multiple for turn in turns}
+        by_name = {value.name: value for value in self._file.values}
+        if not self._ours:
+            return self._scan_contents(batch, taken)
+        done, outputs = 0, self._matched.outputs or self._file.outputs
+        for chunk in self._chunks(partners, batch):
+            self.progress("bisect", done, len(partners))
+            done += len(chunk)
+            noise = Noise.of(self._references, batch, {partners[name] for name in chunk})
+            if noise is None:
+                self._notes.append("the graph does not run in float64, so there is no truth to compare values with")
+                return None
+            followed = noise.following(taken)
+            found = self._candidate.values(batch.flat, chunk)
+            for name in (name for name in chunk if name in found):
+                ratio = self._ratio(found[name], noise, partners[name], followed, batch)
+                if not ratio <= self.limit:
+                    if name not in outputs and self._is_another(found[name], partners[name], taken, batch):
+                        continue
+                    return self._culprit(by_name[name], partners[name], ratio)
+                self._ratios[name] = ratio
+                self._agree = self._module(by_name[name], partners[name]) or self._agree
+        return None
+
+    def _partners(self) -> dict[str, str]:
+        """For the values of the file, in its order, the captured values that they must equal."""
+        specs = self.captured.program.graph_signature.output_specs
+        returned = [getattr(spec.arg, "name", "") for spec in specs]
+        outputs = self._matched.outputs or self._file.outputs
+        ours = dict(zip(outputs, returned)) if len(outputs) == len(returned) else {}
+        found: dict[str, str] = {}
+        for value in self._file.values:
+            name = ours.get(value.name) or self._captured_name(value.name)
+            if name is not None and isinstance(self._val(name), Tensor):
+                found[value.name] = name
+        return found
+
+    def _captured_name(self, name: str) -> str | None:
+        for base in (name, name.removesuffix("_value"), name.removesuffix(":0")):
+            meaning = self.meanings.get(base, base) if self._ours else base
+            if meaning in self._nodes and self._nodes[meaning].op == "call_function":
+                return meaning
+        return None
+
+    def _val(self, name: str) -> object:
+        return self._nodes[name].meta.get("val")
+
+    def _chunks(self, partners: Mapping[str, str], batch: Batch) -> Iterator[list[str]]:
+        chunk: list[str] = []
+        total = 0
+        for name, partner in partners.items():
+            size = self._elements(partner, batch)
+            if chunk and total + size > CHUNK:
+                yield chunk
+                chunk, total = [], 0
+            chunk.append(name)
+            total += size
+        if chunk:
+            yield chunk
+
+    def _elements(self, name: str, batch: Batch) -> int:
+        """About how many elements a captured value has on a batch."""
+        value = self._val(name)
+        if not isinstance(value, Tensor):
+            return 0
+        sizes = [n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in value.shape]
+        example = next((x for x in self.captured.flat if isinstance(x, Tensor) and x.ndim), None)
+        shown = example.shape[0] if example is not None and batch.size else 1
+        return int(math.prod(sizes) * (batch.size or 1) / max(shown, 1)) + 1
+
+    def _ratio(self, value: Tensor, noise: Noise, name: str, followed: Mapping[str, Tensor], batch: Batch) -> float:
+        if self._turned.get(name, 0.0) > self.limit:
+            return self._turned[name]
+        truth = noise.truth[name]
+        right = followed.get(name, truth)
+        if value.shape != right.shape:
+            return math.inf
+        if not right.is_floating_point():
+            return 0.0 if torch.equal(value.to(right.dtype), right) else math.inf
+        if name in followed:
+            if truth.shape != right.shape:
+                return 0.0  # its size is decided, and nothing says how large the noise is
+            value = torch.where(value == right, truth, value.double() - right + truth)
+        return max(noise.ratios(value, name, self.limit, batched=batch.size > 0 and not self._pooled))
+
+    def _is_another(self, value: Tensor, name: str, taken: Mapping[str, Tensor], batch: Batch) -> bool:
+        """Whether a value has its name by chance: torch.onnx numbers those that it makes itself in the same way.
+
+        It then has another shape, or equals another captured value of the same operator.
+        """
+        node = self._nodes[name]
+        alike = {
+            n.name for n in self._nodes.values() if n.target is node.target and isinstance(self._val(n.name), Tensor)
+        }
+        alike = set(itertools.islice((n for n in alike if self._elements(n, batch) < 2 * value.numel() + 64), 64)) | {
+            name
+        }
+        noise = Noise.of(self._references, batch, alike)
+        assert noise is not None
+        followed = noise.following(taken)
+        if value.shape != followed.get(name, noise.truth[name]).shape:
+            return True
+        return any(self._ratio(value, noise, n, followed, batch) <= self.limit for n in alike - {name})
+
+    def _module(self, value: FileValue, partner: str | None) -> str:
+        return value.module or (module_of(self._nodes[partner]) if partner else "")
+
+    def _culprit(self, value: FileValue, partner: str | None, ratio: float, *, sure: bool = True) -> Culprit:
+        module = self._module(value, partner)
+        before = self._file.before(value.name, self._ratios)
+        return Culprit(
+            module, value.name, value.operator, value.node, ratio,
+            max((self._ratios[name] for name in before), default=0.0), tuple(self._folds(value, partner, module)), sure,
+        )  # fmt: skip
+
+    def _folds(self, value: FileValue, partner: str | None, module: str) -> Iterable[str]:
+        """What was folded or merged into a value, in words."""
+        for entry in self.ledger.folded:
+            own = module in entry.into or module == entry.module if module else False
+            if own or any(folded == value.name or captured == partner for folded, captured in entry.site):
+                into = f" into {' and '.join(entry.into)}" if any(entry.into) else ""
+                yield f"{entry.layer if entry.module else entry.kind} '{entry.module or entry.value}'{into}"
+        for merge in self.ledger.merges:
+            own = module in (*merge.modules, merge.into) if module else False
+            if own or any(folded == value.name or captured == partner for folded, captured in merge.site):
+                yield f"{' + '.join(merge.modules)} merged into {merge.into}"
+
+    # -- files from elsewhere ------------------------------------------------------------------------------------------
+
+    def _scan_contents(self, batch: Batch, taken: Mapping[str, Tensor]) -> Culprit | None:
+        """The first value after the last ones that agree, on the way to an output that does not."""
+        names = {
+            n.name for n in self._nodes.values() if n.op == "call_function" and isinstance(self._val(n.name), Tensor)
+        }
+        if sum(self._elements(name, batch) for name in names) > 4 * CHUNK:
+            small = min(self._references.batches, key=lambda b: b.samples)
+            batch = small if small.samples < batch.samples else batch
+        noise = Noise.of(self._references, batch, names)
+        if noise is None:
+            self._notes.append("the graph does not run in float64, so there is no truth to compare values with")
+            return None
+        followed = noise.following(taken)
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name in (
+            n.name for n in self._nodes.values() if n.name in noise.truth and noise.truth[n.name].is_floating_point()
+        ):
+            by_shape.setdefault(tuple(followed.get(name, noise.truth[name]).shape), []).append(name)
+        values = {value.name: value for value in self._file.values}
+        partners = self._partners()
+        wrong: dict[str, float] = {}
+        floats: set[str] = set()
+        for start in range(0, len(values), 64):
+            part = list(values)[start : start + 64]
+            self.progress("bisect", start, len(values))
+            for name, value in self._readable(batch, part).items():
+                if not value.is_floating_point():
+                    continue
+                floats.add(name)
+                hoped = [partners[name]] if name in partners and partners[name] in noise.rounding else []
+                known = by_shape.get(tuple(value.shape), [])
+                ratios = ((self._ratio(value, noise, each, followed, batch), each) for each in (*hoped, *known))
+                ratio, partner = next(((r, each) for r, each in ratios if r <= self.limit), (math.inf, ""))
+                if partner:
+                    self._ratios[name] = ratio
+                    self._agree = self._module(values[name], partner) or self._agree
+                elif name in (self._matched.outputs or self._file.outputs):
+                    wrong[name] = self._ratio(value, noise, hoped[0], followed, batch) if hoped else math.inf
+        if not wrong:
+            return None
+        region: set[str] = set()
+        stack = list(wrong)
+        while stack:
+            name = stack.pop()
+            if name not in region and name not in self._ratios:
+                region.add(name)
+                stack += values[name].reads
+        # What is computed from no input is no place to be wrong in, and a size is no value.
+        moving = [v for v in self._file.values if v.name in region and v.name in floats and v.depends]
+        first = moving[0] if moving else values[next(iter(wrong))]
+        return self._culprit(first, partners.get(first.name), max(wrong.values()), sure=False)
+
+    def _readable(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """The values that ONNX Runtime hands out: not sequences, nor what it has no numpy type for."""
+        try:
+            return self._candidate.values(batch.flat, names)
+        except Exception:
+            if len(names) == 1:
+                return {}
+        half = len(names) // 2
+        return self._readable(batch, names[:half]) | self._readable(batch, names[half:])

@@ -1,0 +1,24 @@
+"""Whether a file runs where it was asked to: the placement of its nodes, and bound inputs against plain ones."""
+
+from __future__ import annotations
+
+from bnfold.gate.candidates import OnnxCandidate
+from bnfold.gate.reference import References, first_line
+from bnfold.report import Placement
+from bnfold.runtime.placement import placement_finding
+
+
+def judge_device(candidate: OnnxCandidate, references: References) -> Placement | None:
+    """Where the file's nodes ran; a file that ran nowhere as asked, or runs otherwise when bound, is a problem."""
+    flat, findings = references.batches[0].flat, references.findings
+    try:
+        if problem := candidate.binding_problem(flat):
+            findings.problems.append(f"{candidate.name}: {problem}")
+        found = candidate.placement(flat)
+    except Exception as error:
+        findings.doubts.append(f"{candidate.name}: where its nodes run cannot be seen: {first_line(error)}")
+        return None
+    problem, note = placement_finding(found, candidate.session.provider)
+    findings.problems += [f"{candidate.name}: {problem}"] if problem else []
+    findings.notes += [note] if note else []
+    return found

@@ -1,0 +1,257 @@
+"""The gate: the captured graph, the folded graph and the ONNX file, each against float64.
+
+Three questions: does the capture equal the eager model, does every fold site equal the value it replaces, do the
+outputs. Anything that cannot be judged is *inconclusive*, which is no pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from bnfold.errors import BnfoldError
+from bnfold.gate.accuracy import judge_accuracy
+from bnfold.gate.adversarial import Found, search
+from bnfold.gate.candidates import (
+    Candidate,
+    EagerCandidate,
+    OnnxCandidate,
+    TorchCandidate,
+    needs_widening,
+    quantised_nodes,
+    widened,
+)
+from bnfold.gate.data import Labels
+from bnfold.gate.devices import judge_device
+from bnfold.gate.following import Follower
+from bnfold.gate.matching import Match, match
+from bnfold.gate.optimizers import guilty
+from bnfold.gate.outputs import OutputJudge
+from bnfold.gate.reference import Findings, Progress, References
+from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
+from bnfold.gate.sites import judge_sites
+from bnfold.gate.stored import Rows
+from bnfold.graph.capture import Captured
+from bnfold.graph.interpret import Runner
+from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
+from bnfold.runtime.runtime import open_session, provider_notes
+
+#: Median ratio of a whole output, and ratio at a fold site.
+LIMIT, SITE_LIMIT = 4.0, 16.0
+#: Seconds that one run of the example takes before a second thread pays.
+LONG_RUN = 0.1
+
+
+@dataclass
+class Gate:
+    """One judgement. Build it, then ``judge``."""
+
+    captured: Captured
+    ledger: Ledger
+    folded: ExportedProgram | None = None
+    path: Path | None = None
+    #: What the file calls the folded program's values.
+    file_names: Mapping[str, str] = field(default_factory=dict)
+    device: Literal["cpu", "cuda"] = "cpu"
+    samples: int = MIN_SAMPLES
+    seed: int = 0
+    limit: float = LIMIT
+    site_limit: float = SITE_LIMIT
+    data: Mapping[str, Rows] | None = None
+    labels: Labels | None = None
+    #: Look for inputs by gradient as well.
+    adversarial: bool = False
+    progress: Progress = lambda stage, done, total: None
+    #: The fold written back into the model's own class.
+    eager: nn.Module | None = None
+
+    def judge(self) -> CheckReport:
+        """The verdict.
+
+        Raises:
+            BnfoldError: the file cannot be opened, or its inputs do not fit the model's.
+        """
+        with _threads_that_pay(self.captured):
+            return self._judge()
+
+    def _judge(self) -> CheckReport:
+        captured = self.captured
+        self._findings = Findings()
+        self._match()
+        made = batches(
+            captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
+            ranges=captured.ranges, pinned=self._matched.pinned,
+        )  # fmt: skip
+        found = self._search(made)
+        self._references = References(
+            captured, [*made, *found.batches], self._findings, self.limit, self.progress,
+            watch=set(self.ledger.sites.values()),
+        )  # fmt: skip
+        self._references.run()
+        capture_error = self._references.judge_capture()
+        outputs: list[OutputResult] = []
+        provider, placed = "torch", None
+        self._outputs = OutputJudge(self._references, self.limit)
+        clean = False
+        candidates = self._candidates()
+        for i, candidate in enumerate(candidates):
+            self.progress("check", i, len(candidates) + 1)
+            before = len(self._findings.problems)
+            outputs += self._outputs.judge(candidate)
+            if not candidate.deployed:
+                clean = len(self._findings.problems) == before
+            elif clean and len(self._findings.problems) > before and isinstance(candidate, OnnxCandidate):
+                self._findings.problems.insert(before, self._blame())
+            if isinstance(candidate, OnnxCandidate):
+                with contextlib.suppress(BnfoldError):  # a session that failed has been reported already
+                    provider = candidate.session.provider
+                    if candidate.deployed and self.device == "cuda":
+                        placed = judge_device(candidate, self._references)
+                candidate.close()
+        deployed = self._as_deployed()
+        self.progress("check", len(candidates), len(candidates) + 1)
+        sites = judge_sites(self._references, self.ledger, candidates, self.site_limit)
+        accuracy = None
+        if self.data and candidates:
+            accuracy = judge_accuracy(
+                self._references, candidates[-1], self.data, self.labels, pinned=self._matched.pinned
+            )
+        self.progress("check", len(candidates) + 1, len(candidates) + 1)
+        if not outputs:
+            self._findings.problems.append("no output was compared")
+        self._findings.once()
+        self._say_where(sites)
+        problems, doubts, notes = self._findings.problems, self._findings.doubts, self._findings.notes
+        verdict: Verdict = "fail" if problems else "inconclusive" if doubts else "pass"
+        batch_sizes = tuple(dict.fromkeys(b.size for b in self._references.batches))
+        return CheckReport(
+            verdict, provider, self._references.samples, batch_sizes, tuple(outputs), tuple(sites), capture_error,
+            (*problems, *doubts), tuple(notes), accuracy, self.limit, self.site_limit,
+            placement=placed, deployed=tuple(deployed), adversarial=found.result(self._outputs.worst_found),
+        )  # fmt: skip
+
+    def _search(self, made: list[Batch]) -> Found:
+        """Inputs found by gradients, where they are asked for."""
+        if not self.adversarial:
+            return Found(())
+        self.progress("search", 0, 1)
+        found = search(self.captured, self.folded, made)
+        self._findings.notes += [f"adversarial: {note}" for note in found.notes]
+        return found
+
+    def _as_deployed(self) -> list[OutputResult]:
+        """The outputs on CUDA as ONNX Runtime's defaults make them, with TF32: for information."""
+        if self.path is None or self.device != "cuda":
+            return []
+        candidate = self._onnx(optimized=True, tf32=True)
+        found = Findings()
+        try:
+            return OutputJudge(self._references, self.limit, found).judge(candidate)
+        finally:
+            candidate.close()
+            self._findings.notes += [f"as deployed, not judged: {problem}" for problem in found.problems]
+
+    def _say_where(self, sites: Sequence[SiteResult]) -> None:
+        """Adds to what is said of an output the first fold site, in the order of the graph, that is off."""
+        order = {node.name: i for i, node in enumerate(self.captured.program.graph.nodes)}
+        off = [site for site in sites if not max(site.ratio, site.channel_ratio) <= self.site_limit]
+        first = {"folded torch": "", "ONNX Runtime": ""}
+        for site in sorted(off, key=lambda site: -order[self.ledger.sites[site.value]]):
+            first[next(name for name in first if site.candidate.startswith(name))] = site.module
+        for i, problem in enumerate(self._findings.problems):
+            of_output = ", output '" in problem
+            module = next((m for name, m in first.items() if of_output and problem.startswith(name)), "")
+            if module:
+                self._findings.problems[i] = f"{problem}; the first fold that is off is that of '{module}'"
+
+    # -- candidates ------------------------------------------------------------------------------------------------
+
+    def _match(self) -> None:
+        """Which of the file's inputs and outputs are the model's, and which sizes it takes."""
+        self._widen, self._matched = False, Match(())
+        if self.path is None:
+            return
+        self._widen = needs_widening(self.path, self.device)
+        if self._widen:
+            self._findings.notes.append(
+                "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
+            )
+        probe = open_session(widened(self.path) if self._widen else self.path, device=self.device, optimized=False)
+        self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
+        self._findings.notes += self._matched.notes
+        if self.folded is None and (nodes := quantised_nodes(self.path)):
+            self._findings.notes.append(
+                f"the file is quantised ({nodes} nodes): no such file equals a float model; what that costs is "
+                "seen on data (--data)"
+            )
+
+    def _candidates(self) -> list[Candidate]:
+        found: list[Candidate] = []
+        if self.folded is not None:
+            found.append(TorchCandidate("folded torch", self.folded))
+        if self.eager is not None:
+            found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager)))
+        if self.path is not None:
+            self._findings.notes += provider_notes(self.device)
+            found += [self._onnx(optimized=on) for on in (False, True)]
+        return found
+
+    def _blame(self) -> str:
+        """Which of ONNX Runtime's optimisations makes a file wrong that is right without them, as a problem."""
+        before = self._outputs.follower
+        plain, full = (Follower(self._references, self._onnx(optimized=on), before) for on in (False, True))
+        ratios = [(full.misfit(run), run) for run in range(len(self._references.batches))]
+        worst, run = max(ratios)
+        # Right or wrong is on which side of the middle, on a logarithmic scale, a run ends.
+        middle = math.sqrt(min(worst, 1e30) * max(plain.misfit(run), 1.0))
+
+        def wrong(disabled: Sequence[str]) -> bool:
+            candidate = self._onnx(optimized=True, disabled=disabled)
+            return not Follower(self._references, candidate, before).misfit(run) < middle
+
+        names = guilty(wrong)
+        if not names:
+            return (
+                "ONNX Runtime: the file is right without its optimisations and wrong with them, whichever is left out"
+            )
+        return (
+            f"ONNX Runtime: its optimisation {' with '.join(names)} makes the file wrong, which is right without it: "
+            f"disable it where the file runs (InferenceSession(..., disabled_optimizers={list(names)}))"
+        )
+
+    def _onnx(self, *, optimized: bool, tf32: bool = False, disabled: Sequence[str] = ()) -> OnnxCandidate:
+        assert self.path is not None
+        return OnnxCandidate(
+            self.path, device=self.device, optimized=optimized, inputs=self._matched.inputs, widen=self._widen,
+            tf32=tf32, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
+            disabled=disabled,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _threads_that_pay(captured: Captured) -> Iterator[None]:
+    """One thread for a model that runs in a blink.
+
+    torch's threads wait for one another by spinning: on a busy machine that made the check of a small net 25 times
+    slower, and on an idle one it saves such a net nothing.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.perf_counter()
+        with contextlib.suppress(Exception):  # whoever runs it next reports that
+            Runner(captured.program)(captured.flat)
+        if time.perf_counter() - start > LONG_RUN:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,108 @@
+"""One operator application, as the table sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import getitem
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from bnfold.semantics import Shape
+
+if TYPE_CHECKING:
+    from bnfold.graph.graph import Graph
+
+Node = fx.Node
+
+
+class Call:
+    """One operator application, its arguments by their names in the operator's schema."""
+
+    def __init__(self, graph: Graph, value: Node) -> None:
+        self.graph, self.value = graph, value
+        # One item of an operator that returns several stands for that operator.
+        self.item = value.args[1] if value.target is getitem and graph.is_list(value.args[0]) else None
+        self.node: Node = value.args[0] if self.item is not None else value  # type: ignore[assignment]
+        self.arguments: dict[str, Any] = {}
+        if isinstance(self.node.target, OpOverload):
+            for i, argument in enumerate(self.node.target._schema.arguments):
+                if i < len(self.node.args) and not argument.kwarg_only:
+                    self.arguments[argument.name] = self.node.args[i]
+                else:
+                    default = argument.default_value if argument.has_default_value() else None
+                    self.arguments[argument.name] = self.node.kwargs.get(argument.name, default)
+
+    @property
+    def operator(self) -> str:
+        """``"aten.conv2d"``: the overload packet's name; another callable's own name."""
+        target = self.node.target
+        if isinstance(target, OpOverload):
+            return f"{target.namespace}.{target._opname}"
+        return getattr(target, "__name__", str(target))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arguments
+
+    def at(self, slot: str) -> Any:
+        """The argument in a slot: a name, or ``name.i`` for an item of a list."""
+        name, _, index = slot.partition(".")
+        return self.arguments[name][int(index)] if index else self.arguments[name]
+
+    def slots(self) -> Iterator[tuple[str, Node]]:
+        """Every slot that holds a value."""
+        for name, value in self.arguments.items():
+            if isinstance(value, Node):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Node))
+
+    def shape(self, slot: str) -> Shape:
+        """The concrete shape of a slot's tensor; ``()`` for a number."""
+        value = self.at(slot)
+        return self.graph.shape(value) if isinstance(value, Node) else ()
+
+    @property
+    def out_shape(self) -> Shape:
+        """The concrete shape of the output."""
+        return self.graph.shape(self.value)
+
+    def concrete(self, name: str) -> Any:
+        """An argument with its symbolic sizes made concrete."""
+        return fx.node.map_arg(self.arguments[name], self.graph.number)
+
+    def constant(self, slot: str) -> Tensor | None:
+        """The float64 value of a slot that depends on no input, a number included; else None."""
+        value = self.at(slot)
+        if isinstance(value, Node):
+            return self.graph.constant(value)
+        return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
+
+    def run(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The operator at concrete sizes on ``tensors``, by slot; operands not named there are zeros."""
+
+        def fill(name: str, value: Any, index: int | None = None) -> Any:
+            slot = name if index is None else f"{name}.{index}"
+            if slot in tensors:
+                return tensors[slot]
+            if isinstance(value, (list, tuple)):
+                return [fill(name, item, i) for i, item in enumerate(value)]
+            if isinstance(value, Node):
+                number = self.graph.number(value)
+                return torch.zeros(()).expand(self.graph.shape(value)) if number is None else number
+            return value
+
+        assert isinstance(self.node.target, OpOverload)
+        positional = [a.name for a in self.node.target._schema.arguments if not a.kwarg_only]
+        filled = {name: fill(name, value) for name, value in self.arguments.items()}
+        with torch.no_grad():
+            out = self.node.target(
+                *(filled[name] for name in positional),
+                **{name: value for name, value in filled.items() if name not in positional},
+            )
+        return out if self.item is None else out[self.item]

@@ -1,0 +1,420 @@
+"""The graph editor: the few verbs by which ``fold`` and ``merge`` read and change a program.
+
+Works on a copy of an ExportedProgram's lifted graph. Constants are held in float64 from the first edit on and rounded
+once, in ``finish``; an existing tensor is never written to, so whoever shares it (another layer, the caller's model)
+keeps what it had. Everything that leans on how torch.export builds a program stands in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    TensorArgument,
+)
+
+from bnfold.errors import FoldError
+from bnfold.graph.call import Call
+from bnfold.graph.functional import FROZEN, module_of
+from bnfold.graph.interpret import constant_of, evaluate_constant
+from bnfold.graph.names import common_name, free_name, with_modules
+from bnfold.graph.program import copy_graph, output_specs, rebuild
+from bnfold.semantics import Shape
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A constant that does not fit its dtype, as the largest magnitude and where it stands."""
+
+    largest: float
+    index: tuple[int, ...]
+
+
+class Graph:
+    """A program under edit.
+
+    Args:
+        program: a functional program in training IR; it is copied, not changed.
+        masters: constants of higher precision, by name, that edits start from in place of the stored ones.
+    """
+
+    def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
+        self.program = program
+        self.graph = copy_graph(program.graph)
+        self.graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
+        self._masters = dict(masters or {})
+        self._pending: dict[Node, Tensor] = {}
+        self._origin: dict[Node, str] = {}
+        self._constants: dict[Node, Tensor | None] = {}
+        self._sizes = self._example_sizes()
+        self._numbers: dict[Any, int] = {}
+        self._shapes: dict[Node, Shape] = {}
+        placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        self._targets: dict[Node, str] = {
+            placeholders[spec.arg.name]: spec.target or ""
+            for spec in program.graph_signature.input_specs
+            if spec.kind is not InputKind.USER_INPUT
+        }
+        self.added = 0
+        #: Which captured value each edited value now equals; None for one that equals none.
+        self.stands_for: dict[Node, str | None] = {}
+        self._gone: set[Node] = set()
+        #: How many operators edits have dropped.
+        self.dropped = 0
+        self.refresh()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Numbers the nodes anew, and finds those that depend on no input."""
+        self.order: dict[Node, float] = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._fixed: set[Node] = set()
+        for node in self.graph.nodes:
+            if (node in self._targets or node in self._pending) and isinstance(node.meta.get("val"), Tensor):
+                self._fixed.add(node)
+            elif node.op == "call_function" and not node.meta.get(FROZEN):
+                random = isinstance(node.target, OpOverload) and (
+                    torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+                )
+                higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+                if not random and not higher and all(n in self._fixed for n in node.all_input_nodes):
+                    self._fixed.add(node)
+
+    def values(self) -> Iterator[Node]:
+        """The values computed from inputs, in topological order; several results of one operator one by one."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in self._fixed and not self.is_list(node):
+                yield node
+
+    def call(self, value: Node) -> Call:
+        """The operator application that makes a value."""
+        return Call(self, value)
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether the value depends on no input."""
+        return not isinstance(value, Node) or value in self._fixed
+
+    def is_list(self, value: Any) -> bool:
+        """Whether the node stands for several tensors."""
+        return isinstance(value, Node) and isinstance(value.meta.get("val"), (list, tuple))
+
+    def is_frozen(self, value: Node) -> bool:
+        """Whether an in-place operator that could not be removed shares the value's storage."""
+        return bool(value.meta.get(FROZEN))
+
+    def readers(self, value: Node) -> Iterator[Node]:
+        """The values computed directly from ``value``; the graph's output node where it is returned."""
+        for user in value.users:
+            if self.is_list(user):
+                yield from (u for u in user.users if u.target is getitem)
+                if any(u.target is not getitem for u in user.users) or not user.users:
+                    yield user
+            else:
+                yield user
+
+    def constant(self, value: Node) -> Tensor | None:
+        """The float64 value of a node that depends on no input, evaluated from the stored constants; else None."""
+        if value not in self._fixed:
+            return None
+        if value.op == "placeholder":
+            return self._stored(value)  # not kept: a float64 copy of every weight would be the model twice over
+        if value not in self._constants:
+            known: dict[Node, Any] = {}
+            for node in self._constant_cone(value):
+                known[node] = self._stored(node) if node.op == "placeholder" else evaluate_constant(node, known)
+            self._constants[value] = known[value]
+        return self._constants[value]
+
+    def _constant_cone(self, value: Node) -> list[Node]:
+        cone, stack = set(), [value]
+        while stack:
+            node = stack.pop()
+            if node not in cone:
+                cone.add(node)
+                stack += node.all_input_nodes
+        return sorted(cone, key=self.order.__getitem__)
+
+    def _stored(self, node: Node) -> Tensor:
+        if node in self._pending:
+            return self._pending[node]
+        target = self._targets[node]
+        value: Tensor = self._masters.get(target, constant_of(self.program, target))
+        return value.detach().to(torch.float64) if value.is_floating_point() else value
+
+    def dtype(self, value: Node) -> torch.dtype:
+        """The dtype of a value."""
+        dtype: torch.dtype = value.meta["val"].dtype
+        return dtype
+
+    def is_float(self, value: Any) -> bool:
+        """Whether the value is a floating-point tensor."""
+        val = value.meta.get("val") if isinstance(value, Node) else None
+        return isinstance(val, Tensor) and val.dtype.is_floating_point
+
+    def shape(self, value: Node) -> Shape:
+        """The shape of a value at the current sizes."""
+        if value not in self._shapes:
+            self._shapes[value] = tuple(self._concrete(n) for n in value.meta["val"].shape)
+        return self._shapes[value]
+
+    def dynamic_axes(self, value: Node) -> tuple[int, ...]:
+        """The axes whose size differs from call to call."""
+        return tuple(a for a, n in enumerate(value.meta["val"].shape) if not isinstance(n, int))
+
+    def number(self, value: Node) -> int | None:
+        """The number that a symbolic size stands for at the current sizes; None for a tensor."""
+        val = value.meta.get("val")
+        return self._concrete(val) if isinstance(val, (int, torch.SymInt)) else None
+
+    def resize(self, factor: int) -> None:
+        """Makes every dynamic dimension ``factor`` times its example size."""
+        self._sizes = {symbol: n * factor for symbol, n in self._example_sizes().items()}
+        self._numbers, self._shapes = {}, {}
+
+    def _concrete(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression not in self._numbers:
+            found = sympy.sympify(expression).subs(self._sizes)
+            if not found.is_number:
+                raise UnknownSizeError(f"the size {expression} depends on data")
+            self._numbers[expression] = int(found)
+        return self._numbers[expression]
+
+    def _example_sizes(self) -> dict[Any, int]:
+        sizes: dict[Any, int] = {}
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            val = node.meta.get("val")
+            for size in [*val.shape] if isinstance(val, Tensor) else [val]:
+                if isinstance(size, torch.SymInt) and size.node.has_hint():
+                    sizes.update(_solved(size))
+        return sizes
+
+    def module(self, value: Node) -> str:
+        """The qualified name of the module that made a value."""
+        return module_of(value)
+
+    def module_class(self, value: Node) -> str:
+        """The class name of the module that made a value."""
+        stack = value.meta.get("nn_module_stack") or {}
+        name = next(reversed(stack.values()))[1] if stack else ""
+        return (name if isinstance(name, str) else getattr(name, "__name__", "")).rsplit(".", 1)[-1]
+
+    def name(self, value: Node) -> str:
+        """A value's name, unique in the graph and kept by edits."""
+        return value.name
+
+    def materialise(self) -> None:
+        """Replaces floating-point subgraphs of constants alone (weight_norm, spectral_norm, weight standardisation,
+        FrozenBatchNorm's arithmetic) by their value, where that is no larger than what it is computed from."""
+        for node in list(self.graph.nodes):
+            computed = node.op == "call_function" and node in self._fixed and self.is_float(node)
+            if not computed or all(user in self._fixed for user in node.users):
+                continue
+            leaves = [n for n in self._constant_cone(node) if n.op == "placeholder" and self.is_float(n)]
+            value = self.constant(node)
+            assert value is not None
+            if leaves and value.numel() <= sum(n.meta["val"].numel() for n in leaves):
+                names = [self._targets[n] for n in leaves if n in self._targets]
+                new = self._placeholder(
+                    value, self.dtype(node), common_name(names) or self._invent(self.call(node), "constant")
+                )
+                self.bypass(node, new)
+
+    def stored_name(self, value: Any) -> str | None:
+        """The parameter or buffer that a value is, as the captured model calls it; None for any other."""
+        return self._targets.get(value)
+
+    def holds(self, value: Node) -> bool:
+        """Whether the value is still there."""
+        return value not in self._gone
+
+    def meaning(self, value: Node) -> str | None:
+        """The captured value that ``value`` equals; its own name where no edit has changed it."""
+        return self.stands_for.get(value, value.name)
+
+    def count_operators(self) -> int:
+        """How many operators compute something from the inputs."""
+        return sum(1 for _ in self.values())
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def overflow(self, value: Node, slot: str, tensor: Tensor) -> Overflow | None:
+        """Where ``tensor`` would not fit the dtype it is rounded to in that slot."""
+        dtype = self._slot_dtype(self.call(value), slot)
+        if tensor.numel() and dtype.is_floating_point:
+            # One look at all of it: nearly every tensor fits, and a NaN fails every comparison.
+            low, high = tensor.aminmax()
+            if -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max:
+                return None
+        rounded = tensor.to(dtype)
+        bad = ~rounded.isfinite()
+        if not bool(bad.any()):
+            return None
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        return Overflow(float(tensor[index].abs()), index)
+
+    def set_constant(self, value: Node, slot: str, tensor: Tensor) -> None:
+        """Gives a slot a constant of its own; ``tensor`` is float64 and rounded to the slot's dtype at the end."""
+        call = self.call(value)
+        old = call.at(slot)
+        origin = self._origin.get(old) or self._targets.get(old) if isinstance(old, Node) else None
+        new = self._placeholder(tensor, self._slot_dtype(call, slot), origin or self._invent(call, slot))
+        self._set(call, slot, new)
+
+    def set_operand(self, value: Node, slot: str, operand: Node) -> None:
+        """Lets a slot read another value; what nobody reads any more goes."""
+        call = self.call(value)
+        old = call.at(slot)
+        self._set(call, slot, operand)
+        self._sweep(old)
+
+    def take_shape(self, value: Node, of: Node) -> None:
+        """Gives ``value``, whose constants are about to change, the shape of another value."""
+        value.meta["val"] = of.meta["val"]
+        self._shapes.pop(value, None)
+
+    def add_after(self, value: Node, tensor: Tensor) -> Node:
+        """Adds a constant to a value, for all its readers."""
+        new = self._placeholder(tensor, self.dtype(value), self._invent(self.call(value), "bias"))
+        with self.graph.inserting_after(value):
+            added = self.graph.call_function(torch.ops.aten.add.Tensor, (value, new))
+        added.meta = {k: v for k, v in value.meta.items() if k != "from_node"}
+        self.order[added] = self.order[value] + 0.5
+        value.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        return added
+
+    def bypass(self, value: Node, by: Node) -> None:
+        """Lets every reader of ``value`` read ``by`` in its place, and drops what nobody reads any more."""
+        value.replace_all_uses_with(by)
+        self._sweep(value)
+
+    def _sweep(self, value: Node) -> None:
+        dead = [value]
+        while dead:
+            node = dead.pop()
+            if not node.users and node.op == "call_function":
+                dead += node.all_input_nodes
+                self.graph.erase_node(node)
+                self._gone.add(node)
+                self.dropped += not self.is_list(node) and node not in self._fixed
+
+    def _set(self, call: Call, slot: str, new: Node) -> None:
+        name, _, index = slot.partition(".")
+        assert isinstance(call.node.target, OpOverload)
+        schema = call.node.target._schema.arguments
+        value: Any = new
+        if index:
+            value = [*call.arguments[name]]
+            value[int(index)] = new
+        position = next(i for i, a in enumerate(schema) if a.name == name)
+        if schema[position].kwarg_only or name in call.node.kwargs:
+            call.node.update_kwarg(name, value)
+            return
+        args = [call.arguments[a.name] for a in schema[: max(position + 1, len(call.node.args))]]
+        args[position] = value
+        call.node.args = tuple(args)
+
+    def _slot_dtype(self, call: Call, slot: str) -> torch.dtype:
+        old = call.at(slot)
+        if self.is_float(old):
+            return self.dtype(old)
+        sibling = call.arguments.get("weight")  # a new bias takes the dtype of the weight beside it
+        return self.dtype(sibling if isinstance(sibling, Node) and self.is_float(sibling) else call.value)
+
+    def _invent(self, call: Call, slot: str) -> str:
+        weight = call.arguments.get("weight")
+        known = self._origin.get(weight) or self._targets.get(weight) if isinstance(weight, Node) else None
+        if slot == "bias" and known is not None and known.endswith("weight"):
+            return known[: -len("weight")] + "bias"
+        module = self.module(call.value)
+        name = {"self": "constant", "other": "constant", "mat2": "weight"}.get(slot, slot.replace(".", "_"))
+        return f"{module}.{name}" if module else name
+
+    def _placeholder(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+        self.added += 1
+        first = next(iter(self.graph.nodes))
+        mode = next(
+            n.meta["val"].fake_mode
+            for n in self.graph.nodes
+            if isinstance(n.meta.get("val"), torch._subclasses.FakeTensor)
+        )
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"p_folded_{self.added}")
+        with mode:
+            node.meta["val"] = torch.empty(tensor.shape, dtype=dtype)
+        self._pending[node] = tensor
+        self._origin[node] = origin
+        self._fixed.add(node)
+        self.order[node] = -self.added
+        return node
+
+    # -- finishing -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> ExportedProgram:
+        """The edited program: dead constants gone, new ones rounded once and named after those they replace.
+
+        Raises:
+            FoldError: torch rejects the edited program; a defect of bnfold.
+        """
+        self.graph.eliminate_dead_code()
+        old = self.program
+        specs = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
+        state: dict[str, Tensor] = {}
+        constants: dict[str, Any] = dict(old.constants)
+        live = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for node in live:
+            spec = specs.get(node.name)
+            if node in self._pending:
+                continue
+            assert spec is not None
+            if spec.kind is not InputKind.USER_INPUT and not node.users:
+                self.graph.erase_node(node)
+                constants.pop(spec.target or "", None)
+            elif spec.target in old.state_dict:
+                state[spec.target] = old.state_dict[spec.target]
+        taken, numbers = with_modules([*state, *constants]), dict[str, int]()
+        for node in [n for n in live if n in self._pending]:
+            if not node.users:
+                self.graph.erase_node(node)
+                continue
+            name = free_name(self._origin[node], taken, numbers)
+            taken.add(name)
+            rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
+            state[name] = torch.nn.Parameter(rounded, requires_grad=False)
+            specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
+        keep = [specs[node.name] for node in self.graph.nodes if node.op == "placeholder"]
+        try:
+            return rebuild(old, self.graph, ExportGraphSignature(keep, output_specs(old, self.graph)), state, constants)
+        except Exception as error:
+            raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
+
+
+class UnknownSizeError(ValueError):
+    """A size that depends on the data that runs through the graph."""
+
+
+def _solved(size: torch.SymInt) -> dict[Any, int]:
+    """The example size of the symbol in a size such as ``s`` or ``8*s``."""
+    expression = size.node.expr
+    if len(expression.free_symbols) != 1:
+        return {}
+    (symbol,) = expression.free_symbols
+    found = [int(n) for n in sympy.solve(expression - int(size.node.hint), symbol) if n.is_integer]
+    return {symbol: found[0]} if found else {}

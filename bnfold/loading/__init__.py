@@ -1,0 +1,1 @@
+"""A source -> a module, its weights and its example inputs."""

@@ -1,0 +1,300 @@
+"""Lowering: a folded program -> ONNX, with nothing between our pass and the gate folding unseen.
+
+torch.onnx.export's own optimiser folds Conv-BN (ignoring the training flag), so it stays off, and onnxsim sees a
+skeleton whose large initializers are graph inputs: what it cannot see it cannot fold, and it takes the same time for
+any size of weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
+
+from bnfold.errors import LowerError
+from bnfold.graph.names import output_names
+from bnfold.graph.program import with_outputs
+from bnfold.lowering.translate import quiet, translate
+
+#: Initializers above this many bytes are hidden from onnxsim.
+SKELETON_BYTES = 1024
+#: Files above this many bytes keep their weights in a file beside them.
+EXTERNAL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ONNX model in memory: ``model``, and for the program's ``sites`` that it still holds their names in it."""
+
+    model: ir.Model
+    sites: dict[str, str]
+
+    @property
+    def nodes(self) -> int:
+        """Number of operators."""
+        return len(self.model.graph)
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return int(self.model.opset_imports[""])
+
+    @property
+    def batch_norms(self) -> int:
+        """Number of BatchNormalization operators."""
+        return sum(node.op_type == "BatchNormalization" for node in self.model.graph)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the initializers."""
+        return sum(v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None)
+
+
+def lower(
+    program: ExportedProgram,
+    *,
+    opset: int | None = None,
+    simplify: bool = True,
+    dims: Mapping[str, str] | None = None,
+    outputs: Iterable[str] | None = None,
+    sites: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Lowered:
+    """Writes ``program`` as ONNX.
+
+    Args:
+        program: a functional program.
+        opset: version of the default operator set; torch.onnx's default where None.
+        simplify: run onnxsim on the skeleton.
+        dims: symbolic dimension -> the name it gets in the file.
+        outputs: names for the outputs.
+        sites: values whose names must survive into the file where the values do.
+        metadata: entries for the file's ``metadata_props``.
+
+    Raises:
+        LowerError: torch.onnx cannot translate an operator, or the result does not pass onnx.checker.
+    """
+    specs = program.graph_signature.output_specs
+    for spec, name in zip(specs, output_names(program)):
+        if isinstance(spec.arg, ConstantArgument) and spec.arg.value is not None:
+            raise LowerError(
+                f"the model's output '{name}' is {spec.arg.value!r}, no tensor", hint="Leave it out of what it returns"
+            )
+    own = len(specs)
+    returned = {spec.arg.name for spec in program.graph_signature.output_specs}
+    tagged = [name for name in dict.fromkeys(sites) if name not in returned]
+    model = translate(_without_assertions(_without_unused_statistics(with_outputs(program, tagged))), opset)
+    graph = model.graph
+    for value, name in zip(list(graph.outputs)[own:], tagged):
+        value.name = f"site:{name}"
+    while len(graph.outputs) > own:
+        graph.outputs.pop()  # onnx_ir (1.1) leaves what a slice deletes marked as an output
+    _strip(model)
+    _tidy(model)
+    if simplify:
+        model = _simplify(model)
+    _own_outputs(model.graph)
+    kept = _name(model, dims or {}, list(outputs or output_names(program)))
+    kept |= {s.arg.name: v.name or "" for s, v in zip(program.graph_signature.output_specs, model.graph.outputs)}
+    model.metadata_props.update(metadata or {})
+    model.producer_name, model.producer_version = "bnfold", ""
+    return Lowered(model, kept)
+
+
+def save(lowered: Lowered, path: Path, *, external: str | None = None) -> None:
+    """Writes the model to ``path``, its weights to ``external`` beside it where given, and has onnx.checker read it.
+
+    Raises:
+        LowerError: onnx.checker rejects the file.
+    """
+    ir.save(lowered.model, path, external_data=external, size_threshold_bytes=SKELETON_BYTES)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise LowerError(f"onnx.checker rejects the file: {error}", hint="Please report this model") from error
+    except onnx.shape_inference.InferenceError as error:
+        raise LowerError(
+            f"onnx's shape inference rejects the file: {error}", hint="Please report this model"
+        ) from error
+
+
+def relocate(path: Path, data: str, digest: str) -> None:
+    """Points the external weights of a staged file to their final name and notes their SHA-256 in the metadata."""
+    model = onnx.load_model(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data
+    model.metadata_props.add(key="bnfold.data_sha256", value=digest)
+    path.write_bytes(model.SerializeToString())
+
+
+def _without_assertions(program: ExportedProgram) -> ExportedProgram:
+    """Takes checks of numbers out of ``program`` itself, and what is computed for them alone.
+
+    ONNX cannot say them, and torch.onnx (2.13) has no translation for ``_is_all_true``, from which some are made.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _without_unused_statistics(program: ExportedProgram) -> ExportedProgram:
+    """Takes the running statistics from a batch_norm that uses the batch's, in ``program`` itself.
+
+    torch.onnx (2.13) lowers one that has them to inference, whatever ``training`` says.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5] is True:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+    program.graph_module.recompile()
+    return program
+
+
+def _strip(model: ir.Model) -> None:
+    """Takes out stack traces and paths; keeps the module that each node came from."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        node.metadata_props.clear()
+        node.doc_string = None
+        module = scopes[-2] if len(scopes) > 1 else ""
+        if module and not module.startswith("_empty_nn_module_stack"):
+            node.metadata_props["module"] = module.split("@")[0]
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _tidy(model: ir.Model) -> None:
+    from onnxscript.optimizer import fold_constants
+
+    with quiet():
+        # It stops at an operator that it has a fault with; what it has done until then stands, onnxsim does the rest.
+        with contextlib.suppress(RuntimeError):
+            fold_constants(model)
+        for run in (
+            passes.IdentityEliminationPass(),
+            passes.CommonSubexpressionEliminationPass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            passes.DeduplicateInitializersPass(),
+            passes.RemoveUnusedNodesPass(),
+            passes.NameFixPass(),
+        ):
+            run(model)
+
+
+def _simplify(model: ir.Model) -> ir.Model:
+    """onnxsim on the skeleton; its verdict about large weights is impossible, since it does not have them."""
+    import onnxsim
+
+    modules = {v.name: n.metadata_props.get("module") for n in model.graph for v in n.outputs}
+    hidden: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > SKELETON_BYTES and not _is_zero_bias(tensor):
+            hidden[name] = tensor
+            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            del model.graph.initializers[name]
+            value.const_value = None
+            model.graph.inputs.append(value)
+    skeleton = ir.to_proto(model)
+    try:
+        with quiet():
+            small, _ = onnxsim.simplify(skeleton, skip_fuse_bn=True)
+    except Exception as error:
+        raise LowerError(
+            f"onnxsim failed: {type(error).__name__}: {str(error).splitlines()[0]}", hint="Try --no-simplify"
+        ) from error
+    simplified = ir.from_proto(small)
+    simplified.metadata_props.clear()
+    for value in list(simplified.graph.inputs):
+        if value.name in hidden:
+            simplified.graph.inputs.remove(value)
+            if value.uses():
+                value.const_value = hidden[value.name]
+                simplified.graph.register_initializer(value)
+    for node in simplified.graph:
+        module = next((m for v in node.outputs if (m := modules.get(v.name))), None)
+        if module:
+            node.metadata_props["module"] = module
+    return simplified
+
+
+def _is_zero_bias(tensor: ir.TensorProtocol) -> bool:
+    """Whether adding a tensor changes nothing, which onnxsim can only know of what it sees."""
+    return len(tensor.shape) == 1 and not tensor.numpy().any()
+
+
+def _own_outputs(graph: ir.Graph) -> None:
+    """Gives every output a value of its own: an input, a constant or another output keeps its name."""
+    seen: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
+    for i, value in enumerate(list(graph.outputs)):
+        if value in seen:
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+            graph.outputs[i].shape, graph.outputs[i].type = value.shape, value.type
+        seen.add(value)
+
+
+def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> dict[str, str]:
+    """Names dimensions as the user knows them, nodes after their modules, outputs after the model's structure.
+
+    Returns the names of the tagged values that are still there.
+    """
+    graph = model.graph
+    own = set(graph.outputs)
+    for value in (v for node in graph for v in node.outputs if v not in own and v.name in outputs):
+        value.name = f"{value.name}_value"
+    for value, name in zip(graph.outputs, outputs):
+        value.name = f"{name}_out" if name in graph.initializers else name
+    taken = {v.name for v in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
+    taken |= {value.name for node in graph for value in node.outputs}
+    sites: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for node in graph:
+        base = "/".join(part for part in (node.metadata_props.get("module", ""), node.op_type) if part)
+        counts[base] = counts.get(base, -1) + 1
+        node.name = base if counts[base] == 0 else f"{base}_{counts[base]}"
+        for value in node.outputs:
+            if value.name and value.name.startswith("site:"):
+                site = value.name.removeprefix("site:")
+                # An operator's decomposition may have taken the name for a value of its own.
+                sites[site] = value.name = next(n for n in (site, f"{site}_value", f"{site}:0") if n not in taken)
+                taken.add(value.name)
+    values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+    pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in sorted(dims, key=len, reverse=True)) or r"$^")
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    _dimension(pattern.sub(lambda m: dims[m.group()], str(d.value)))
+                    if isinstance(d, ir.SymbolicDim) and d.value is not None
+                    else d
+                    for d in value.shape
+                ]
+            )
+    return sites
+
+
+def _dimension(text: str) -> str | int:
+    """A size that the model's code fixed may come as the name "3": that would claim a dynamic dimension."""
+    return int(text) if text.isdecimal() else text

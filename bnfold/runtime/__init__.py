@@ -1,0 +1,1 @@
+"""ONNX Runtime: sessions and providers that tell the truth, and how long they take."""

@@ -1,0 +1,160 @@
+"""Facts for ``python -m bnfold doctor``: what is installed, what really works, and what to do about the rest.
+
+A problem keeps bnfold from doing its work, or makes ONNX Runtime pretend something; a note is worth knowing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bnfold._version import __version__
+from bnfold.runtime import runtime
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about this installation.
+
+    Attributes:
+        level: "ok", "note" (works, but worth knowing) or "problem" (something does not work).
+        what: the fact, in one line.
+        hint: what the user can do about it, if anything.
+    """
+
+    level: Literal["ok", "note", "problem"]
+    what: str
+    hint: str | None = None
+
+
+def examine() -> list[Finding]:
+    """Examine this installation. Never raises: what fails is a finding. Takes seconds: it imports torch and runs it."""
+    findings = [Finding("ok", f"bnfold {__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    for check in (_packages, _runtimes, _torch_cpu, _torch_cuda, _runtime_cpu, _providers):
+        findings += _guarded(check)
+    return findings
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:
+        name = check.__name__.strip("_").replace("_", " ")
+        yield Finding("problem", f"{name}: {type(error).__name__}: {' '.join(str(error).split())}", _reinstall(name))
+
+
+def _reinstall(name: str) -> str:
+    package = "torch" if name.startswith("torch") else " ".join(runtime.installed_runtimes()) or "onnxruntime-gpu"
+    return f"Reinstall it: pip install --force-reinstall {package}"
+
+
+def _packages() -> Iterator[Finding]:
+    """Every package that bnfold's own metadata requires here, its version against the required minimum."""
+    try:
+        required = importlib.metadata.requires("bnfold") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("note", "bnfold runs from a folder and is not installed", "Install it: pip install -e .")
+        return
+    for requirement in required:
+        spec, _, marker = requirement.partition(";")
+        parsed = re.match(r"\s*([\w.-]+)\s*(?:>=\s*([\w.]+))?", spec)
+        if parsed is None or "extra" in marker or not _applies(marker):
+            continue
+        yield _package(parsed[1], parsed[2])
+
+
+def _package(name: str, minimum: str | None) -> Finding:
+    install = f"pip install '{name}>={minimum}'" if minimum else f"pip install {name}"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        others = [other for other in runtime.installed_runtimes() if other != name]
+        if name.startswith("onnxruntime") and others:
+            return Finding("note", f"{others[0]} {importlib.metadata.version(others[0])} stands in for {name}")
+        return Finding("problem", f"{name} is missing", f"Install it: {install}")
+    if minimum and _release(version) < _release(minimum):
+        return Finding("problem", f"{name} {version} is too old, bnfold needs {minimum}", f"Update it: {install}")
+    return Finding("ok", f"{name} {version}")
+
+
+def _applies(marker: str) -> bool:
+    """Whether an environment marker of bnfold's metadata holds here."""
+    if not marker.strip():
+        return True
+    try:
+        from packaging.markers import Marker
+    except ImportError:  # it comes with onnxruntime, whose absence is for _package to tell
+        return True
+    return Marker(marker).evaluate()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers a version starts with: "2.13.0+cpu" is (2, 13)."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _runtimes() -> Iterator[Finding]:
+    installed = runtime.installed_runtimes()
+    if len(installed) > 1:
+        keep = "onnxruntime-gpu" if "onnxruntime-gpu" in installed else installed[-1]
+        yield Finding(
+            "problem",
+            f"{', '.join(installed)} are installed together: they overwrite one another, and CUDA vanishes",
+            f"Keep one: pip uninstall -y {' '.join(installed)} && pip install {keep}",
+        )
+
+
+def _torch_cpu() -> Iterator[Finding]:
+    import torch
+
+    with torch.no_grad():
+        result = torch.nn.functional.conv2d(torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 1, 1), 3.0))
+    if not torch.equal(result, torch.full((1, 1, 2, 2), 6.0)):
+        yield Finding("problem", "torch computes a convolution wrongly on the CPU", _reinstall("torch"))
+    else:
+        yield Finding("ok", f"torch runs on the CPU, {torch.get_num_threads()} threads")
+
+
+def _torch_cuda() -> Iterator[Finding]:
+    import torch
+
+    if torch.version.cuda is None:
+        yield Finding("note", "torch is built without CUDA")
+    elif not torch.cuda.is_available():
+        yield Finding("note", f"torch is built for CUDA {torch.version.cuda} and sees no device")
+    else:
+        name, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+        yield Finding("ok", f"torch sees {name}, {memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+
+
+def _runtime_cpu() -> Iterator[Finding]:
+    if problem := runtime.cpu_problem():
+        yield Finding("problem", f"ONNX Runtime does not work on the CPU: {problem}", _reinstall("onnxruntime"))
+    else:
+        yield Finding("ok", "ONNX Runtime runs on the CPU")
+
+
+def _providers() -> Iterator[Finding]:
+    """What ONNX Runtime lists against what it can really use."""
+    listed = runtime.CUDA in runtime.listed_providers()
+    problem = runtime.cuda_problem()
+    if problem is None:
+        yield Finding("ok", "ONNX Runtime runs on CUDA")
+    elif runtime.driver_problem() is not None:
+        fact = "ONNX Runtime lists CUDA, which cannot be used here" if listed else "ONNX Runtime has no CUDA here"
+        yield Finding("note", f"{fact}: {problem}")
+    else:
+        package = "'onnxruntime-gpu[cuda,cudnn]'" if listed else "onnxruntime-gpu"
+        yield Finding(
+            "problem",
+            f"this machine has a GPU that ONNX Runtime cannot use: {problem}",
+            f"Install what it lacks: pip install {package}",
+        )

@@ -1,0 +1,1 @@
+"""BatchNorms' numbers: their health, their statistics measured over data, ranges."""

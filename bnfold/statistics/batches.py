@@ -1,0 +1,130 @@
+"""Batches that a module is called with, and batches of the rows of a data file."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfold.errors import BnfoldError, InputError, UsageError
+from bnfold.gate.data import load_data, select
+from bnfold.gate.stored import Rows, in_order
+
+#: What a model is called with: one tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
+Batch = Any
+Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
+
+
+def rereadable(batches: Batches, why: str) -> Callable[[], Iterator[Batch]]:
+    """A function that begins ``batches`` anew at every call.
+
+    Raises:
+        UsageError: they can be read only once.
+    """
+    if callable(batches):
+        return lambda: iter(batches())
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        hint = f"For one batch write [batch]; this is a {type(batches).__name__}"
+        raise UsageError("batches must be an iterable of batches", hint=hint)
+    if isinstance(batches, Iterator):
+        hint = "Give a list, a DataLoader, or a function that returns an iterator"
+        raise UsageError(f"batches can be read only once, and {why}", hint=hint)
+    return lambda: iter(batches)
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Calls a model with one batch.
+
+    Raises:
+        InputError: the model fails on it.
+    """
+    args: tuple[Any, ...] = (batch,) if isinstance(batch, Tensor) else ()
+    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+    if isinstance(batch, (tuple, list)):
+        args = tuple(batch)
+    elif not isinstance(batch, (Tensor, Mapping)):
+        hint = "A batch is a tensor, a tuple of positional inputs or a dict of inputs by name"
+        raise InputError(f"a batch is a {type(batch).__name__}", hint=hint)
+    try:
+        return model(*args, **kwargs)
+    except BnfoldError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(
+            f"{value.dtype}{list(value.shape)}".removeprefix("torch.")
+            for value in (*args, *kwargs.values())
+            if isinstance(value, Tensor)
+        )
+        signature = inspect.signature(model.forward)
+        raise InputError(
+            f"the model fails on the data with {type(error).__name__}: {error}",
+            hint=f"It was given {shapes or 'no tensor'}; forward is {signature}. "
+            "Batches hold the inputs alone, without labels",
+        ) from error
+
+
+def inputs_of(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the inputs that ``forward`` needs, and of those that it can do without."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+    needed = [p.name for p in parameters if p.default is p.empty]
+    return needed, [p.name for p in parameters if p.default is not p.empty]
+
+
+def data_batches(
+    model: nn.Module, data: Path | str | Mapping[str, Any], size: int
+) -> tuple[Callable[[], Iterator[dict[str, Tensor]]], int]:
+    """Batches of the rows of ``data``, by the names of ``forward``'s parameters, and how many rows there are.
+
+    Args:
+        model: says what its inputs are called and, by its own parameters, in which precision it takes them.
+        data: an .npz, an .npy for a model of one input, or arrays by name; of an .npz a few rows are in memory.
+        size: rows in a batch; the last has fewer, or one more where a single row would remain.
+
+    Raises:
+        InputError: see ``load_data``; no array is called like an input.
+    """
+    needed, optional = inputs_of(model)
+    names = [*needed, *optional]
+    if isinstance(data, (str, Path)):
+        arrays, _ = load_data(Path(data), names, optional=optional)
+    else:
+        known = {name: np.asarray(value) for name, value in data.items()}
+        arrays, _ = select(known, names, optional=optional)
+    if not arrays:
+        where = str(data) if isinstance(data, (str, Path)) else None
+        what = f"no array for {names[0] if names else 'an input'}"
+        raise InputError(what, where=where, hint="Name it like the input")
+    floats = (t.dtype for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    dtype = next(floats, torch.float32)
+    return lambda: _batches(arrays, size, dtype), min(map(len, arrays.values()))
+
+
+def _batches(arrays: Mapping[str, Rows], size: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    with ExitStack() as stack:
+        streams = {name: in_order(rows, size) for name, rows in arrays.items()}
+        for stream in streams.values():
+            stack.callback(stream.close)
+        waiting: dict[str, np.ndarray] | None = None
+        for rows in zip(*streams.values(), strict=True):
+            chunk = dict(zip(streams, rows))
+            if waiting is not None and len(rows[0]) == 1:  # one row alone has no variance
+                waiting = {name: np.concatenate([waiting[name], chunk[name]]) for name in chunk}
+                continue
+            if waiting is not None:
+                yield {name: _tensor(values, dtype) for name, values in waiting.items()}
+            waiting = chunk
+        if waiting is not None:
+            yield {name: _tensor(values, dtype) for name, values in waiting.items()}
+
+
+def _tensor(rows: np.ndarray, dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(rows))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

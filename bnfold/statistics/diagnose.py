@@ -1,0 +1,217 @@
+"""The health of every BatchNorm of a model: what it is, what is wrong with it, and whether data agrees with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bnfold.errors import BnfoldError
+from bnfold.gate.data import load_data, select, stored_batches
+from bnfold.graph.capture import Captured, eval_copy, tensor_inputs
+from bnfold.graph.interpret import Runner
+from bnfold.report import FINDINGS, Finding, NormHealth
+from bnfold.statistics.batches import call, data_batches
+from bnfold.statistics.batchnorms import batch_norms, is_unshaped, lacks_statistics, watching_inputs
+from bnfold.statistics.distance import FREEDOM, Distance, Sampled
+from bnfold.statistics.findings import channel_finding, layer_findings, model_findings
+from bnfold.statistics.layers import Layer, module_layers, program_layers, spread
+
+#: Samples of the data in a batch.
+BATCH = 32
+_SEVERITIES = ("error", "warning", "note")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found: every BatchNorm, what is wrong, how many samples were looked at, and what could not be."""
+
+    norms: tuple[NormHealth, ...]
+    findings: tuple[Finding, ...]
+    samples: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def examine(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    captured: Captured | None = None,
+    data: Path | str | Mapping[str, Any] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Examined:
+    """Examines every BatchNorm; ``model`` is not touched.
+
+    Args:
+        model: a module in any mode, or a program, of which only the graph's normalisations can be known.
+        args: positional example inputs, to see which layers are called; None leaves that out.
+        kwargs: keyword example inputs.
+        captured: the captured model, for what belongs to no module (``torch.nn.functional.batch_norm``).
+        data: samples to compare running statistics with, as for ``load_data``.
+        progress: told how many samples are done.
+
+    Raises:
+        InputError: the data cannot be read, or the model fails on it.
+    """
+    notes: list[str] = []
+    program = captured.program if captured is not None else None
+    in_graph = [] if captured is None else program_layers(captured.program, captured.masters)
+    if isinstance(model, ExportedProgram):
+        layers = in_graph
+    else:
+        calls = None if args is None and not kwargs else _count_calls(model, args or (), kwargs or {}, notes)
+        layers = _joined(module_layers(model, calls), in_graph)
+    found = [finding for layer in layers for finding in layer_findings(layer)] + model_findings(layers)
+    samples = 0
+    if data is not None and any(layer.shapeless for layer in layers):
+        notes.append("a model with lazy layers cannot be run yet: nothing was compared with the data")
+    elif data is not None and layers:
+        sampled: dict[str, Sampled] = {}
+        if isinstance(model, nn.Module):
+            samples = _feed_module(model, data, layers, sampled, progress)
+        if captured is not None and program is not None:
+            of_graph = [layer for layer in layers if layer.inputs]
+            samples = _feed_program(captured, data, of_graph, sampled, progress) if of_graph else samples
+        layers, far = _compared(layers, sampled)
+        found += far
+        if samples <= FREEDOM:
+            notes.append(f"{samples} of {FREEDOM + 1} samples at least: too few to call any statistics far")
+    return Examined(tuple(layer.health for layer in layers), worst_first(found), samples, tuple(notes))
+
+
+def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """By severity, then in the order of ``FINDINGS``, then as they come: in the order of the layers."""
+    codes = list(FINDINGS)
+    return tuple(sorted(findings, key=lambda f: (_SEVERITIES.index(f.severity), codes.index(f.code))))
+
+
+def _joined(own: list[Layer], in_graph: list[Layer]) -> list[Layer]:
+    """The modules' BatchNorms, and those of the captured graph that belong to none of them."""
+    graph = {layer.health.module: layer for layer in in_graph}
+    names = {layer.health.module for layer in own}
+    for i, layer in enumerate(own):
+        seen = graph.get(layer.health.module)
+        if seen is not None and not seen.health.track_running_stats and layer.health.track_running_stats:
+            # It has statistics and its code normalises with those of the batch all the same.
+            own[i] = replace(layer, health=replace(layer.health, track_running_stats=False))
+    return own + [layer for layer in in_graph if layer.health.module not in names]
+
+
+def _count_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], notes: list[str]
+) -> dict[str, int] | None:
+    if any(is_unshaped(norm) for norm in batch_norms(model).values()):
+        return None
+    counts: dict[str, int] = {}
+
+    def count(name: str, norm: nn.Module, x: Tensor) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    try:
+        duplicate = eval_copy(model)
+        with torch.no_grad(), watching_inputs(_norms(duplicate), count):
+            duplicate(*args, **kwargs)
+    except Exception as error:
+        message = " ".join(str(error).split("\n")[0].split())
+        notes.append(f"the model does not run on its example ({type(error).__name__}: {message})")
+        return None
+    return counts
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: norm for name, norm in batch_norms(model).items() if not is_unshaped(norm)}
+
+
+# -- against data ------------------------------------------------------------------------------------------------------
+
+
+def _feed_module(
+    model: nn.Module, data: Any, layers: list[Layer], sampled: dict[str, Sampled], progress: Progress
+) -> int:
+    read, samples = data_batches(model, data, BATCH)
+    duplicate = eval_copy(model)
+    norms = {name: norm for name, norm in _norms(duplicate).items() if not lacks_statistics(norm)}
+    known = {layer.health.module: layer for layer in layers}
+
+    def sample(name: str, norm: nn.Module, x: Tensor) -> None:
+        _add(sampled, name, known[name], x)
+
+    with torch.no_grad(), watching_inputs(norms, sample):
+        for done, batch in enumerate(read()):
+            call(duplicate, batch)
+            progress("health", min((done + 1) * BATCH, samples), samples)
+    return samples
+
+
+def _feed_program(
+    captured: Captured, data: Any, layers: list[Layer], sampled: dict[str, Sampled], progress: Progress
+) -> int:
+    names = tensor_inputs(captured.program)
+    if isinstance(data, (str, Path)):
+        arrays, _ = load_data(Path(data), names)
+    else:
+        arrays, _ = select({name: np.asarray(value) for name, value in data.items()}, names)
+    wanted = {name: layer for layer in layers for name in layer.inputs}
+    runner, samples = Runner(captured.program), min(map(len, arrays.values()))
+    done = 0
+    for flat, count in _flat_batches(captured, arrays):
+        runner(flat, keep=set(wanted))
+        for name, layer in wanted.items():
+            _add(sampled, layer.health.module, layer, runner.kept[name])
+        done += count
+        progress("health", done, samples)
+    return samples
+
+
+def _flat_batches(captured: Captured, arrays: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], int]]:
+    first = next(leaf for leaf in captured.flat if isinstance(leaf, Tensor))
+    fixed = not captured.dims
+    size = first.shape[0] if fixed and first.ndim else BATCH
+    yield from stored_batches(captured.names, captured.flat, arrays, size=size, fixed=fixed)
+
+
+def _add(sampled: dict[str, Sampled], name: str, layer: Layer, x: Tensor) -> None:
+    mean = layer.stored.get("running_mean")
+    if mean is None or x.ndim < 2 or x.shape[1] != mean.numel() or not x.is_floating_point():
+        return
+    new = Sampled.of(x, mean.to(x.device))
+    sampled[name] = sampled[name] + new if name in sampled else new
+
+
+def _compared(layers: list[Layer], sampled: Mapping[str, Sampled]) -> tuple[list[Layer], list[Finding]]:
+    """The layers with their distance from the data, and a finding for those that are far."""
+    total = sum(len(known.values.mean) for known in sampled.values())
+    result, found = [], list[Finding]()
+    for layer in layers:
+        known = sampled.get(layer.health.module)
+        mean, variance = layer.wide("running_mean"), layer.wide("running_var")
+        if known is None or mean is None or variance is None:
+            result.append(layer)
+            continue
+        distance = Distance.between(known, mean, variance, layer.eps)
+        result.append(replace(layer, health=replace(layer.health, distance=spread(distance.largest))))
+        far = distance.far(total)
+        if bool(far.any()):
+            i = int(torch.where(far, distance.largest, 0).argmax())
+            ratio = 2.0 ** float(0.5 * torch.log2((known.values.variance[i] + layer.eps) / (variance[i] + layer.eps)))
+            words = (
+                f"in {i} the data has mean {float(known.values.mean[i]):.3g} and variance "
+                f"{float(known.values.variance[i]):.3g}, the layer {float(mean[i]):.3g} and {float(variance[i]):.3g}: "
+                f"{float(distance.shift[i]):.2g} deviations off, {ratio:.2g} times as wide"
+            )
+            if (finding := channel_finding("statistics-far", layer, far, words)) is not None:
+                found.append(finding)
+    return result, found
+
+
+def captured_failure(error: BnfoldError) -> Finding:
+    """The finding that there is no fold plan, with the reason."""
+    return Finding("not-captured", ("",), str(error))
