@@ -71,6 +71,8 @@ STAYS: dict[str, Callable[[], nn.Module]] = {
     "an added constant": lambda: Pair(lambda x: (x + 1).sigmoid()),
     "a residual": lambda: Pair(lambda x: x.relu() + x.tanh()),
     "softmax": lambda: Pair(lambda x: x.softmax(1)),
+    "its own square": lambda: Pair(lambda x: x.relu() * x.relu()),
+    "a gate of its own halves": lambda: Pair(lambda x: x[:, :4] * x[:, 4:], nn.Conv2d(4, 4, 1)),
 }
 
 

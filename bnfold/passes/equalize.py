@@ -77,6 +77,8 @@ def _step(folder: Folder, value: Node) -> tuple[Tensor, Plan] | None:
         return None
     if not all(isinstance(folder.semantics(reader), Contraction) for reader in plan.absorbers):
         return None
+    if not _is_linear(folder, value, plan):
+        return None
     answer = semantics.pull(probe)
     assert not isinstance(answer, No)
     own = _ranges(graph, value, {semantics.weight: answer.constants[semantics.weight]}, shape[axis])
@@ -95,6 +97,17 @@ def _step(folder: Folder, value: Node) -> tuple[Tensor, Plan] | None:
         return None
     folder.write(constants, [value, *plan.carriers])
     return scale, plan
+
+
+def _is_linear(folder: Folder, value: Node, plan: Plan) -> bool:
+    """Whether readers get the scale itself, and no product of it with itself (``y*y``): then channels can be told."""
+    twice = folder.carried(value, Affine.per_channel(2.0, 0.0, len(folder.graph.shape(value))))
+    assert isinstance(twice, Plan)
+    weights = [folder.graph.call(reader).constant(slot) for reader, slot, _ in twice.constants]
+    return len(twice.constants) == len(plan.constants) and all(
+        weight is not None and torch.equal(doubled.double(), 2 * weight.double())
+        for weight, (_, _, doubled) in zip(weights, twice.constants)
+    )
 
 
 def _ranges(graph: Graph, value: Node, probed: Mapping[str, Tensor], channels: int) -> Tensor:
