@@ -107,6 +107,11 @@ class Options:
     sources: Sequence[Path] = ()
     progress: Progress = field(default=silent, repr=False)
 
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """bnfold's own notes in the file that the weights came from; a file of weights that is written keeps them."""
+        return {} if self.provenance is None else self.provenance.notes
+
 
 class Clock:
     """Times the stages and reports them as they begin."""

@@ -50,6 +50,7 @@ from bnfold.stages import (
     sha256_of,
     source_facts,
     traced,
+    write_failed,
     write_file,
 )
 from bnfold.statistics.batches import data_batches
@@ -128,7 +129,7 @@ def export(
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
-            folded.program, opset=opset(options), simplify=options.simplify, dims=folded.captured.dims,
+            folded.program, opset=opset(options, folded.program), simplify=options.simplify, dims=folded.captured.dims,
             sites=traced(folded), metadata=metadata(options, folded),
         )  # fmt: skip
         if options.opset not in (None, lowered.opset):
@@ -155,6 +156,7 @@ def export(
             return replace(report, file=replace(file, path=str(path)))
         if options.keep_failed:
             name = f"{path.stem}.failed{path.suffix}"
+            file = write_failed(lowered, verdict.verdict, staging, options.external_data)
             staging.commit(staging.path.name, file.data, name=name)
             return replace(report, file=replace(file, path=str(path.with_name(name))))
     return report
@@ -210,7 +212,7 @@ def save_folded(
         if written is None:
             save_program(folded.program, staged)
         else:
-            save_written(written.module, written.ledger, staged)
+            save_written(written.module, written.ledger, staged, options.notes)
         size, sha256 = staged.stat().st_size, sha256_of(staged)
     keep_baseline(verdict, options)
     gone, total = folded.ledger.count()
@@ -320,7 +322,7 @@ def save_calibrated(
     measured = measure(model, read, only=only, scheme=scheme, progress=options.progress)
     calibrated = measured.written(model)
     with store.atomic(path) as staged:
-        write_calibrated(calibrated, staged, measured.like)
+        write_calibrated(calibrated, staged, measured.like, options.notes)
         size = staged.stat().st_size
     return CalibrationReport(
         source_facts(options.provenance, model), scheme, samples, measured.passes, measured.layers,

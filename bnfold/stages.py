@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from bnfold import store
 from bnfold._version import __version__
-from bnfold.errors import FoldError, InputError, UsageError
+from bnfold.errors import CaptureError, FoldError, InputError, UsageError
 from bnfold.gate.baseline import expect_baseline, judge_baseline, write_baseline
 from bnfold.gate.data import Labels, assign, examine, load_data, select
 from bnfold.gate.decisions import places
@@ -95,6 +95,10 @@ def capture_model(
     """Captures the model, with a batch that torch.export does not take for a constant."""
     if args is not None and not isinstance(args, tuple):
         raise InputError(f"args must be a tuple of inputs, not {type(args).__name__}", hint="Write (x,) for one input")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise CaptureError(
+            "the model is on the meta device, without values", hint="Load its weights: to_empty(), then load_state_dict"
+        )
     if not isinstance(model, ExportedProgram) and not static:
         # Whatever batch the user shows, a batch of 1 would be captured as a constant.
         args, kwargs = widen_batch(args or (), kwargs or {})
@@ -130,10 +134,14 @@ def traced(folded: Folded) -> list[str]:
     return [*folded.ledger.sites, *(place.value for place in places(folded.program))]
 
 
-def opset(options: Options) -> int | None:
+def opset(options: Options, program: ExportedProgram) -> int | None:
     """The operator set to ask torch.onnx for; None leaves the choice to it."""
-    # ONNX knows a bfloat16 Conv from opset 22 on.
-    return 22 if options.opset is None and options.dtype is torch.bfloat16 else options.opset
+    if options.opset is not None:
+        return options.opset
+    bodies = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    values = (node.meta.get("val") for body in bodies for node in body.graph.nodes)
+    half = any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in values)
+    return 22 if half else None  # ONNX knows a bfloat16 Conv from there on
 
 
 def write_file(lowered: Lowered, staging: store.Staging, external: bool | None) -> FileReport:
@@ -147,6 +155,12 @@ def write_file(lowered: Lowered, staging: store.Staging, external: bool | None) 
         save(lowered, target)
     size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
     return FileReport(str(target), size, lowered.nodes, lowered.opset, lowered.batch_norms, data, sha256_of(target))
+
+
+def write_failed(lowered: Lowered, verdict: str, staging: store.Staging, external: bool | None) -> FileReport:
+    """Writes the file anew with the verdict that it got, for a file that is kept all the same."""
+    lowered.model.metadata_props["bnfold.verdict"] = verdict
+    return write_file(lowered, staging, external)
 
 
 def sha256_of(path: Path) -> str:
@@ -164,7 +178,7 @@ def metadata(options: Options, folded: Folded) -> dict[str, str]:
         "bnfold.batch_norms_folded": str(gone),
         "bnfold.batch_norms_left": str(total - gone),
         "bnfold.rewritten": _rewritten(options),
-        # The file that is judged is, byte for byte, the file that is stored; one that fails is not stored.
+        # A file that passes is stored byte for byte as it was judged; one that is kept all the same is written anew.
         "bnfold.verdict": "pass" if options.check else "not checked",
     }
     if options.provenance is not None:
@@ -219,8 +233,8 @@ def read_data(
     if isinstance(data, (str, Path)):
         arrays, labels = load_data(Path(data), list(shapes), list(outputs), optional)
     else:
-        given = {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in data.items()}
-        arrays, labels = select({n: np.asarray(v) for n, v in given.items()}, list(shapes), list(outputs), optional)
+        given = {name: _array(value) for name, value in data.items()}
+        arrays, labels = select(given, list(shapes), list(outputs), optional)
     for name, rows in arrays.items():
         wanted, sample = shapes[name][1:], tuple(rows.shape[1:])
         fits = len(wanted) == len(sample) and all(n == m for n, m in zip(wanted, sample) if isinstance(n, int))
@@ -234,6 +248,14 @@ def read_data(
     labels = assign(labels, outputs)
     dtypes = {name: captured.flat[captured.names.index(name)].dtype for name in arrays}
     return arrays, replace(labels, digest=examine(arrays, labels, dtypes, progress))
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        # numpy has no bfloat16, and float32 holds every one of them.
+        value = value.float() if value.dtype is torch.bfloat16 else value
+    return np.asarray(value)
 
 
 def _float_outputs(captured: Captured) -> dict[str, tuple[int | None, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import zoo
 from faults import FAULTS, victim
 from onnx import numpy_helper
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ import bnfold
 from bnfold import stages
 from bnfold.errors import InputError
 from bnfold.gate import accuracy
+from bnfold.gate.decisions import places
 from bnfold.gate.gate import Gate
 from bnfold.graph.capture import Captured, capture
 from bnfold.graph.graph import Graph
@@ -43,7 +45,8 @@ class Exported:
         graph = Graph(self.captured.program, self.captured.masters)
         self.ledger = fold_graph(graph)
         self.folded = graph.finish()
-        self.lowered = lower(self.folded, dims=self.captured.dims, sites=self.ledger.sites)
+        traced = [*self.ledger.sites, *(place.value for place in places(self.folded))]
+        self.lowered = lower(self.folded, dims=self.captured.dims, sites=traced)
 
     def judge(self, path: Path, data: Any, fault: Any = None, **options: Any) -> CheckReport:
         save(self.lowered, path)
@@ -309,3 +312,60 @@ def test_data_for_the_python_interface_may_be_tensors(tmp_path: Path) -> None:
     tensors["x"].requires_grad_()
     report = bnfold.export(module, tmp_path / "net.onnx", args, data=tensors, device="cpu")
     assert report.check is not None and report.check.accuracy is not None and report.check.accuracy.before == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_of_any_float_are_data(dtype: torch.dtype) -> None:
+    data = rows(12, 3, 8, 8).to(dtype)
+    arrays, _ = stages.read_data({"x": data}, exported().captured)
+    assert arrays is not None and np.array_equal(arrays["x"][:], data.double().numpy())
+    with pytest.raises(InputError, match="the model takes"):
+        stages.read_data({"x": data[..., 1:]}, exported().captured)
+
+
+# -- models that decide ------------------------------------------------------------------------------------------------
+
+
+class Ranking(nn.Module):
+    """Positions of the largest of a map's values, as numbers: near-ties move them far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8)]
+        self.body = nn.Sequential(*(m for c in convs for m in (c, nn.BatchNorm2d(8), nn.ReLU())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x).flatten(1)
+        return y.topk(64).values.sum(1, keepdim=True) + y.topk(300).indices.float()
+
+
+@cache
+def ranking() -> Exported:
+    return Exported(zoo.randomize(Ranking()).eval(), (rows(2, 3, 16, 16),))
+
+
+def clip_inputs(model: onnx.ModelProto) -> None:
+    """What no random input shows, and one sample of the data does."""
+    for node in model.graph.node:
+        node.input[:] = ["clipped" if name == "x" else name for name in node.input]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.float32(value), name) for name, value in (("low", -6), ("high", 6))
+    )
+    model.graph.node.insert(0, onnx.helper.make_node("Clip", ["x", "low", "high"], ["clipped"], "clip"))
+
+
+def test_decisions_that_near_ties_explain_are_followed_on_the_data(tmp_path: Path) -> None:
+    data = rows(200, 3, 16, 16, seed=0)
+    report = ranking().judge(tmp_path / "net.onnx", {"x": data})
+    assert report.verdict == "pass", report.problems
+    assert report.accuracy is not None and report.accuracy.agreement[0].worst_ratio < 4
+    assert report.accuracy.agreement[0].max > 1e-3, "some of them fell the other way"
+
+
+def test_decisions_that_near_ties_do_not_explain_fail_on_the_data(tmp_path: Path) -> None:
+    data = rows(200, 3, 16, 16, seed=0)
+    data[150, :, 3:5] = 20
+    assert ranking().judge(tmp_path / "net.onnx", {"x": data}).verdict == "pass"
+    report = ranking().judge(tmp_path / "net.onnx", {"x": data}, clip_inputs)
+    assert report.verdict == "fail" and any("topk" in problem for problem in report.problems), report.problems

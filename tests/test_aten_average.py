@@ -65,8 +65,8 @@ AVERAGES = [
     Average("mean", lambda x: x.mean(-1)),
     Average("mean", lambda x: x.movedim(1, -1).mean(1), 2),
     Average("mean", lambda x: x.movedim(1, -1).mean((1, 2), keepdim=True), 3),
-    Average("sum", lambda x: x.sum((2, 3)), shifts=False),
-    Average("sum", lambda x: x.sum(-1, keepdim=True), shifts=False),
+    Average("sum", lambda x: x.sum((2, 3))),
+    Average("sum", lambda x: x.sum(-1, keepdim=True)),
     Average("upsample_nearest1d", resize(scale_factor=2), shape=SEQUENCE),
     Average("upsample_nearest2d", resize(size=(7, 3))),
     Average("upsample_nearest3d", resize(scale_factor=2), shape=VOLUME),
@@ -185,7 +185,7 @@ NOT_AVERAGES = {
         lambda m, x: F.scaled_dot_product_attention(
             in_heads(x), in_heads(x)[:, :1], in_heads(m.v(x))[:, :1], enable_gqa=True) * 2.0,
         {"nonlinear", "model-output"}),
-    "sum over the channels": (lambda m, x: m.v(x).sum(-1, keepdim=True) + 2, {"zero-padding", "model-output"}),
+    "sum over a batch of any size": (lambda m, x: m.v(x).sum(0) + 2, {"dynamic-size", "model-output"}),
     "mean over the channels": (lambda m, x: (x * m.c).mean(-1, keepdim=True), {"model-input", "other-axis"}),
 }  # fmt: skip
 

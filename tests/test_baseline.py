@@ -180,6 +180,46 @@ def test_what_is_no_baseline(content: Any, says: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
+DAMAGES: dict[str, tuple[tuple[str, ...], Any]] = {
+    "versions": (("versions",), []),
+    "ratios": (("ratios",), None),
+    "a ratio": (("ratios", "out"), "1"),
+    "site_ratio": (("site_ratio",), {}),
+    "accuracy": (("accuracy",), 3),
+    "nothing known of the accuracy": (("accuracy",), {}),
+    "accuracy.sqnr": (("accuracy", "sqnr"), None),
+    "accuracy.top1": (("accuracy", "top1"), "0.9"),
+    "accuracy.rmse": (("accuracy", "rmse", "out"), None),
+    "accuracy.difference": (("accuracy", "difference"), {}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_baseline(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    write_baseline(CHECK, path)
+    expect_baseline(path, update=False)
+    keys, value = DAMAGES[damage]
+    document = part = json.loads(path.read_text())
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    path.write_text(json.dumps(document))
+    for run in (lambda: expect_baseline(path, update=False), lambda: judge_baseline(CHECK, path, update=False)):
+        with pytest.raises(InputError, match=rf"{path}: in the baseline, {keys[0]}.* is damaged\. Create it"):
+            run()
+    assert judge_baseline(CHECK, path, update=True).passed, "what is rewritten need not be readable"
+
+
+@pytest.mark.parametrize(("sqnr", "rmse"), [(math.inf, 0.5), (math.nan, 0.5), (130.0, math.nan), (130.0, math.inf)])
+def test_a_run_never_regresses_against_itself(sqnr: float, rmse: float, tmp_path: Path) -> None:
+    targets = (replace(ACCURACY.targets[0], rmse_after=rmse),)
+    same = with_accuracy(agreement=(replace(AGREEMENT, sqnr=sqnr),), targets=targets)
+    assert compare(same, same, tmp_path).passed
+    worse = with_accuracy(agreement=(replace(AGREEMENT, sqnr=20.0),), targets=targets)
+    assert compare(same, worse, tmp_path).passed is math.isnan(sqnr)
+
+
 def test_a_baseline_is_expected_before_anything_runs(tmp_path: Path) -> None:
     expect_baseline(None, update=False)
     expect_baseline(tmp_path / "b.json", update=True)

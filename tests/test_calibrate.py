@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import bnfold
 from bnfold.cli import cli
@@ -25,7 +28,7 @@ from bnfold.statistics.batchnorms import batch_norms, watching_inputs
 from bnfold.statistics.calibration import measure
 from bnfold.statistics.distance import Sampled
 from bnfold.statistics.moments import Moments, parts
-from bnfold.statistics.waves import schedule
+from bnfold.statistics.waves import schedule, trace
 
 torch.set_num_threads(1)
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -46,7 +49,7 @@ def fed(model: nn.Module, batches: list) -> dict[str, Moments]:
         seen.setdefault(name, []).append(x.double().transpose(0, 1).flatten(1))
 
     duplicate = copy.deepcopy(model).eval()
-    with torch.no_grad(), watching_inputs(batch_norms(duplicate), keep):
+    with torch.no_grad(), watching_inputs(batch_norms(duplicate).items(), keep):
         for batch in batches:
             duplicate(**batch) if isinstance(batch, dict) else duplicate(
                 *batch if isinstance(batch, tuple) else (batch,)
@@ -193,8 +196,15 @@ LINKS = {
     "an index": lambda x, y: x[:, y.mean((0, 2, 3)).argsort()],
     "a condition": lambda x, y: torch.where(y > 0, x, -x),
     "a number": lambda x, y: x * (1 if float(y.sum()) > 0 else 2),
+    "a list": lambda x, y: x * (1 + sum(map(abs, y.mean((0, 2, 3)).tolist()))),
+    "an array": lambda x, y: torch.from_numpy(2 * y.numpy()),
+    "an array by protocol": lambda x, y: x + float(np.abs(np.asarray(y)).mean()),
+    "a deep copy": lambda x, y: copy.deepcopy(y) * 2,
+    "how many a mask left": lambda x, y: x * len(y[y > 1]),
     "a view of a view": lambda x, y: x + y.transpose(2, 3).contiguous().view(y.shape),
     "the shape alone": lambda x, y: x.reshape(y.shape),
+    "a list of something else": lambda x, y: x * (1 + sum(map(abs, x.mean((0, 2, 3)).tolist()))),
+    "an array of something else": lambda x, y: torch.from_numpy(2 * x.numpy()),
     "nothing": lambda x, y: -x,
 }
 
@@ -202,8 +212,9 @@ LINKS = {
 @pytest.mark.parametrize("link", LINKS)
 def test_who_waits_for_whom(link):
     model = zoo.randomize(Flow(LINKS[link]))
-    levels = len(schedule(lambda: model(rows()), batch_norms(model)).waves)
-    assert levels == (1 if link in ("nothing", "the shape alone") else 2)
+    levels = len(schedule(trace(lambda: model(rows()), batch_norms(model).items()).before).waves)
+    alone = ("nothing", "the shape alone", "a list of something else", "an array of something else")
+    assert levels == (1 if link in alone else 2)
     check_exact(bnfold.calibrate(model, [rows(12), rows(12, seed=1)]), [rows(12), rows(12, seed=1)])
 
 
@@ -257,6 +268,143 @@ def test_a_layer_that_feeds_itself_is_measured_call_by_call_and_named():
     torch.testing.assert_close(calibrated.last.running_mean.double(), known.mean, rtol=1e-5, atol=1e-6)
 
 
+def sharing(*names: str) -> nn.Sequential:
+    """Two BatchNorms that have the tensors called ``names`` in common, and another."""
+    model = chain()
+    for name in names:
+        setattr(model[4], name, getattr(model[1], name))
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["sequential", "one-pass"])
+@pytest.mark.parametrize("only", [None, "1", "4"])
+def test_layers_that_share_their_statistics_are_calls_of_one(only, scheme):
+    batches = list(rows().split(8))
+    model = sharing("running_mean", "running_var")
+    found = measure(model, batches, only=only, scheme=scheme)
+    first, *others = found.layers
+    assert (first.module, first.calls, first.values) == (only or "1", 2, 2 * 24 * 30)
+    assert [layer.module for layer in others] == ([] if only else ["7"]) and not found.unreached
+    calibrated = bnfold.calibrate(model, batches, only=only, scheme=scheme)
+    assert calibrated[1].running_mean is calibrated[4].running_mean
+    if scheme == "sequential":
+        assert found.circular == (only or "1",)
+        # The first call with its own statistics, the second with what those make of the data, and both pooled.
+        with torch.no_grad():
+            one = copy.deepcopy(model).eval()
+            fed_first = Moments.of(one[0](rows()))
+            one[1].running_mean, one[1].running_var = fed_first.mean.float(), fed_first.variance.float()
+            both = fed_first + Moments.of(one[:4](rows()))
+        torch.testing.assert_close(calibrated[1].running_mean.double(), both.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(calibrated[4].running_var.double(), both.variance, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_side_by_side_that_share_their_statistics_pool_exactly():
+    class Sides(nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.left, self.right = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            if shared:
+                self.right.running_mean, self.right.running_var = self.left.running_mean, self.left.running_var
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) + self.right(3 * x - 1)
+
+    shared, apart = (bnfold.calibrate(Sides(shared), list(rows().split(8))) for shared in (True, False))
+    left, right = Moments.of(rows()), Moments.of(3 * rows() - 1)
+    for norm, known in (
+        (shared.left, left + right), (shared.right, left + right), (apart.left, left), (apart.right, right)
+    ):  # fmt: skip
+        torch.testing.assert_close(norm.running_mean.double(), known.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(norm.running_var.double(), known.variance, rtol=1e-5, atol=1e-5)
+    assert int(shared.right.num_batches_tracked) == 3
+
+
+def test_layers_that_share_one_of_the_two_are_calls_of_one_as_well():
+    found = measure(sharing("running_var"), [rows()])
+    assert [(layer.module, layer.calls) for layer in found.layers] == [("1", 2), ("7", 1)]
+    assert [layer.calls for layer in measure(chain(), [rows()]).layers] == [1, 1, 1]
+
+
+# -- what is called depends on the batch -------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """The sign of a batch decides which layer normalises it; ``last`` is behind both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = (nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.up if float(x.mean()) > 0 else self.down)(x))
+
+
+SIGNED = [rows(8) + 9, rows(8, seed=1) - 9, rows(8, seed=2) + 5]
+
+
+def test_a_layer_that_only_some_batches_reach_is_measured():
+    found = measure(zoo.randomize(Experts()), SIGNED)
+    assert found.passes == 2 and not found.unreached
+    assert {layer.module: layer.values for layer in found.layers} == {"up": 480, "down": 240, "last": 720}
+    check_exact(bnfold.calibrate(zoo.randomize(Experts()), SIGNED), SIGNED)
+
+
+def test_a_layer_that_is_called_more_often_in_some_batches_pools_over_all_its_calls():
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(sum(self.norm(frame) for frame in x.unbind(1)))
+
+    batches = [rows(8, 2, 3), rows(8, 5, 3, seed=1) + 40, rows(8, 1, 3, seed=2)]
+    found = measure(Frames(), batches)
+    assert [(layer.calls, layer.values) for layer in found.layers] == [(5, 8 * 8), (1, 3 * 8)]
+    check_exact(bnfold.calibrate(Frames(), batches), batches)
+
+
+def test_who_waits_for_whom_may_differ_from_batch_to_batch():
+    class Sometimes(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            return self.down(y if float(x.mean()) < 0 else x)
+
+    assert measure(Sometimes(), SIGNED[:1], only=["up", "down"]).passes == 1
+    assert measure(Sometimes(), SIGNED, only=["up", "down"]).passes == 2
+    check_exact(bnfold.calibrate(zoo.randomize(Sometimes()), SIGNED, only=["up", "down"]), SIGNED)
+
+
+def test_layers_that_feed_each_other_in_both_orders_have_no_order():
+    class Both(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x)) if float(x.mean()) > 0 else self.down(self.up(x))
+
+    with pytest.raises(bnfold.InputError, match=r"'(up|down)' and '(up|down)' feed each other.*one-pass"):
+        bnfold.calibrate(Both(), SIGNED, only=["up", "down"])
+    assert measure(Both(), SIGNED[::2], only=["up", "down"]).passes == 2  # one order only
+    assert len(measure(Both(), SIGNED, only=["up", "down"], scheme="one-pass").layers) == 2
+
+
+def test_calls_that_depend_on_the_statistics_are_refused_and_not_measured_in_part():
+    class Own(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            return self.last(self.down(y) if float(y.mean()) > 4 else y)  # only with statistics of mean 0
+
+    with pytest.raises(bnfold.InputError, match=r"layer '\w+' is not called alike in every pass.*one-pass"):
+        bnfold.calibrate(Own(), SIGNED)
+    assert len(measure(Own(), SIGNED, scheme="one-pass").layers) == 2
+
+
+def test_batches_in_another_order_in_every_pass_are_the_same_batches():
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(torch.cat(SIGNED), batch_size=7, shuffle=True)
+    known = bnfold.calibrate(chain(), SIGNED)
+    torch.testing.assert_close(bnfold.calibrate(chain(), loader)[7].running_mean, known[7].running_mean)
+
+
 # -- kinds of layers ---------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +456,7 @@ def test_one_pass_measures_behind_batch_statistics_as_training_does():
         seen[name] = seen[name] + Moments.of(x) if name in seen else Moments.of(x)
 
     training = copy.deepcopy(model).train()
-    with torch.no_grad(), watching_inputs(batch_norms(training), keep):
+    with torch.no_grad(), watching_inputs(batch_norms(training).items(), keep):
         for x in batches:
             training(x)
     for name, known in seen.items():
@@ -353,6 +501,14 @@ def test_in_place_changes_the_model_itself():
     check_exact(model, [rows()])
 
 
+def test_what_inference_mode_made_is_copied_and_not_changed_in_place():
+    with torch.inference_mode():
+        model = chain()
+    check_exact(bnfold.calibrate(model, [rows()]), [rows()])
+    with pytest.raises(bnfold.UsageError, match=r"inference_mode.*without inplace"):
+        bnfold.calibrate(model, [rows()], inplace=True)
+
+
 def test_a_failure_leaves_an_in_place_model_as_it_was():
     model = chain()
     before = copy.deepcopy(model.state_dict())
@@ -392,7 +548,58 @@ def test_a_layer_out_of_reach_is_left_and_named():
             return self.norm(x)
 
     assert measure(Head(), [rows()]).unreached == ("unused",)
-    assert bnfold.calibrate(Head(), [rows()]).unused.running_mean is None
+    with pytest.warns(UserWarning, match="does not reach BatchNorm 'unused', left as before"):
+        assert bnfold.calibrate(Head(), [rows()]).unused.running_mean is None
+    bnfold.calibrate(Head(), [rows()], only="norm")  # where it was not asked for, nothing is said
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def stepped(model: nn.Module) -> nn.Module:
+    spectral_norm(model[0])
+    model.train()(rows())
+    return model
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: (weight_norm(model[0]), model)[1], stepped, pruned], ids=["weight", "spectral", "pruned"]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_models_with_computed_weights_are_calibrated_and_stay(change):
+    model = change(chain())
+    before = copy.deepcopy(model.state_dict())
+    calibrated = bnfold.calibrate(model, [rows()])
+    assert calibrated.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        known = Moments.of(calibrated.eval()[0](rows()))
+    torch.testing.assert_close(calibrated[1].running_mean.double(), known.mean, rtol=1e-5, atol=1e-5)
+
+
+class Empty(nn.Module):
+    """The second layer sees the rows that are positive, which may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.some = nn.BatchNorm2d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm(x)
+        means = x.mean((2, 3))
+        return self.some(means[means[:, 0] > 0])
+
+
+@pytest.mark.parametrize("scheme", ["sequential", "one-pass"])
+def test_a_batch_of_which_nothing_reaches_a_layer_counts_for_nothing(scheme):
+    batches = [rows(8) - 50, rows(8, seed=1) + 9, rows(8, seed=2) - 50]
+    calibrated = bnfold.calibrate(Empty(), batches, scheme=scheme)
+    known = Moments.of(batches[1].mean((2, 3)))
+    torch.testing.assert_close(calibrated.some.running_mean.double(), known.mean, rtol=1e-5, atol=1e-5)
+    with pytest.raises(bnfold.InputError, match="layer 'some' sees no value per channel"):
+        bnfold.calibrate(Empty(), batches[:1], scheme=scheme)
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -424,6 +631,19 @@ MISTAKES = {
     "channels last": (
         lambda: nn.Sequential(Last(3)), lambda: [rows(8, 5, 3)], bnfold.InputError, "layer '0' with 3 ch.*axis 1",
     ),
+    "statistics by groups": (
+        lambda: nn.Sequential(Ghost(3, 2)), lambda: [rows()], bnfold.InputError, "layer '0' has 3 ch.* of 6 values",
+    ),
+    "complex statistics": (
+        lambda: nn.Sequential(Complex(3)), lambda: [rows() * 1j], bnfold.InputError, "layer '0' is complex",
+    ),
+    "complex inputs": (
+        lambda: nn.Sequential(Plain(3)), lambda: [rows() * 1j], bnfold.InputError, "layer '0' is given complex",
+    ),
+    "TorchScript": (
+        lambda: scripted(), lambda: [rows()], bnfold.InputError, "layer '0' is TorchScript",
+    ),
+    "no values": (lambda: chain().to("meta"), lambda: [rows()], bnfold.InputError, "layer '1' is on the meta device"),
     "NaN": (lambda: chain(), lambda: [rows(), rows() / 0], bnfold.InputError, "the input of layer '1' has NaN"),
     "NaN on the way": (lambda: broken(), lambda: [rows()], bnfold.InputError, "layer '4' has NaN"),
     "too large for float16": (
@@ -437,6 +657,42 @@ class Last(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Ghost(nn.BatchNorm2d):
+    """Statistics for each of several groups of samples, of which eval mode uses the first."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels)
+        self.running_mean, self.running_var = torch.zeros(channels * groups), torch.ones(channels * groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = (tensor[: self.num_features] for tensor in (self.running_mean, self.running_var))
+        return F.batch_norm(x, mean, variance, self.weight, self.bias)
+
+
+class Plain(nn.Module):
+    """A user's own, whatever the numbers."""
+
+    dtype = torch.float32
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels, dtype=self.dtype))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean[:, None, None]) / self.running_var[:, None, None].sqrt()
+
+
+class Complex(Plain):
+    dtype = torch.complex64
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
 
 
 def broken() -> nn.Module:

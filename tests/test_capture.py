@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 import zoo
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils import prune
 
 import bnfold
 from bnfold.errors import CaptureError, InputError
-from bnfold.graph.capture import Captured, capture, tensor_inputs
+from bnfold.graph.capture import Captured, capture, copied, eval_copy, tensor_inputs
 from bnfold.graph.interpret import Runner
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -310,6 +313,141 @@ def test_a_program_in_training_mode_is_refused() -> None:
     made = torch.export.export(Net(simple).train(), (X,))
     with pytest.raises(CaptureError, match=r"writes to its buffer 'norm\.\w+'"):
         capture(made)
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def traced(run: Callable[..., Any] = simple) -> torch.fx.GraphModule:
+    """A GraphModule, whose own copy has no hooks."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            return run(self, x)
+
+    return torch.fx.symbolic_trace(Plain())
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    model.register_buffer("shift", torch.full((4,), 2.0), persistent=False)
+    model.register_forward_pre_hook(lambda module, args: (args[0] - module.shift,))
+    model.register_forward_hook(lambda module, args, output: output * 3)
+    return model
+
+
+HOOKED: dict[str, Callable[[], nn.Module]] = {
+    "module": lambda: hooked(Net(simple)),
+    "GraphModule": lambda: hooked(traced()),
+    "GraphModule inside": lambda: nn.Sequential(hooked(traced()), nn.Linear(4, 2)),
+    "GraphModule in a GraphModule": lambda: torch.fx.GraphModule(
+        inside := nn.Sequential(hooked(traced()), nn.Linear(4, 2)), CallsAll().trace(inside)
+    ),
+}
+
+
+class CallsAll(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_are_part_of_the_model(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.randomize(HOOKED[name]()).eval()
+    hooks = [(path, len(m._forward_hooks)) for path, m in model.named_modules()]
+    for twin in (eval_copy(model), copied(model)):
+        assert torch.equal(twin(X), model(X)) and list(twin.state_dict()) == list(model.state_dict())
+        assert [(path, len(m._forward_hooks)) for path, m in twin.named_modules()] == hooks
+        assert all(type(m).__name__ == type(twin.get_submodule(path)).__name__ for path, m in model.named_modules())
+    captured = capture(model, (X,))
+    holds(captured, (torch.randn(5, 4),))
+    assert torch.equal(captured.run_eager((X,))[0], model(X))
+    # Without its hooks it is another function, and the gate says so.
+    assert bnfold.export(model, tmp_path / "net.onnx", (X,)).passed
+    for module in model.modules():
+        module._forward_hooks.clear()
+    assert bnfold.check(tmp_path / "net.onnx", model, (X,)).verdict == "fail"
+
+
+def test_a_copy_owns_what_it_holds() -> None:
+    model = hooked(traced())
+    twin = copied(model)
+    twin._forward_hooks.clear()
+    with torch.no_grad():
+        twin.shift.zero_()
+        twin.linear.weight.zero_()
+    assert len(model._forward_hooks) == 1 and model.shift.all() and model.linear.weight.all()
+    assert eval_copy(model).linear.weight is model.linear.weight and eval_copy(model).shift is not model.shift
+
+
+def pruned() -> nn.Module:
+    net = Net(simple)
+    prune.l1_unstructured(net.linear, "weight", 0.5)
+    return net
+
+
+def weight_normed() -> nn.Module:
+    net = Net(simple)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net.linear)
+    return net
+
+
+@pytest.mark.parametrize("build", [pruned, weight_normed])
+def test_what_deepcopy_refuses_is_copied(build: Callable[[], nn.Module]) -> None:
+    model = zoo.randomize(build()).eval()
+    with pytest.raises(RuntimeError, match="deepcopy protocol"):
+        copy.deepcopy(model)
+    assert torch.equal(copied(model)(X), model(X)) and torch.equal(eval_copy(model)(X), model(X))
+
+
+class Itself(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Itself:
+        return self
+
+
+class Hookless(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hookless:
+        made = Hookless(self.in_features, self.out_features)
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+class Lesser(nn.Sequential):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lesser:
+        return Lesser()
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (Itself(4, 4), "Itself that its __deepcopy__ makes is the module itself"),
+        (hooked(Hookless(4, 4)), "of another class or hooks"),
+        (Lesser(nn.Tanh()), r"(?s)'1\.0': the copy of a Tanh .* is none"),
+    ],
+)
+def test_a_copy_that_is_none_is_an_error(layer: nn.Module, says: str) -> None:
+    with pytest.raises(CaptureError, match=says):
+        copied(nn.Sequential(nn.Linear(4, 4), layer))
+    assert layer.training
+
+
+def test_a_class_may_say_how_it_is_copied() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Hookless(4, 4))
+    assert torch.equal(copied(model)(X), model(X))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own copying
+def test_the_module_of_a_program_is_refused_and_the_program_is_not() -> None:
+    with pytest.raises(CaptureError, match=r"cannot be put into eval mode.*give the program itself"):
+        capture(program().module(), (X,))
+    holds(capture(program()), (X,))
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,11 +21,14 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+from torch import nn
 
 from bnfold import pipeline, render
 from bnfold._version import __version__
 from bnfold.cli import cli
 from bnfold.errors import EXIT_CODES
+from bnfold.render.advice import next_steps
 from bnfold.report import REASONS, CheckReport, Entry, ExportReport, FileReport, Ledger, OutputResult, Refusal
 
 torch.set_num_threads(1)
@@ -244,6 +248,48 @@ def test_without_a_pass_the_destination_is_untouched(
     assert quiet.stderr.startswith("error: ") and "the first thing" in quiet.stderr
 
 
+def next_commands(printed: str) -> list[list[str]]:
+    """What is proposed, as arguments of the program."""
+    commands = [line.partition("python -m bnfold ")[2] for line in printed.splitlines()]
+    return [shlex.split(command) for command in commands if command]
+
+
+@pytest.mark.parametrize("verdict", ["fail", "inconclusive"])
+def test_what_is_proposed_runs_as_it_stands(
+    verdict: str, nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, path = tmp_path / "my weights.safetensors", tmp_path / "wide.onnx"
+    wide = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+    narrow = nn.Sequential(nn.Conv2d(6, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2))
+    state = nn.Sequential(wide, nn.ReLU(), narrow).state_dict()
+    save_file({f"ema.{name}": value for name, value in state.items()}, weights)
+    model = ("--weights", weights, "--strip-prefix", "ema.", "--arg", "width=6", "--dtype", "float16")
+    model = (*model, "--input", "input:float32[N,3,8,8]", "--dynamic", "N=1..8")
+    np.savez(tmp_path / "samples.npz", input=np.zeros((12, 3, 8, 8), np.float32))
+    monkeypatch.chdir(tmp_path)
+    with_verdict(monkeypatch, verdict)
+    run = bnfold("export", f"{nets}:small", *model, "--no-merge", "--seed", "3", "-o", path, "--report", "r.json")
+    proposed = next_commands(run.stdout)
+    assert [words[0] for words in proposed] == ["export", *(["bisect"] if verdict == "fail" else ["export"]), "check"]
+    kept = next(words for words in proposed if "--keep-failed" in words)
+    assert bnfold(*kept).exit_code == run.exit_code and (tmp_path / "wide.failed.onnx").is_file()
+    for words in (words for words in proposed if words is not kept):
+        assert bnfold(*words).exit_code == (0 if words[0] == "bisect" else run.exit_code), words
+        # Without what was given it would not have run, or would have judged another model.
+        cut = words.index("--arg")
+        assert bnfold(*words[:cut], *words[cut + 2 :]).exit_code == 3
+    assert all(("--no-merge" in words) is (words[0] == "export") for words in proposed)
+    given = json.loads((tmp_path / "r.json").read_text())["source"]["given"]
+    assert given["source"] == "nets.py:small" and given["output"] == "wide.onnx", "no folder of whoever ran it"
+    assert ["--weights", "my weights.safetensors"] in given["options"]["check"]
+
+
+def test_a_pass_proposes_nothing(nets: Path, tmp_path: Path) -> None:
+    printed = passes("export", f"{nets}:small", "-o", tmp_path / "net.onnx", "--report", tmp_path / "r.json")
+    assert not next_commands(printed)
+    assert "given" not in json.loads((tmp_path / "r.json").read_text())["source"]
+
+
 def test_a_wrong_file_fails_the_check_and_the_right_one_passes(digits: tuple[Path, str, dict[str, Any]]) -> None:
     path, _, _ = digits
     net = f"{DIGITS}:digits_cnn"
@@ -440,7 +486,9 @@ def shown(report: ExportReport, width: int, monkeypatch: pytest.MonkeyPatch, *, 
 @pytest.mark.parametrize("width", [40, 60, 79, 80, 120, 200])
 def test_lines_wrap_without_cutting_a_number_or_a_name(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(REPORT, width, monkeypatch)
-    assert max(map(len, text.splitlines())) <= width
+    copied = [line for line in text.splitlines() if line.lstrip().startswith(("python -m bnfold", "bnfold."))]
+    assert len(copied) == len(next_steps(REPORT)) > 0, "what is to be copied is in one piece"
+    assert all(len(line) <= width for line in text.splitlines() if line not in copied)
     assert all(re.fullmatch(r" {9}|[A-Z][a-z]+ +", line[:9]) for line in text.splitlines()), text
     words = " ".join(text.split())
     for whole in (BRACKETS, "w[1].pt", "1.23 M parameters", "noise 1.2e-07", "error 4.6e-03", "(limit 4) FAIL",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnfold
+from bnfold.render import document
 from bnfold.report import FINDINGS, Diagnosis
 from bnfold.statistics.distance import Distance, Sampled
 from bnfold.statistics.moments import Moments
@@ -376,6 +377,126 @@ def test_buffers_under_two_modules_are_shared_statistics():
     assert [f.modules for f in inspected(model).of("shared-statistics")] == [("1",), ("3",)]
 
 
+class Twice(nn.Module):
+    """Two functional ones in one module."""
+
+    def __init__(self, *channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, channels[0], 1), nn.Conv2d(channels[0], channels[1], 1)
+        for i, count in enumerate(channels):
+            self.register_buffer(f"mean{i}", torch.zeros(count))
+            self.register_buffer(f"variance{i}", torch.full((count,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(self.first(x), self.mean0, self.variance0).relu()
+        return F.batch_norm(self.second(x), self.mean1, self.variance1)
+
+
+@pytest.mark.parametrize("channels", [(4, 6), (4, 4)])
+def test_two_functional_ones_of_one_module_are_compared_each_with_its_own_data(channels):
+    model, x = nn.Sequential(Twice(*channels)).eval(), images(64)
+    norms = bnfold.inspect(model, (images(),), data={"input": x.numpy()}).norms
+    assert [(norm.module, norm.channels) for norm in norms] == [("0", count) for count in channels]
+    with torch.no_grad():
+        first = model[0].first(x)
+        second = model[0].second(F.batch_norm(first, model[0].mean0, model[0].variance0).relu())
+    for norm, seen in zip(norms, (first, second), strict=True):
+        shift = seen.mean((0, 2, 3)).abs() / 2**0.5
+        stretch = 0.5 * torch.log2(seen.var((0, 2, 3), correction=0) / 2).abs()
+        assert norm.distance.maximum == pytest.approx(float(torch.maximum(shift, stretch).max()), rel=1e-3)
+
+
+def test_tensors_of_a_module_in_a_functional_call_are_that_module():
+    model = Momentary(training=False)
+    with torch.no_grad():
+        model.norm.running_mean += 100
+    report = bnfold.inspect(model, (images(),), data={"x": images(64).numpy()})
+    (norm,) = report.norms
+    assert (norm.module, norm.functional, norm.calls) == ("norm", False, 1) and norm.distance.minimum > 50
+    assert [finding.code for finding in report.findings] == ["statistics-far"]
+    assert Auxiliary(uses=False).head and bnfold.inspect(Auxiliary(uses=False), (images(),)).norms[1].calls == 0
+
+
+class TwoNames(nn.Module):
+    """One layer under two names, called by the second; and, where asked for, one with tensors of its own inside."""
+
+    def __init__(self, *, tracks: bool) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(3, track_running_stats=tracks)
+        self.second = self.first
+        zoo.randomize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+def test_one_layer_under_two_names_is_listed_once(tracks):
+    (norm,) = bnfold.inspect(TwoNames(tracks=tracks), (images(),)).norms
+    assert (norm.module, norm.functional, norm.calls, norm.track_running_stats) == ("first", False, 1, tracks)
+
+
+def test_a_functional_one_inside_a_module_with_statistics_of_its_own_is_another():
+    class Two(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.register_buffer("other_mean", torch.ones(3))
+            self.register_buffer("other_var", torch.full((3,), 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(super().forward(x), self.other_mean, self.other_var)
+
+    norms = bnfold.inspect(zoo.randomize(nn.Sequential(Two())), (images(),), data={"input": images(64).numpy()}).norms
+    assert [(norm.module, norm.calls) for norm in norms] == [("0", 1), ("0", 1)]
+    assert norms[0].variance != norms[1].variance and norms[0].distance != norms[1].distance
+
+
+def test_statistics_by_groups_are_listed_without_a_scale():
+    class Ghost(nn.BatchNorm2d):
+        def __init__(self, channels: int, groups: int) -> None:
+            super().__init__(channels)
+            self.running_mean, self.running_var = torch.randn(channels * groups), torch.rand(channels * groups)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean, variance = self.running_mean[: self.num_features], self.running_var[: self.num_features]
+            return F.batch_norm(x, mean, variance, self.weight, self.bias)
+
+    for groups in (1, 2):
+        model = nn.Sequential(Ghost(3, groups)).eval()
+        (norm,) = bnfold.inspect(model, (images(),), data={"input": images(64).numpy()}).norms
+        assert (norm.module, norm.layer, norm.channels) == ("0", "Ghost", 3)
+        assert (norm.scale is None, norm.distance is None) == ((groups > 1,) * 2)
+
+
+class Standing(nn.Module):
+    """A BatchNorm in arithmetic, of any dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3, dtype=dtype))
+        self.register_buffer("running_var", torch.full((3,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean[:, None, None]) / self.running_var[:, None, None].sqrt()
+
+
+def test_complex_layers_are_named_and_not_looked_at():
+    for dtype in (torch.complex64, torch.float32):
+        report = bnfold.inspect(nn.Sequential(Standing(dtype)).eval(), (images().to(dtype),))
+        assert (
+            (report.norms == ()) == ("layer '0' is complex: it was not looked at" in report.notes) == dtype.is_complex
+        )
+        assert report.plan is not None
+
+
+def test_a_model_without_values_is_said_to_have_none():
+    for example in (images(), images().to("meta")):
+        report = bnfold.inspect(net().to("meta"), (example,))
+        assert report.norms == () and "layer '1' is on the meta device, without values" in " ".join(report.notes)
+        assert "load_state_dict" in report.of("not-captured")[0].detail
+
+
 # -- against data ------------------------------------------------------------------------------------------------------
 
 
@@ -442,6 +563,73 @@ def test_unprepared_data_is_seen():
     assert finding.modules == ("1",) and finding.count >= 3 and report.norms[0].distance.maximum > 5
 
 
+def test_an_instance_norm_is_not_held_against_the_variance_of_all_samples():
+    """It averages the variances of single samples, which is less where samples differ in their means."""
+    x = images(64) + 6 * torch.randn(64, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    far = []
+    for kind in (nn.InstanceNorm2d, nn.BatchNorm2d):
+        norm = kind(3, affine=True, track_running_stats=True).eval()
+        norm.running_mean, norm.running_var = x.mean((0, 2, 3)), x.var((2, 3)).mean(0)
+        report = bnfold.inspect(nn.Sequential(norm), (images(),), data={"input": x.numpy()})
+        assert (report.norms[0].distance is None) == (kind is nn.InstanceNorm2d)
+        far.append(bool(report.of("statistics-far")))
+    assert far == [False, True]
+
+
+class Positive(nn.Module):
+    """Its BatchNorm sees the rows of which the first value is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        zoo.randomize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        return self.norm(x[x[:, 0] > 0])
+
+
+def test_batches_of_which_nothing_reaches_a_layer_are_no_data():
+    x = images(96) + torch.tensor([-50.0, 50, -50]).repeat_interleave(32)[:, None, None, None]
+    (norm,) = bnfold.inspect(Positive(), (images(),), data={"x": x.numpy()}).norms
+    (only,) = bnfold.inspect(Positive(), (images(),), data={"x": x[32:64].numpy()}).norms
+    assert norm.distance == only.distance and norm.distance is not None
+    assert bnfold.inspect(Positive(), (images(),), data={"x": x[:32].numpy()}).norms[0].distance is None
+
+
+class Wrapped(nn.Module):
+    """Hands on whatever it is given, as DataParallel does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = net()
+
+    def forward(self, *inputs: Tensor, **more: Tensor) -> Tensor:
+        return self.module(*inputs, **more)
+
+
+class Nameless(Wrapped):
+    """Takes its input by place alone."""
+
+    def forward(self, x: Tensor, /) -> Tensor:
+        return self.module(x)
+
+
+def test_one_array_is_that_of_a_wrapper_which_names_no_inputs(tmp_path):
+    x = images(64).numpy()
+    known = bnfold.inspect(net(), (images(),), data={"input": x}).norms[0].distance
+    np.savez(tmp_path / "x.npz", pixels=x, labels=np.arange(64))
+    np.save(tmp_path / "x.npy", x)
+    for model in (Wrapped(), nn.DataParallel(net())):
+        for data in ({"pixels": x}, {"input": x, "labels": np.arange(64)}, tmp_path / "x.npz", tmp_path / "x.npy"):
+            assert bnfold.inspect(model, (images(),), data=data).norms[0].distance == known
+    with pytest.raises(bnfold.InputError, match="forward names no inputs, and the data has 2 arrays"):
+        bnfold.inspect(Wrapped(), (images(),), data={"left": x, "right": x})
+    assert bnfold.inspect(Nameless(), (images(),), data={"x": x}).norms[0].distance == known
+    with pytest.raises(bnfold.InputError, match="no array for x"):
+        bnfold.inspect(Nameless(), (images(),), data={"pixels": x})
+
+
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +665,14 @@ def test_json_holds_everything_with_null_for_nan():
     assert document["findings"][0]["severity"] == "error" and document["findings"][0]["way_out"]
     assert document["norms"][0]["module"] == "1" and document["healthy"] is False
     assert document["plan"]["ledger"]["entries"]
+
+
+def test_notes_are_on_the_page_without_a_finding_too():
+    for samples in (2, 64):
+        report = bnfold.inspect(trained_on(images(64)), (images(),), data={"input": images(64)[:samples].numpy()})
+        assert not report.findings
+        page = document(report, ".html")
+        assert ("too few to call any statistics far" in page) == (samples == 2) == ("BatchNorm health" in page)
 
 
 def test_data_that_does_not_fit_is_refused():

@@ -23,11 +23,13 @@ from zoo import NETS, randomize
 from zoo_hf import HF_NETS
 
 import bnfold
-from bnfold import FoldError, InputError, Ledger, prepare
+from bnfold import CaptureError, FoldError, InputError, Ledger, prepare
 from bnfold.cli import cli
 from bnfold.eager.eager import WrittenBack
 from bnfold.gate.gate import Gate
-from bnfold.loading.structure import restructure, save_written
+from bnfold.loading.load import load
+from bnfold.loading.structure import restructure, save_written, stored_ledgers
+from bnfold.loading.weights_file import read_notes
 from bnfold.report import Change
 
 torch.set_num_threads(1)
@@ -339,6 +341,17 @@ def test_what_is_taken_from_a_parameter_is_refused() -> None:
     assert refused(back) == {"": "Block computes it in a larger forward"}
 
 
+def test_a_minus_sign_in_the_code_is_refused_and_a_module_of_its_own_is_not() -> None:
+    class Minus(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -x
+
+    back = written(block(lambda m, x: (-m.bn(m.conv(x))).sigmoid(), bn=nn.BatchNorm2d(4)))
+    assert refused(back) == {"": "Block computes it in a larger forward"} and back.ledger.count() == (1, 1)
+    back = written(block(lambda m, x: m.minus(m.bn(m.conv(x))).sigmoid(), bn=nn.BatchNorm2d(4), minus=Minus()))
+    assert not back.refused and type(back.module.minus) is nn.Identity
+
+
 def test_a_functional_batchnorm_is_refused_by_name() -> None:
     def call(m: Any, x: Tensor) -> Tensor:
         bn = m.bn
@@ -414,6 +427,145 @@ def test_what_no_state_dict_holds_is_not_written() -> None:
     model = block(lambda m, x: (m.conv(x) * m.gamma).relu())
     model.register_buffer("gamma", torch.rand(4, 1, 1), persistent=False)
     assert refused(written(model)) == {"": "'gamma' is no part of the state dict"}
+
+
+# -- code that needs the module itself ---------------------------------------------------------------------------------
+
+
+def listed(m: Any, x: Tensor) -> Tensor:
+    for step in m.steps:
+        x = step(x)
+    return m.two(m.second(x.relu())).relu()
+
+
+def asked(kind: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
+    """A forward that knows layers by their class."""
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        for layer in (m.conv, m.one):
+            if not isinstance(layer, (nn.Conv2d, kind)):
+                raise TypeError(f"unknown layer {type(layer).__name__}")
+            x = layer(x)
+        return m.two(m.second(x.relu())).relu()
+
+    return call
+
+
+def skipping(m: Any, x: Tensor) -> Tensor:
+    x = m.conv(x)
+    x = m.one(x) if isinstance(m.one, nn.BatchNorm2d) else x
+    return m.two(m.second(x.relu())).relu()
+
+
+def plainly(m: Any, x: Tensor) -> Tensor:
+    return m.two(m.second(m.one(m.conv(x)).relu())).relu()
+
+
+NEEDED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a weight's dtype": (
+        lambda m, x: plainly(m, x.to(m.one.weight.dtype)),
+        "with Identity in its place the model fails: AttributeError: 'Identity' object has no attribute 'weight'",
+    ),
+    "its number of channels": (
+        lambda m, x: plainly(m, x)[:, : m.one.num_features],
+        "with Identity in its place the model fails: AttributeError: 'Identity' object has no attribute 'num_features'",
+    ),
+    "its class": (
+        asked(nn.BatchNorm2d),
+        "with Identity in its place the model fails: TypeError: unknown layer Identity",
+    ),
+    "its class, or it is not called": (skipping, "with Identity in its place the model computes something else"),
+    "a list": (listed, "the model's code also holds it elsewhere than under its name"),
+}
+
+
+def needing(call: Callable[[Any, Tensor], Tensor]) -> Block:
+    return block(call, one=nn.BatchNorm2d(4), second=nn.Conv2d(4, 4, 1), two=nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("what", NEEDED)
+def test_a_module_that_the_code_needs_stays_and_the_others_go(what: str) -> None:
+    call, why = NEEDED[what]
+    model = needing(call)
+    if call is listed:
+        model.steps = [model.conv, model.one]
+    back = written(model)
+    assert refused(back) == {"one": why} and back.ledger.count() == (1, 2)
+    assert type(back.module.one) is nn.BatchNorm2d and type(back.module.two) is nn.Identity
+    assert model.one.training is False and not model.one._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        plainly,
+        lambda m, x: plainly(m, x) if isinstance(m.one, nn.Module) else x,
+        lambda m, x: plainly(m, x) if not m.one.training else x,
+    ],
+)
+def test_code_that_an_identity_satisfies_lets_it_go(call: Callable[[Any, Tensor], Tensor]) -> None:
+    assert written(needing(call)).ledger.count() == (2, 2)
+
+
+def test_a_module_with_its_activation_may_be_asked_for_what_the_activation_has() -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x)) if m.bn.inplace else x
+
+    act = NormAct(4, nn.ReLU(inplace=True))
+    act.inplace = True
+    back = written(block(call, bn=act))
+    assert type(back.module.bn) is nn.ReLU and not back.refused
+    del act.inplace
+    act.channels = 4
+    back = written(block(lambda m, x: m.bn(m.conv(x))[:, : m.bn.channels], bn=act))
+    assert refused(back) == {
+        "bn": "with ReLU in its place the model fails: AttributeError: 'ReLU' object has no attribute 'channels'"
+    }
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_hook_goes_with_its_module_where_nothing_needs_it(used: bool) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        seen.clear()
+        y = m.one(m.conv(x))
+        return m.two(m.second((seen["one"] if used else y).relu())).relu()
+
+    model = needing(call)
+    model.one.register_forward_hook(lambda module, args, output: seen.update(one=output))
+    back = written(model)
+    assert back.ledger.count() == ((1, 2) if used else (2, 2)) and len(model.one._forward_hooks) == 1
+    assert refused(back) == ({"one": "with Identity in its place the model fails: KeyError: 'one'"} if used else {})
+
+
+def test_a_hook_that_computes_stays_with_its_module() -> None:
+    model = needing(plainly)
+    model.one.register_forward_hook(lambda module, args, output: output * 2)
+    back = written(model)
+    details = {e.value: r.detail for e in back.refused for r in e.refusals if r.reason == "inexpressible"}
+    assert details["batch_norm"] == "with Identity in its place the model computes something else"
+    assert norms(back.module) == 1 and set(details) == {"batch_norm", "mul"}
+
+
+def test_calls_under_two_names_are_calls_of_one_module() -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        grey = x.mean(1, keepdim=True).sigmoid().expand(-1, 4, -1, -1)
+        return m.bn(m.conv(x)).sigmoid() + m.alias(grey).sigmoid()
+
+    model = block(call, bn=nn.BatchNorm2d(4))
+    model.alias = model.bn
+    back = written(model)
+    assert refused(back) == {"bn": "the module is called 2 times, and not every call can do without it"}
+    assert back.module.bn is back.module.alias and norms(back.module) == 1
+
+    def both(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x)).sigmoid() + m.alias(m.conv(x.flip(-1))).sigmoid()
+
+    model = block(both, bn=nn.BatchNorm2d(4))
+    model.alias = model.bn
+    back = written(model)
+    assert back.ledger.count() == (2, 2) and norms(back.module) == 0
 
 
 def test_a_merge_is_left_out() -> None:
@@ -532,6 +684,34 @@ def test_another_model_is_refused() -> None:
         folded.apply_to(model)
 
 
+def traced(bias: bool = True) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU())
+    return torch.fx.symbolic_trace(randomize(layers))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_graph_module_keeps_its_class_and_its_hooks(hook: bool) -> None:
+    model = traced()
+    if hook:
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        model.register_forward_hook(lambda module, args, output: output.sigmoid())
+    back, report = judged(model, IMAGES)
+    assert report.passed and back.ledger.count() == (1, 1) and norms(back.module) == 0
+    assert isinstance(back.module, torch.fx.GraphModule) and back.module.code == model.code
+    loaded = prepare(model, back.ledger)
+    loaded.load_state_dict(back.module.state_dict(), strict=True)
+    assert all(map(torch.equal, outputs(loaded, IMAGES), outputs(back.module, IMAGES)))
+
+
+def test_another_graph_module_is_refused() -> None:
+    folded = bnfold.fold(traced(), IMAGES, merge=False)
+    other = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    for model in (other, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())):
+        with pytest.raises(InputError, match=r"and a \w+ was folded"):
+            folded.apply_to(model)
+
+
 def test_a_program_has_no_class() -> None:
     model = trained("digits_mlp")
     program = torch.export.export(model.eval(), model.example_inputs, strict=False)
@@ -597,6 +777,27 @@ def test_prepare_refuses_what_it_cannot_read(tmp_path: Path) -> None:
             prepare(model, path)
     with pytest.raises(InputError, match="cannot gain a parameter 'bias'"):
         restructure(copy.deepcopy(model), [Change("hidden", "parameter", "bias", (3,))])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_prepare_copies_what_deepcopy_does_not() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    model = randomize(build())
+    back = written(model)
+    assert back.ledger.count() == (1, 1)
+    loaded = prepare(build(), back.ledger)
+    loaded.load_state_dict(back.module.state_dict(), strict=True)
+    assert all(map(torch.equal, outputs(loaded, IMAGES), outputs(back.module, IMAGES)))
+
+
+def test_prepare_says_what_cannot_be_copied() -> None:
+    model = needing(plainly)
+    back = written(model)
+    model.source = (i for i in range(3))
+    with pytest.raises(CaptureError, match=r"cannot be copied: TypeError.*copy\.deepcopy accepts"):
+        prepare(model, back.ledger)
 
 
 def test_an_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
@@ -729,3 +930,81 @@ def test_a_calibrated_model_folds_into_its_class() -> None:
     back = written(calibrated, model.example_inputs)
     assert back.ledger.count() == (3, 3) and norms(back.module) == 0
     assert norms(prepare(digits.digits_batchstats(), back.ledger)) == 0
+
+
+class BatchStatistics(nn.Module):
+    """A BatchNorm that folds and one that does not; as ``keeps`` says, with running statistics or without."""
+
+    def __init__(self, keeps: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.last = nn.BatchNorm2d(4, track_running_stats=keeps)
+        self.then = nn.BatchNorm2d(4, affine=False, track_running_stats=keeps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.last(self.norm(self.conv(x)).sigmoid()).tanh())
+
+
+DATA = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_calibration_and_then_the_class(keeps: bool) -> None:
+    calibrated = bnfold.calibrate(randomize(BatchStatistics(keeps)), [DATA])
+    back = written(calibrated)
+    assert back.ledger.count() == (1, 3)
+    ledger = Ledger.from_json(back.ledger.to_json())
+    assert {c.module for c in ledger.changes or () if c.kind == "statistics"} == {"last", "then"}
+    loaded = prepare(BatchStatistics(keeps), ledger)
+    loaded.load_state_dict(back.module.state_dict(), strict=True)
+    torch.testing.assert_close(outputs(loaded, IMAGES), outputs(calibrated, IMAGES))
+
+
+SOURCE = """
+import sys; sys.path.insert(0, {tests!r})
+import torch
+from test_eager import BatchStatistics, randomize
+def make():
+    model = randomize(BatchStatistics())
+    model.example_inputs = (torch.ones(2, 3, 8, 8),)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    "steps", ["calibrate fold", "fold calibrate", "fold calibrate fold calibrate", "calibrate:last calibrate:then fold"]
+)
+def test_files_of_files_load_as_any_other(steps: str, tmp_path: Path) -> None:
+    """Each command starts from the file of the one before, and the last file holds all that was done to the class."""
+    import numpy as np
+
+    (tmp_path / "net.py").write_text(SOURCE.format(tests=str(Path(__file__).parent)))
+    np.savez(tmp_path / "data.npz", x=DATA.numpy())
+    source, weights = f"{tmp_path / 'net.py'}:make", None
+    for i, step in enumerate(steps.split()):
+        path = tmp_path / f"{i}.safetensors"
+        command, _, only = step.partition(":")
+        which = [("--only", name) for name in ([only] if only else ["last", "then"])]
+        own = ("--eager",) if command == "fold" else ("--data", tmp_path / "data.npz", *sum(which, ()))
+        result = run(command, source, *(("--weights", weights) if weights else ()), *own, "-o", path)
+        assert result.exit_code == 0, result.stderr
+        weights = path
+    model = load(source, weights=weights).model
+    expected = bnfold.calibrate(randomize(BatchStatistics()), [DATA], only=("last", "then"))
+    torch.testing.assert_close(outputs(model, (DATA,)), outputs(expected, (DATA,)))
+    assert norms(model) == 2
+    prepared = prepare(BatchStatistics(), weights)
+    prepared.load_state_dict(load_file(weights), strict=True)
+    assert all(map(torch.equal, outputs(prepared, (DATA,)), outputs(model, (DATA,))))
+
+
+def test_every_fold_of_a_file_is_in_it(tmp_path: Path) -> None:
+    back = written(randomize(BatchStatistics(True)))
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_written(back.module, back.ledger, first)
+    save_written(back.module, back.ledger, second, {**read_notes(first), "other": "kept"})
+    assert stored_ledgers(second) == (back.ledger, back.ledger) and read_notes(second)["other"] == "kept"
+    assert stored_ledgers(first) == (back.ledger,) and not stored_ledgers(MODELS / "digits_mlp.safetensors")
+    with pytest.raises(InputError, match="folded away already"):
+        prepare(BatchStatistics(True), second)

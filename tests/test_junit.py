@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_the_next_command_is_one_of_the_program() -> None:
     assert not next_steps(EXPORT) and not next_steps(without_check())
     kept = replace(EXPORT, check=UNSURE)
     assert next(command for _, command in next_steps(kept)).endswith("--data samples.npz --samples 64")
+
+
+def test_integers_that_are_wrong_do_not_pass() -> None:
+    from bnfold.render import Page, check_report, text
+
+    counts = tuple(OutputResult(name, "count", 0, 0, 0, 0, 16) for name in ("folded torch", "ONNX Runtime"))
+    problem = "ONNX Runtime, output 'count': 3 of 160 integers differ"
+    check = replace(FAILED, outputs=(*FAILED.outputs, *counts), problems=(*FAILED.problems, problem))
+    root = parsed(check)
+    assert cases(root, "outputs: ONNX Runtime") == {"y": "fail", "count": "fail"}
+    assert cases(root, "outputs: folded torch") == {"y": "pass", "count": "pass"}
+    assert any(problem in str(failure.get("message")) for failure in root.findall(".//failure"))
+
+    def printed(report: CheckReport) -> str:
+        def render(page: Page) -> None:
+            check_report({"source": "net.py:make"}, "net.onnx", report, page, verbose=False)
+
+        (line,) = (row for row in text(render, io.StringIO()).splitlines() if "count: noise" in row)
+        return line
+
+    assert "FAIL" in printed(check) and "PASS" in printed(replace(check, problems=FAILED.problems))
 
 
 def test_what_was_not_judged_is_skipped() -> None:

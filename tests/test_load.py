@@ -609,7 +609,7 @@ def test_parse_factory_arg_rejects(text: str) -> None:
 
 def test_importing_needs_neither_onnx_nor_safetensors() -> None:
     code = (
-        "import sys, bnfold.load, bnfold.inputs\n"
+        "import sys, bnfold.loading.load, bnfold.loading.inputs\n"
         "print([n for n in ('onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'torchvision') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -74,6 +74,14 @@ def test_equal_outputs_have_no_error() -> None:
     assert found.sqnr == math.inf and found.max == 0
 
 
+def test_outputs_of_zeros() -> None:
+    equal, moved = Errors("out"), Errors("out")
+    equal.add(torch.zeros(4, 3), torch.zeros(4, 3))
+    moved.add(torch.zeros(4, 3), rows(4, 3))
+    assert equal.result(1e-7, 0, 0.0).sqnr == math.inf
+    assert math.isnan(moved.result(1e-7, 0, 0.0).sqnr), "an error and nothing to compare it with"
+
+
 def test_a_sample_next_to_zero_is_no_outlier() -> None:
     before = torch.stack([torch.ones(4), torch.zeros(4)])
     errors = Errors("out")
@@ -127,6 +135,12 @@ def test_equal_logits_are_no_flip() -> None:
     found = classified(tied, tied.clone(), torch.zeros(4, dtype=torch.long), truth=never)
     assert (found["flips"], found["undecided"], found["smallest_margin"]) == (0, 4, 0.0)
     assert found["before"] == found["after"] == 1
+
+
+def test_a_class_alone_has_none_to_be_mistaken_for() -> None:
+    found = classified(rows(4, 1), rows(4, 1, seed=1), torch.zeros(4, dtype=torch.long), noise=1.0, truth=never)
+    assert (found["flips"], found["undecided"], found["smallest_margin"]) == (0, 0, math.inf)
+    assert classified(rows(4, 2), rows(4, 2), noise=1.0)["undecided"] == 4
 
 
 def test_a_flip_is_measured_in_noise() -> None:

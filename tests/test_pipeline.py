@@ -70,6 +70,21 @@ def test_a_failure_is_kept_elsewhere_when_asked(tmp_path: Path) -> None:
     assert set(files(tmp_path)) == {"net.onnx", "net.failed.onnx"} and files(tmp_path)["net.onnx"] == b"old"
 
 
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("verdict", ["fail", "inconclusive", "pass"])
+def test_a_file_says_the_verdict_that_it_got(
+    verdict: str, external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pipeline.Gate.judge
+    monkeypatch.setattr(pipeline.Gate, "judge", lambda self: replace(right(self), verdict=verdict))
+    file = export(tmp_path / "net.onnx", keep_failed=True, external_data=external).file
+    assert file is not None and file.sha256 == hashlib.sha256(Path(file.path).read_bytes()).hexdigest()
+    model = onnx.load(file.path)  # its weights are beside it
+    stored = {p.key: p.value for p in model.metadata_props}
+    assert stored["bnfold.verdict"] == verdict and ("bnfold.data_sha256" in stored) is external
+    assert set(files(tmp_path)) == {Path(file.path).name, *([file.data] if file.data else [])}
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     report = export(tmp_path / "net.onnx", dry_run=True)
     assert report.passed and report.file is None and files(tmp_path) == {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.errors import LowerError
-from bnfold.gate import candidates, devices, gate
+from bnfold.gate import candidates, devices
 from bnfold.gate.gate import Gate
 from bnfold.graph.capture import capture
 from bnfold.lowering.lower import lower, save
@@ -139,7 +139,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append({"device": device, "tf32": tf32} | more)
         return real(model, device="cpu", **more)
 
-    for module in (candidates, gate, placements):
+    for module in (candidates, placements):
         monkeypatch.setattr(module, "open_session", on_cpu)
     return found
 

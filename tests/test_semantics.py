@@ -67,8 +67,10 @@ KINDS = {
     "Same": Kind(Same("input"), lambda x: x.clone(), {"input": A}),
     "Average": Kind(Average("self", (2,), 3), lambda x: x.mean(2, keepdim=True), {"self": A}),
     "Average that drops": Kind(Average("self", (1,), 4, drops=True), lambda x: x.mean(1), {"self": (2, 5, 4, 3)}),
-    "Average, weights that do not sum to one": Kind(
-        Average("self", (2,), 3, sums_to_one=False), lambda x: x.sum(2, keepdim=True), {"self": A}, shift=False),
+    "Average that counts what is no number": Kind(
+        Average("self", (2,), 3, no_shift="dynamic-size"), lambda x: x.mean(2, keepdim=True), {"self": A}, shift=False),
+    "Average, a sum": Kind(
+        Average("self", (2,), 3, total=float(A[2])), lambda x: x.sum(2, keepdim=True), {"self": A}),
     "Sum": Kind(Sum(("self", "other"), (A, B), 3, -2.0), lambda a, b: a - 2 * b, {"self": A, "other": B}),
     "Sum, home": Kind(Sum(("self", "other"), (A, B), 3, -2.0, home="other"), lambda a, b: a - 2 * b,
                       {"self": A, "other": B}),
@@ -202,7 +204,7 @@ NO: dict[str, tuple[Callable[[], object], str]] = {
     "Average along the axis": (lambda: Average("self", (1,), 3).pull(affine()), "other-axis"),
     "Average along the axis, push": (lambda: Average("self", (1,), 3).push({"self": affine()}), "other-axis"),
     "Average that counts zeros": (
-        lambda: Average("self", (2,), 3, sums_to_one=False).pull(affine()), "zero-padding"),
+        lambda: Average("self", (2,), 3, no_shift="zero-padding").pull(affine()), "zero-padding"),
     "Average whose weights depend on it": (
         lambda: Average("value", (1,), 3).push({"value": affine(2), "query": affine(2)}), "nonlinear"),
     "Sum of two scales": (lambda: S.push({"a": affine()}), "unequal-scales"),
@@ -252,7 +254,7 @@ TAKES = [
     (H, True, {"a": True, "b": True}, True),
     (Homogeneous(("a",)), True, {"a": True}, False),
     (Average("a", (2,), 3), True, {"a": True}, True),
-    (Average("a", (2,), 3, sums_to_one=False), True, {"a": True}, False),
+    (Average("a", (2,), 3, no_shift="zero-padding"), True, {"a": True}, False),
     (REPEATED, True, {"self": True}, True),
     (Same("a"), False, {"a": False}, False),
 ]

@@ -26,6 +26,7 @@ from bnfold.aten.moving import (
     relu,
     same,
     sdpa,
+    total,
     upsample,
 )
 from bnfold.aten.scaling import additive, batch_norm, div, instance_norm, mul, native_batch_norm, neg, rsub
@@ -85,8 +86,8 @@ TABLE: dict[str, Row] = dict(
         *_rows("avg_pool1d avg_pool2d avg_pool3d", pool),
         *_rows("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", pool),
         *_rows("_adaptive_avg_pool2d _adaptive_avg_pool3d", pool),
-        *_rows("mean", mean(sums_to_one=True)),
-        *_rows("sum", mean(sums_to_one=False)),
+        *_rows("mean", mean),
+        *_rows("sum", total),
         *_rows("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d", upsample),
         *_rows("upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d", upsample),
         *_rows("_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d", upsample),

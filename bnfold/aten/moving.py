@@ -6,8 +6,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
-from bnfold.aten.common import OPAQUE, Row, constant_operands, per_axis
+from bnfold.aten.common import OPAQUE, constant_operands, per_axis
 from bnfold.semantics import (
     Average,
     Geometry,
@@ -61,7 +62,7 @@ def sdpa(call: Call) -> Semantics:
     weights = (call["query"], call["key"], call["attn_mask"])
     if call["enable_gqa"] or float(call["dropout_p"]) != 0.0 or not same or call["value"] in weights:
         return OPAQUE
-    return Average("value", (ndim - 2,), ndim, sums_to_one=_every_query_sees_a_key(call))
+    return Average("value", (ndim - 2,), ndim, no_shift=None if _every_query_sees_a_key(call) else "zero-padding")
 
 
 def _every_query_sees_a_key(call: Call) -> bool:
@@ -89,21 +90,32 @@ def pool(call: Call) -> Semantics:
     equal = (counts or not padded) and not ceil and divisor in (None, prod(window))
     stride = per_axis(call, "stride", dims) or window
     geometry = Geometry(stride, padding, (1,) * dims) if equal else None
-    return Average("self", axes, ndim, sums_to_one=one, window=window, geometry=geometry)
+    no_shift = None if one else "zero-padding"
+    return Average("self", axes, ndim, no_shift=no_shift, window=window, geometry=geometry)
 
 
-def mean(sums_to_one: bool) -> Row:
-    """mean and, with weights that do not sum to one, sum."""
+def mean(call: Call) -> Semantics:
+    """mean over some axes, or over all."""
+    axes, ndim, keep = _reduced(call)
+    return Average("self", axes, ndim, drops=not keep)
 
-    def row(call: Call) -> Semantics:
-        ndim = len(call.shape("self"))
-        dims = call.arguments.get("dim")
-        dims = [dims] if isinstance(dims, int) else dims
-        axes = tuple(d % ndim for d in dims) if dims else tuple(range(ndim))
-        keep = bool(call.arguments.get("keepdim", False))
-        return Average("self", axes, ndim, drops=not keep, sums_to_one=sums_to_one)
 
-    return row
+def total(call: Call) -> Semantics:
+    """sum over some axes, or over all: so many times the mean."""
+    axes, ndim, keep = _reduced(call)
+    value = call.at("self")
+    dynamic = isinstance(value, fx.Node) and set(axes) & set(call.graph.dynamic_axes(value))
+    count = prod(call.shape("self")[axis] for axis in axes)
+    no_shift = "dynamic-size" if dynamic else None
+    return Average("self", axes, ndim, drops=not keep, total=float(count), no_shift=no_shift) if count else OPAQUE
+
+
+def _reduced(call: Call) -> tuple[tuple[int, ...], int, bool]:
+    ndim = len(call.shape("self"))
+    dims = call.arguments.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    axes = tuple(d % ndim for d in dims) if dims else tuple(range(ndim))
+    return axes, ndim, bool(call.arguments.get("keepdim", False))
 
 
 def upsample(call: Call) -> Semantics:

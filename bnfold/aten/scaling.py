@@ -78,6 +78,8 @@ def _constant_affine(
     other = "other" if slot == "self" else "self"
     constant = call.constant(other)
     assert constant is not None
+    if constant.is_complex():
+        return OPAQUE  # scales and shifts are real
     ndim = len(call.out_shape)
     if len(call.shape(slot)) != ndim or call.shape(slot) != call.out_shape:
         return OPAQUE  # the constant broadcasts the value: its elements are copied

@@ -17,7 +17,7 @@ from bnfold.commands.arguments import (
     model_options,
     report_options,
 )
-from bnfold.commands.running import exit_code, load_model, pipeline_options, present, working
+from bnfold.commands.running import exit_code, load_model, pipeline_options, present, with_arguments, working
 
 if TYPE_CHECKING:
     from bnfold.render import Page
@@ -50,7 +50,7 @@ def check(file: Path, source: str, **given: Any) -> int:
     def render(page: Page, verbose: bool) -> None:
         from bnfold.render import check_report
 
-        check_report(origin, str(file), report, page, verbose=verbose)
+        check_report(origin, str(file), with_arguments(job, report), page, verbose=verbose)
 
     present(job, report, render)
     return exit_code(job, report)

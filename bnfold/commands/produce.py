@@ -22,7 +22,7 @@ from bnfold.commands.arguments import (
     output_options,
     report_options,
 )
-from bnfold.commands.running import exit_code, load_model, pipeline_options, present, working
+from bnfold.commands.running import exit_code, load_model, pipeline_options, present, with_arguments, working
 
 if TYPE_CHECKING:
     from bnfold.render import Page
@@ -92,7 +92,9 @@ def _produce(source: str, given: dict[str, Any], command: str, suffix: str) -> i
     def render(page: Page, verbose: bool) -> None:
         from bnfold.render import export_report
 
-        export_report(report, page, destination=str(output), dry_run=given["dry_run"], verbose=verbose)
+        export_report(
+            with_arguments(job, report), page, destination=str(output), dry_run=given["dry_run"], verbose=verbose
+        )
 
     present(job, report, render)
     return exit_code(job, report.check)

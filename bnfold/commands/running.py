@@ -8,10 +8,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from bnfold.commands.arguments import Job
 from bnfold.commands.terminal import fail, show, write
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from bnfold.render import Page, Progress
     from bnfold.render.files import Report
     from bnfold.report import Bisection, CheckReport
+
+_Report = TypeVar("_Report")
+#: What a run that is proposed does not take over from this one: where it writes, and how much it says.
+_OWN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "keep_failed", "update_baseline"}
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
@@ -118,14 +124,60 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 def present(job: Job, report: Report | Bisection, render: Callable[[Page, bool], None]) -> None:
     """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people."""
+    shared = with_arguments(job, report, shared=True)
     try:
         for path in job.given["report"]:
-            _write_report(path, report)
+            _write_report(path, shared)
     finally:
         if job.given["as_json"]:
-            write(report.to_json() + "\n", sys.stdout)
+            write(shared.to_json() + "\n", sys.stdout)
         elif not job.given["quiet"]:
             show(lambda page: render(page, job.given["verbose"]))
+
+
+def with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Report:
+    """The report, knowing what the command line was given where it goes on to propose commands.
+
+    Args:
+        job: the run.
+        report: any; changed is that of a verdict that is no pass.
+        shared: others will read it: paths outside of the working directory are file names alone.
+    """
+    from bnfold.report import CheckReport, ExportReport
+
+    check = report.check if isinstance(report, ExportReport) else report
+    if not isinstance(report, CheckReport | ExportReport) or not isinstance(check, CheckReport) or check.passed:
+        return report
+
+    def word(value: Any) -> str:
+        outside = isinstance(value, Path) and (value.is_absolute() or ".." in value.parts)
+        return value.name if shared and outside else str(value)
+
+    output = job.given.get("output")
+    given = {
+        "source": report.source["source"] if shared else job.source,
+        "output": None if output is None else word(output),
+        "options": {name: _options(word, name) for name in ("export", "fold", "check", "bisect")},
+    }
+    return replace(report, source=report.source | {"given": given})
+
+def _options(word: Callable[[Any], str], command: str) -> list[list[str]]:
+    """The options that this run was given and ``command`` takes, each with its value as the command line has it."""
+    from bnfold.commands import COMMANDS  # each of which needs this module
+
+    context = click.get_current_context()
+    names = {parameter.name for each in COMMANDS if each.name == command for parameter in each.params} - _OWN
+    found: list[list[str]] = []
+    for parameter in context.command.params:
+        said = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if not said or parameter.name not in names or not isinstance(parameter, click.Option):
+            continue
+        value = context.params[parameter.name]
+        if parameter.is_flag:
+            found.append([(parameter.opts if value else parameter.secondary_opts)[0]])
+        else:
+            found += [[parameter.opts[0], word(each)] for each in (value if parameter.multiple else [value])]
+    return found
 
 
 def _write_report(path: Path, report: Report | Bisection) -> None:

@@ -76,6 +76,8 @@ class Blueprint:
     def __init__(self, captured: Captured) -> None:
         assert captured.eager is not None
         self.model = captured.eager
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self.tensors = dict(_tensors(self.model))
         self.stored = set(self.model.state_dict())
         self._one_tensor = _calls_of_one_tensor(captured)
@@ -92,7 +94,8 @@ class Blueprint:
                 self._find_reads(name, node)
         self.inside: dict[str, list[Inside]] = defaultdict(list)
         for value in self.values.values():
-            stack = [(key, str(path)) for key, (path, _) in (value.meta.get("nn_module_stack") or {}).items()]
+            modules = value.meta.get("nn_module_stack") or {}
+            stack = [(key, self._first_name(str(path))) for key, (path, _) in modules.items()]
             for (call, path), below in zip(stack, [*stack[1:], None]):
                 child_call, child = below or (None, None)
                 self.inside[path].append(Inside(value.name, call, child, child_call))
@@ -103,7 +106,7 @@ class Blueprint:
             for user in constant.users:
                 if self._raw.is_constant(user):
                     constants += [user] if user not in constants else []
-                    self.computing[name].add(self._raw.module(user))
+                    self.computing[name].add(self._first_name(self._raw.module(user)))
                 elif user.name in self._raw_values:
                     call = self._raw.call(user)
                     self.reads[name] += [(user.name, slot) for slot, operand in call.slots() if operand is constant]
@@ -111,8 +114,12 @@ class Blueprint:
     # -- modules ---------------------------------------------------------------------------------------------------
 
     def module(self, value: str) -> str:
-        """The name of the module whose forward makes a value."""
-        return self.graph.module(self.values[value])
+        """The name of the module whose forward makes a value; the first of several."""
+        return self._first_name(self.graph.module(self.values[value]))
+
+    def _first_name(self, path: str) -> str:
+        """The first of a module's names: its calls under all of them count together."""
+        return self._names[id(self._modules[path])] if path in self._modules else path
 
     def owner(self, path: str) -> nn.Module:
         """The module of that name."""

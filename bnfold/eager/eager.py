@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfold.eager.blueprint import Blueprint
 from bnfold.eager.expression import Conflicts, Expression, express
+from bnfold.eager.probing import held_in_place
 from bnfold.errors import FoldError, InputError
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.reference import Findings, References
 from bnfold.gate.samples import batches
-from bnfold.graph.capture import Captured, eval_copy
+from bnfold.graph.capture import Captured, copied, eval_copy
 from bnfold.graph.graph import Graph
 from bnfold.graph.interpret import constant_of
 from bnfold.loading.structure import restructure
 from bnfold.passes.folding import Folder
-from bnfold.report import Entry, Ledger
+from bnfold.report import Change, Entry, Ledger
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,14 @@ def write_back(captured: Captured, model: nn.Module | ExportedProgram) -> Writte
     _refuse_other(captured, model)
     graph, ledger, expression = _expressible(captured)
     program = graph.finish()
-    written = copy.deepcopy(eval_copy(model))
+    written = copied(eval_copy(model))
     if captured.masters is not None:
         written = written.to(_dtype(captured))
     modules = dict(written.named_modules(remove_duplicate=False))  # by their names before any takes another's place
     restructure(written, expression.changes)
     _fill(modules, expression.tensors)
-    result = WrittenBack(written, replace(ledger, changes=expression.changes), program)
+    changes = (*expression.changes, *_statistics(written))
+    result = WrittenBack(written, replace(ledger, changes=changes), program)
     _verify(captured, result)
     return result
 
@@ -78,21 +81,25 @@ def _expressible(captured: Captured) -> tuple[Graph, Ledger, Expression]:
     """The fold without what the class cannot express: found by trying, as one affine may rest on another."""
     blueprint = Blueprint(captured)
     excluded: Conflicts = {}
+    held: dict[str, str] = {}
     while True:
         graph = Graph(captured.program, captured.masters)
         graph.materialise()
         folder = Folder(graph, excluded)
         ledger = folder.run()
-        found = express(blueprint, graph, folder.journal)
-        if isinstance(found, Expression):
+        found = express(blueprint, graph, folder.journal, held)
+        if not isinstance(found, Expression):
+            excluded |= found
+        elif staying := held_in_place(captured, found.changes):
+            held |= staying
+        else:
             return graph, ledger, found
-        excluded |= found
 
 
 def _refuse_other(captured: Captured, model: nn.Module) -> None:
     """Raises InputError where ``model`` does not hold what was captured."""
     assert captured.eager is not None
-    if type(model) is not type(captured.eager):
+    if not _same_class(model, captured.eager):
         what = f"this is a {type(model).__name__}, and a {type(captured.eager).__name__} was folded"
         raise InputError(what, hint="Give the model that was folded")
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -107,6 +114,13 @@ def _refuse_other(captured: Captured, model: nn.Module) -> None:
             )
 
 
+def _same_class(one: nn.Module, other: nn.Module) -> bool:
+    """Every GraphModule is of a class of its own, whose forward is its code."""
+    if isinstance(one, GraphModule) and isinstance(other, GraphModule):
+        return bool(one.code == other.code)
+    return type(one) is type(other)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     if one is other or one.data_ptr() == other.data_ptr():
         return True
@@ -117,6 +131,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _dtype(captured: Captured) -> torch.dtype:
     floats = (t.dtype for t in captured.program.state_dict.values() if t.is_floating_point())
     return next(floats, torch.get_default_dtype())
+
+
+def _statistics(model: nn.Module) -> tuple[Change, ...]:
+    """Those of the BatchNorms that stay: calibration may have given them what their class builds them without."""
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
+    return tuple(Change(name, "statistics") for name, norm in norms if norm.running_mean is not None)
 
 
 @torch.no_grad()

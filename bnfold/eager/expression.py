@@ -14,7 +14,7 @@ Everything else is a conflict, named by the affine and the way it went.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,16 +40,25 @@ class Expression:
     tensors: dict[str, Tensor]
 
 
-def express(blueprint: Blueprint, graph: Graph, journal: Sequence[Edit]) -> Expression | Conflicts:
-    """The fold that edited ``graph`` as a class expresses it; else the edits that it cannot express, and why."""
-    return _Attempt(blueprint, graph, journal).run()
+def express(
+    blueprint: Blueprint, graph: Graph, journal: Sequence[Edit], held: Mapping[str, str] | None = None
+) -> Expression | Conflicts:
+    """The fold that edited ``graph`` as a class expresses it; else the edits that it cannot express, and why.
+
+    Args:
+        blueprint: of the class.
+        graph: after the fold.
+        journal: what the fold edited.
+        held: modules that must stay, by name, and why.
+    """
+    return _Attempt(blueprint, graph, journal, held or {}).run()
 
 
 class _Attempt:
     """One fold put to the class."""
 
-    def __init__(self, blueprint: Blueprint, graph: Graph, journal: Sequence[Edit]) -> None:
-        self._class, self._graph, self._journal = blueprint, graph, journal
+    def __init__(self, blueprint: Blueprint, graph: Graph, journal: Sequence[Edit], held: Mapping[str, str]) -> None:
+        self._class, self._graph, self._journal, self._held = blueprint, graph, journal, held
         self._alive = _alive(graph)
         self._nodes = {node.name: node for node in graph.values()}
         #: Values that are gone -> what took their place, and the edit that did it.
@@ -106,6 +115,8 @@ class _Attempt:
 
     def _replacement(self, path: str) -> Change | str:
         """What takes the place of a module; in words why nothing can."""
+        if path in self._held:
+            return self._held[path]
         known, inside = self._class, self._class.inside[path]
         more = f"the forward of {known.class_of(path)} computes more than that"
         kept = [item for item in inside if item.value in self._alive]
@@ -162,12 +173,14 @@ class _Attempt:
 
     def _does_nothing(self, value: str) -> tuple[str, float] | None:
         """The slot of a multiply's or an add's constant, and the number in it that makes it do nothing."""
-        semantics = aten.semantics(self._class.graph.call(self._class.values[value]))
+        call = self._class.graph.call(self._class.values[value])
+        semantics = aten.semantics(call)
         if not isinstance(semantics, Scaling) or semantics.kind not in _NEUTRAL:
             return None
         if semantics.kind == "add" and semantics.affine.has_scale:  # c - x
             return None
-        return ("other" if semantics.slot == "self" else "self"), _NEUTRAL[semantics.kind]
+        slot = "other" if semantics.slot == "self" else "self"
+        return (slot, _NEUTRAL[semantics.kind]) if slot in call.arguments else None  # -x has no constant
 
     # -- constants that change -------------------------------------------------------------------------------------
 

@@ -2,13 +2,16 @@
 
 The unfolded model runs in its own dtype: float64 costs several times as much, and is asked only where its answer
 decides something. That is where a class changed, for how far from a tie the logits really are, and for the sample that
-differs most. The gate's own samples (the first of the data) are compared with float64 one and all.
+differs most; as in the gate, float64 follows the decisions of what it is compared with. The gate's own samples (the
+first of the data) are compared with float64 one and all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +20,11 @@ from torch import Tensor
 from bnfold.errors import InputError
 from bnfold.gate.candidates import Candidate, OnnxCandidate
 from bnfold.gate.data import IGNORED, VOID, Labels, stored_batches
+from bnfold.gate.following import Follower
 from bnfold.gate.judge import Tally, epsilon, finite_problem
 from bnfold.gate.metrics import Classification, Errors, Regression, rms
-from bnfold.gate.reference import RUN_FACTOR, SAMPLE_FACTOR, References, batched, first_line, numbers
-from bnfold.gate.samples import MIN_SAMPLES
+from bnfold.gate.reference import RUN_FACTOR, SAMPLE_FACTOR, Findings, References, batched, first_line, numbers
+from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.gate.stored import Rows, in_order
 from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.interpret import Runner
@@ -40,6 +44,7 @@ def judge_accuracy(
     labels: Labels | None = None,
     *,
     pinned: Mapping[str, int] | None = None,
+    before: Candidate | None = None,
 ) -> Accuracy | None:
     """Runs all of ``data``; None where the candidate fails on it, which is a problem.
 
@@ -53,27 +58,33 @@ def judge_accuracy(
         data: samples by input name.
         labels: what is known about them, after ``data.assign``.
         pinned: sizes that the file fixes, by symbol.
+        before: another candidate, that probably decides alike and shows its decisions.
 
     Raises:
         InputError: the labels do not fit the output that they belong to.
     """
-    run = _Run(references, candidate, labels or Labels(), _batch_size(references.captured, data, pinned or {}))
+    size, fixed = _batch_size(references.captured, data, pinned or {}), bool(pinned) or not references.batches[0].size
+    run = _Run(references, candidate, before, data, labels or Labels(), size, fixed=fixed)
     try:
-        return run.judge(data, fixed=bool(pinned) or not references.batches[0].size)
+        return run.judge()
     finally:
-        if isinstance(candidate, OnnxCandidate):
-            candidate.close()
+        for used in (candidate, before):
+            if isinstance(used, OnnxCandidate):
+                used.close()
 
 
 class _Run:
     """One pass over the data."""
 
-    def __init__(self, references: References, candidate: Candidate, labels: Labels, size: int) -> None:
-        self.references, self.candidate, self.labels, self.size = references, candidate, labels, size
+    def __init__(
+        self, references: References, candidate: Candidate, before: Candidate | None, data: Mapping[str, Rows],
+        labels: Labels, size: int, *, fixed: bool,
+    ) -> None:  # fmt: skip
+        self.references, self.candidate, self.before, self.labels = references, candidate, before, labels
+        self.data, self.size, self.fixed = data, size, fixed
         captured, self.findings = references.captured, references.findings
         self.names = number_names(captured.program)
         self.unfolded = Runner(captured.program)
-        self.precise = Runner(captured.program, precise=True, masters=captured.masters)
         self.truths = 0
         first = references.unfolded[0]
         # What has no samples along its first axis cannot be told apart by them.
@@ -105,13 +116,13 @@ class _Run:
         plain = [i for i in self.outputs if first[i].ndim == 2 and first[i].shape[1] > 1 and i not in self.targets]
         return {i: Classification(self.names[i], 1, near) for i in plain[:1]}
 
-    def judge(self, data: Mapping[str, Rows], *, fixed: bool) -> Accuracy | None:
+    def judge(self) -> Accuracy | None:
         """Runs the data, ``size`` samples at a time."""
-        captured, total = self.references.captured, len(next(iter(data.values())))
+        captured, total = self.references.captured, len(next(iter(self.data.values())))
         known = {i: in_order(self.labels.targets[self.names[i]], self.size) for i in self.targets}
         classes = in_order(self.labels.classes, self.size) if self.labels.classes is not None else None
         done = 0
-        for flat, count in stored_batches(captured.names, captured.flat, data, size=self.size, fixed=fixed):
+        for flat, count in stored_batches(captured.names, captured.flat, self.data, size=self.size, fixed=self.fixed):
             self.references.progress("accuracy", done, total)
             try:
                 before, after = numbers(self.unfolded(flat)), numbers(self.candidate.run(flat))
@@ -127,7 +138,7 @@ class _Run:
                 return None
             done += count
         self.references.progress("accuracy", total, total)
-        return self._result(done, data, fixed)
+        return self._result(done)
 
     def _add(
         self, flat: tuple[Any, ...], before: list[Tensor], after: list[Tensor], count: int, start: int,
@@ -182,15 +193,39 @@ class _Run:
     def _true_noise(self, index: int, flat: tuple[Any, ...], own: Tensor) -> Tensor:
         self.truths += 1
         try:
-            true = numbers(self.precise(flat))[index][: len(own)]
+            _, _, true, followed = (values[index][: len(own)] for values in self._follow(flat))
         except Exception:  # the gate has said so
             return torch.zeros(len(own), dtype=torch.float64)
-        return rms(own.double() - true, own.isfinite() & true.isfinite())
+        noise = rms(own.double() - true, own.isfinite() & true.isfinite())
+        # What the candidate's own decisions change is no error: they are judged by themselves.
+        return torch.hypot(noise, rms(followed - true, followed.isfinite() & true.isfinite()))
 
-    def _result(self, samples: int, data: Mapping[str, Rows], fixed: bool) -> Accuracy:
-        agreement = tuple(
-            errors.result(self.noise[i], *self._judge_worst(i, data, fixed)) for i, errors in self.errors.items()
-        )
+    def _follow(self, flat: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """One batch: the unfolded model, the candidate, and for each of them the truth that took its decisions.
+
+        Raises:
+            Exception: there is no truth, or one of them does not run.
+        """
+        captured, limit = replace(self.references.captured, eager=None), self.references.limit
+        rows = flat[captured.names.index(next(iter(self.data)))].shape[0] if self.references.batches[0].size else 0
+        alone = References(captured, [Batch(flat, rows, "")], Findings(), limit, lambda stage, done, total: None)
+        alone.run()
+        if alone.blind:
+            raise RuntimeError("no float64")
+        findings, known = Findings(), None
+        if self.before is not None and self.candidate.deployed and alone.decisions.names:
+            known = Follower(alone, self.before, findings=Findings())
+            with contextlib.suppress(Exception):  # it is no more than a help
+                known.run(0)
+        follower = Follower(alone, self.candidate, known, findings)
+        outputs, followed = follower.run(0)
+        follower.report()
+        self.findings.problems += findings.problems
+        self.findings.doubts += findings.doubts
+        return alone.unfolded[0], numbers(outputs), alone.truth[0], followed
+
+    def _result(self, samples: int) -> Accuracy:
+        agreement = tuple(errors.result(self.noise[i], *self._judge_worst(i)) for i, errors in self.errors.items())
         found = next((c.result() for c in self.classes.values()), {"before": None, "after": None, "flips": 0})
         for classification in self.classes.values():
             self._judge_flips(classification, samples)
@@ -207,21 +242,19 @@ class _Run:
             data=self.labels.digest, **{"smallest_margin": None, **found},
         )  # fmt: skip
 
-    def _judge_worst(self, index: int, data: Mapping[str, Rows], fixed: bool) -> tuple[int, float]:
+    def _judge_worst(self, index: int) -> tuple[int, float]:
         """The sample that differs most, and its error against float64 in multiples of the noise."""
         captured, (_, start, row) = self.references.captured, self.worst[index]
         sample = start + row
-        again = {name: rows[start : start + self.size] for name, rows in data.items()}
-        flat, _ = next(stored_batches(captured.names, captured.flat, again, size=self.size, fixed=fixed))
+        again = {name: rows[start : start + self.size] for name, rows in self.data.items()}
+        flat, _ = next(stored_batches(captured.names, captured.flat, again, size=self.size, fixed=self.fixed))
         try:
-            true = numbers(self.precise(flat))[index]
-            own, new = numbers(self.unfolded(flat))[index], numbers(self.candidate.run(flat))[index]
+            own, new, true, followed = (values[index][row : row + 1] for values in self._follow(flat))
+            good = own.isfinite() & new.isfinite() & true.isfinite() & followed.isfinite()
         except Exception:
             return sample, math.nan
-        own, new, true = own[row : row + 1], new[row : row + 1], true[row : row + 1]
-        good = own.isfinite() & new.isfinite() & true.isfinite()
         noise = max(float(rms(own.double() - true, good)), self.noise[index] * float(rms(true, good)))
-        error = float(rms(new.double() - true, good))
+        error = float(rms(new.double() - followed, good))
         ratio = error / noise if noise else (math.inf if error else 0.0)
         if not ratio <= self.references.limit * SAMPLE_FACTOR:
             self.findings.doubts.append(

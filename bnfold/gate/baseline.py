@@ -35,6 +35,17 @@ from bnfold.report.plain import plain, versions
 
 #: Of the file's format.
 FORMAT = 1
+_NUMBER, _NULL, _NOTHING = (int, float), type(None), object()
+#: What its fields hold, and, where that is an object, the values in it.
+_FIELDS: dict[str, tuple[Any, Any]] = {
+    "provider": (str, ()), "versions": (dict, str), "ratios": (dict, (*_NUMBER, _NULL)),
+    "site_ratio": ((*_NUMBER, _NULL), ()), "accuracy": ((dict, _NULL), object),
+}  # fmt: skip
+_ACCURACY: dict[str, tuple[Any, Any]] = {
+    "data": ((str, _NULL), ()), "samples": (int, ()), "flips": (int, ()),
+    "top1": ((*_NUMBER, _NULL), ()), "top5": ((*_NUMBER, _NULL), ()),
+    "sqnr": (dict, (*_NUMBER, _NULL)), "difference": (dict, _NUMBER), "rmse": (dict, _NUMBER),
+}  # fmt: skip
 _CREATE = "Create it once with --update-baseline (pytest: --bnfold-update), look at it, and commit it"
 
 
@@ -114,9 +125,10 @@ def _facts(check: CheckReport) -> dict[str, Any]:
     if accuracy is not None:
         found["accuracy"] = {
             "data": accuracy.data, "samples": accuracy.samples, "top1": accuracy.after, "top5": accuracy.top5_after,
-            "flips": accuracy.flips, "sqnr": {a.output: a.sqnr for a in accuracy.agreement},
+            "flips": accuracy.flips,
+            "sqnr": {a.output: a.sqnr for a in accuracy.agreement if not math.isnan(a.sqnr)},
             "difference": {a.output: a.difference for a in accuracy.agreement},
-            "rmse": {t.output: t.rmse_after for t in accuracy.targets},
+            "rmse": {t.output: t.rmse_after for t in accuracy.targets if math.isfinite(t.rmse_after)},
         }  # fmt: skip
     facts: dict[str, Any] = plain(found)
     return facts
@@ -143,10 +155,29 @@ def _read(path: Path) -> dict[str, Any]:
         version = found.get("bnfold_baseline") if isinstance(found, dict) else None
         what = "no baseline of bnfold" if version is None else f"a baseline in format {version}, not {FORMAT}"
         raise InputError(f"this is {what}", where=str(path), hint=_CREATE)
-    missing = {"provider", "versions", "ratios", "site_ratio", "accuracy"} - set(found)
-    if missing:
-        raise InputError(f"the baseline lacks {', '.join(sorted(missing))}", where=str(path), hint=_CREATE)
+    if missing := sorted(set(_FIELDS) - set(found)):
+        raise InputError(f"the baseline lacks {', '.join(missing)}", where=str(path), hint=_CREATE)
+    if damaged := _damaged(found):
+        raise InputError(f"in the baseline, {damaged} is damaged", where=str(path), hint=_CREATE)
     return found
+
+
+def _damaged(found: Mapping[str, Any]) -> str | None:
+    """The first field that holds something else than ``write_baseline`` writes there."""
+    accuracy = found["accuracy"]
+    parts = [("", found, _FIELDS)]
+    if isinstance(accuracy, dict):
+        parts.append(("accuracy.", accuracy, _ACCURACY))
+    for prefix, part, fields in parts:
+        for name, (kinds, inside) in fields.items():
+            value = part.get(name, _NOTHING)
+            if not isinstance(value, kinds) or (
+                isinstance(value, dict) and not all(isinstance(item, inside) for item in value.values())
+            ):
+                return prefix + name
+    if accuracy is not None and (lost := sorted(set(accuracy["rmse"]) - set(accuracy["difference"]))):
+        return f"accuracy.difference of '{lost[0]}'"
+    return None
 
 
 def _compare(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bnfold.errors import InputError
-from bnfold.gate.candidates import OnnxCandidate, needs_widening, widened
+from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
 from bnfold.gate.file_graph import FileGraph, FileValue
 from bnfold.gate.following import Follower
 from bnfold.gate.matching import match
@@ -32,14 +32,13 @@ from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
-from bnfold.runtime.runtime import open_session
 
 #: Largest ratio, over all or in the worst channel, of a value that is right. Of all values of 62 nets the worst was at
 #: 4.1, and of 56 nets of transformers at 33 (ALIGN, D-FINE: approximated sigmoids in
 #: quiet channels); faults in a layer are in the thousands.
 LIMIT = 64.0
-#: As many elements are compared at a time.
-CHUNK = 8_000_000
+#: As many elements are compared at a time: with truth and error they take 1 GB. Each time all is run again.
+CHUNK = 32_000_000
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Bisector:
         self._file = FileGraph.read(self.path)
         self._ours = "bnfold.version" in self._file.metadata
         self._widen = needs_widening(self.path, self.device)
-        probe = open_session(widened(self.path) if self._widen else self.path, device=self.device, optimized=False)
+        probe = probe_session(self.path, device=self.device, widen=self._widen)
         self._matched = match(self.captured, probe, widened=self._widen)
         del probe
         made = batches(
@@ -215,7 +214,12 @@ class Bisector:
         shown = example.shape[0] if example is not None and batch.size else 1
         return int(math.prod(sizes) * (batch.size or 1) / max(shown, 1)) + 1
 
-    def _ratio(self, value: Tensor, noise: Noise, name: str, followed: Mapping[str, Tensor], batch: Batch) -> float:
+    def _ratio(
+        self, value: Tensor, noise: Noise, name: str, followed: Mapping[str, Tensor], batch: Batch,
+        limit: float | None = None,
+    ) -> float:  # fmt: skip
+        """Error over noise; beyond ``limit``, this search's own by default, what rounding does is noise too."""
+        limit = self.limit if limit is None else limit
         if self._turned.get(name, 0.0) > self.limit:
             return self._turned[name]
         truth = noise.truth[name]
@@ -228,7 +232,7 @@ class Bisector:
             if truth.shape != right.shape:
                 return 0.0  # its size is decided, and nothing says how large the noise is
             value = torch.where(value == right, truth, value.double() - right + truth)
-        return max(noise.ratios(value, name, self.limit, batched=batch.size > 0 and not self._pooled))
+        return max(noise.ratios(value, name, limit, batched=batch.size > 0 and not self._pooled))
 
     def _is_another(self, value: Tensor, name: str, taken: Mapping[str, Tensor], batch: Batch) -> bool:
         """Whether a value has its name by chance: torch.onnx numbers those that it makes itself in the same way.
@@ -279,7 +283,7 @@ class Bisector:
         names = {
             n.name for n in self._nodes.values() if n.op == "call_function" and isinstance(self._val(n.name), Tensor)
         }
-        if sum(self._elements(name, batch) for name in names) > 4 * CHUNK:
+        if sum(self._elements(name, batch) for name in names) > CHUNK:
             small = min(self._references.batches, key=lambda b: b.samples)
             batch = small if small.samples < batch.samples else batch
         noise = Noise.of(self._references, batch, names)
@@ -294,24 +298,31 @@ class Bisector:
             by_shape.setdefault(tuple(followed.get(name, noise.truth[name]).shape), []).append(name)
         values = {value.name: value for value in self._file.values}
         partners = self._partners()
+        agreeing: dict[str, str] = {}
         wrong: dict[str, float] = {}
         floats: set[str] = set()
-        for start in range(0, len(values), 64):
-            part = list(values)[start : start + 64]
-            self.progress("bisect", start, len(values))
-            for name, value in self._readable(batch, part).items():
-                if not value.is_floating_point():
-                    continue
-                floats.add(name)
-                hoped = [partners[name]] if name in partners and partners[name] in noise.rounding else []
-                known = by_shape.get(tuple(value.shape), [])
-                ratios = ((self._ratio(value, noise, each, followed, batch), each) for each in (*hoped, *known))
-                ratio, partner = next(((r, each) for r, each in ratios if r <= self.limit), (math.inf, ""))
-                if partner:
-                    self._ratios[name] = ratio
-                    self._agree = self._module(values[name], partner) or self._agree
-                elif name in (self._matched.outputs or self._file.outputs):
-                    wrong[name] = self._ratio(value, noise, hoped[0], followed, batch) if hoped else math.inf
+        # What rounding does to the values costs several runs, and is asked for where an output is wrong without it.
+        for limit in (math.inf, self.limit):
+            wrong = {}
+            unknown = [name for name in values if name not in agreeing]
+            for start in range(0, len(unknown), 64):
+                self.progress("bisect", start, len(unknown))
+                for name, value in self._readable(batch, unknown[start : start + 64]).items():
+                    if not value.is_floating_point():
+                        continue
+                    floats.add(name)
+                    known = by_shape.get(tuple(value.shape), [])
+                    hoped = [partners[name]] if partners.get(name) in known else []
+                    ratios = ((self._ratio(value, noise, n, followed, batch, limit), n) for n in (*hoped, *known))
+                    ratio, partner = next(((r, each) for r, each in ratios if r <= self.limit), (math.inf, ""))
+                    if partner:
+                        self._ratios[name], agreeing[name] = ratio, partner
+                    elif name in (self._matched.outputs or self._file.outputs):
+                        wrong[name] = self._ratio(value, noise, hoped[0], followed, batch, limit) if hoped else math.inf
+            if not wrong:
+                break
+        for name in (name for name in values if name in agreeing):
+            self._agree = self._module(values[name], agreeing[name]) or self._agree
         if not wrong:
             return None
         region: set[str] = set()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
-from bnfold.graph.capture import Captured
+from bnfold.graph.capture import Captured, copied
 from bnfold.graph.interpret import Runner, raise_tensor
 from bnfold.report import Placement
 from bnfold.runtime.placement import placement
@@ -88,8 +87,8 @@ class EagerCandidate:
 
     def precise(self) -> EagerCandidate:
         """The same module in float64, but for what its code says to be of another dtype."""
-        module = deepcopy(self._captured.eager)
-        assert module is not None
+        assert self._captured.eager is not None
+        module = copied(self._captured.eager)
         return EagerCandidate(f"{self.name} in float64", replace(self._captured, eager=module.double()), precise=True)
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
@@ -136,7 +135,7 @@ class OnnxCandidate:
             model = widened(self._path) if self.widen else self._path
             self._session = open_session(
                 model, device=self._device, optimized=self._optimized, tf32=self._tf32,
-                disabled_optimizers=self._disabled,
+                disabled_optimizers=self._disabled, beside=self._path,
             )  # fmt: skip
         return self._session
 
@@ -147,7 +146,9 @@ class OnnxCandidate:
     def placement(self, flat: Sequence[Any]) -> Placement:
         """Where the nodes of the file run, seen in a session of its own."""
         model = widened(self._path) if self.widen else self._path
-        return placement(model, self._feeds(self.session, flat), device=self._device, optimized=self._optimized)
+        return placement(
+            model, self._feeds(self.session, flat), device=self._device, optimized=self._optimized, beside=self._path
+        )
 
     def knows(self, names: Sequence[str]) -> bool:
         """Whether ``lower`` said what the values are called in the file."""
@@ -164,9 +165,10 @@ class OnnxCandidate:
     def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Intermediate values by the program's names, through a session of its own that returns them."""
         mine = {self._names[name]: name for name in names if name in self._names}
-        with _with_outputs(self._path, list(mine), widen=self.widen) as (path, present, _):
-            session = open_session(path, device=self._device, optimized=False)
-            found = session.run(self._feeds(session, flat), outputs=present) if present else []
+        content, present, _ = _with_outputs(self._path, list(mine), widen=self.widen)
+        session = open_session(content, device=self._device, optimized=False, beside=self._path)
+        del content
+        found = session.run(self._feeds(session, flat), outputs=present) if present else []
         return {mine[name]: from_numpy(value) for name, value in zip(present, found)}
 
     def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
@@ -179,9 +181,13 @@ class OnnxCandidate:
                 name: [self._names[name]] if name in self._names else [name, f"{name}_value", f"{name}:0"]
                 for name in names
             }
-            with _with_outputs(self._path, [g for both in guesses.values() for g in both], widen=self.widen) as made:
-                path, present, self._own_outputs = made
-                session = open_session(path, device=self._device, optimized=self._optimized, tf32=self._tf32)
+            content, present, self._own_outputs = _with_outputs(
+                self._path, [g for both in guesses.values() for g in both], widen=self.widen
+            )
+            session = open_session(
+                content, device=self._device, optimized=self._optimized, tf32=self._tf32, beside=self._path
+            )
+            del content
             found = ((name, next((g for g in guesses[name] if g in present), None)) for name in names)
             self._deciding = session, {name: guess for name, guess in found if guess is not None}
         session, mine = self._deciding
@@ -219,33 +225,34 @@ def from_numpy(value: np.ndarray) -> Tensor:
     return torch.from_numpy(value if value.flags.writeable and value.ndim else value.copy())
 
 
-@contextlib.contextmanager
-def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> Iterator[tuple[Path, list[str], int]]:
-    """A copy of the model beside ``path`` (external data is found by folder) that returns the named values too.
+def probe_session(path: Path, *, device: Literal["cpu", "cuda"], widen: bool) -> Session:
+    """A session without optimisations, to see what a file takes and returns."""
+    return open_session(widened(path) if widen else path, device=device, optimized=False, beside=path)
+
+
+def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[bytes, list[str], int]:
+    """The content of a file, changed so that it returns the named values too; nothing is written.
 
     With it come those of the names that it has, and how many outputs it had before.
     """
     import onnx
 
-    copy = path.with_name(f"{path.stem}.sites.onnx")
-    try:
-        if widen:
-            copy.write_bytes(widened(path))
-        else:
-            shutil.copyfile(path, copy)
-        graph = onnx.load_model(copy, load_external_data=False).graph
-        made = {name for node in graph.node for name in node.output}
-        already = {value.name for value in graph.output}
-        del graph  # the weights are in it
-        present = [name for name in names if name in made]
-        more = onnx.ModelProto()
-        more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in present if name not in already)
-        # Two messages after one another are one with the fields of both: that is how protobuf's encoding is defined.
-        with copy.open("ab") as file:
-            file.write(more.SerializeToString())
-        yield copy, present, len(already)
-    finally:
-        copy.unlink(missing_ok=True)
+    content = io.BytesIO()  # hands out its bytes without a copy of them
+    if widen:
+        content.write(widened(path))
+    else:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, content)
+    graph = onnx.load_model_from_string(content.getvalue()).graph
+    made = {name for node in graph.node for name in node.output}
+    already = {value.name for value in graph.output}
+    del graph  # the weights are in it
+    present = [name for name in names if name in made]
+    more = onnx.ModelProto()
+    more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in present if name not in already)
+    # Two messages after one another are one with the fields of both: that is how protobuf's encoding is defined.
+    content.write(more.SerializeToString())
+    return content.getvalue(), present, len(already)
 
 
 def needs_widening(path: Path, device: str) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bnfold.gate.candidates import Candidate
 from bnfold.gate.decisions import NEAR, NOISE_LIMIT, Following, Place, Turn
-from bnfold.gate.judge import Tally, epsilon
-from bnfold.gate.reference import References, batched, first_line, numbers, words
+from bnfold.gate.judge import Tally, epsilon, finite_problem
+from bnfold.gate.reference import Findings, References, batched, first_line, numbers, words
 
 #: Largest ratio of any sample with which decisions explain outputs so well that no others are looked for.
 EXPLAINED = 2.0
@@ -27,10 +27,18 @@ class Follower:
         candidate: what is judged.
         before: the follower of a candidate that probably decides alike; its decisions are tried first where asking
             this candidate for its own makes another program of it.
+        findings: in place of those of the references.
     """
 
-    def __init__(self, references: References, candidate: Candidate, before: Follower | None = None) -> None:
+    def __init__(
+        self,
+        references: References,
+        candidate: Candidate,
+        before: Follower | None = None,
+        findings: Findings | None = None,
+    ) -> None:
         self._references, self._candidate = references, candidate
+        self._findings = references.findings if findings is None else findings
         self._before = before._taken if before is not None and candidate.deployed else {}
         self._taken: dict[int, Mapping[str, Tensor]] = {}
         self._turns: list[Turn] = []
@@ -77,7 +85,7 @@ class Follower:
                 break
         if best is None:
             where = f"{self._candidate.name}: its decisions at {words(batch)} cannot be followed"
-            references.findings.problems.append(f"{where}: {failure}")
+            self._findings.problems.append(f"{where}: {failure}")
             return outputs, references.truth[run]
         self._taken[run] = best[2]
         self._turns += best[1].turns
@@ -90,7 +98,7 @@ class Follower:
 
     def report(self) -> None:
         """Adds what is to be said of the candidate's decisions to the findings."""
-        findings, name = self._references.findings, self._candidate.name
+        findings, name = self._findings, self._candidate.name
         near = 0
         for place in dict.fromkeys(turn.place for turn in self._turns):
             turns = [turn for turn in self._turns if turn.place == place]
@@ -140,6 +148,8 @@ class Follower:
                 if not torch.equal(value, followed):
                     return torch.inf
                 continue
+            if finite_problem(value, followed) is not None:
+                return torch.inf
             tally = Tally(epsilon(unfolded.dtype))
             tally.add(value, unfolded, true, batched=batched(batch, unfolded), run=run, followed=followed)
             ratios = tally.ratios(steady=True)

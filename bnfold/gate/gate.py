@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ from bnfold.gate.candidates import (
     OnnxCandidate,
     TorchCandidate,
     needs_widening,
+    probe_session,
     quantised_nodes,
-    widened,
 )
 from bnfold.gate.data import Labels
 from bnfold.gate.devices import judge_device
@@ -36,14 +36,14 @@ from bnfold.gate.following import Follower
 from bnfold.gate.matching import Match, match
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outputs import OutputJudge
-from bnfold.gate.reference import Findings, Progress, References
+from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
-from bnfold.runtime.runtime import open_session, provider_notes
+from bnfold.runtime.runtime import provider_notes
 
 #: Median ratio of a whole output, and ratio at a fold site.
 LIMIT, SITE_LIMIT = 4.0, 16.0
@@ -89,7 +89,8 @@ class Gate:
         self._match()
         made = batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
-            ranges=captured.ranges, pinned=self._matched.pinned,
+            ranges=captured.ranges, pinned=self._matched.pinned, runs=MIN_SAMPLES if _has_summaries(captured) else 1,
+            alike=captured.batches_alike,
         )  # fmt: skip
         found = self._search(made)
         self._references = References(
@@ -110,7 +111,7 @@ class Gate:
             if not candidate.deployed:
                 clean = len(self._findings.problems) == before
             elif clean and len(self._findings.problems) > before and isinstance(candidate, OnnxCandidate):
-                self._findings.problems.insert(before, self._blame())
+                self._findings.problems[before:before] = self._blame()
             if isinstance(candidate, OnnxCandidate):
                 with contextlib.suppress(BnfoldError):  # a session that failed has been reported already
                     provider = candidate.session.provider
@@ -123,8 +124,9 @@ class Gate:
         accuracy = None
         if self.data and candidates:
             accuracy = judge_accuracy(
-                self._references, candidates[-1], self.data, self.labels, pinned=self._matched.pinned
-            )
+                self._references, candidates[-1], self.data, self.labels, pinned=self._matched.pinned,
+                before=next((c for c in reversed(candidates) if not c.deployed), None),
+            )  # fmt: skip
         self.progress("check", len(candidates) + 1, len(candidates) + 1)
         if not outputs:
             self._findings.problems.append("no output was compared")
@@ -185,7 +187,7 @@ class Gate:
             self._findings.notes.append(
                 "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
             )
-        probe = open_session(widened(self.path) if self._widen else self.path, device=self.device, optimized=False)
+        probe = probe_session(self.path, device=self.device, widen=self._widen)
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
         self._findings.notes += self._matched.notes
         if self.folded is None and (nodes := quantised_nodes(self.path)):
@@ -205,12 +207,14 @@ class Gate:
             found += [self._onnx(optimized=on) for on in (False, True)]
         return found
 
-    def _blame(self) -> str:
+    def _blame(self) -> list[str]:
         """Which of ONNX Runtime's optimisations makes a file wrong that is right without them, as a problem."""
         before = self._outputs.follower
         plain, full = (Follower(self._references, self._onnx(optimized=on), before) for on in (False, True))
         ratios = [(full.misfit(run), run) for run in range(len(self._references.batches))]
         worst, run = max(ratios)
+        if not worst > RUN_FACTOR * self.limit:
+            return []  # so close to right, rounding may have decided
         # Right or wrong is on which side of the middle, on a logarithmic scale, a run ends.
         middle = math.sqrt(min(worst, 1e30) * max(plain.misfit(run), 1.0))
 
@@ -220,13 +224,13 @@ class Gate:
 
         names = guilty(wrong)
         if not names:
-            return (
+            return [
                 "ONNX Runtime: the file is right without its optimisations and wrong with them, whichever is left out"
-            )
-        return (
+            ]
+        return [
             f"ONNX Runtime: its optimisation {' with '.join(names)} makes the file wrong, which is right without it: "
             f"disable it where the file runs (InferenceSession(..., disabled_optimizers={list(names)}))"
-        )
+        ]
 
     def _onnx(self, *, optimized: bool, tf32: bool = False, disabled: Sequence[str] = ()) -> OnnxCandidate:
         assert self.path is not None
@@ -235,6 +239,22 @@ class Gate:
             tf32=tf32, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
             disabled=disabled,
         )  # fmt: skip
+
+
+def _has_summaries(captured: Captured) -> bool:
+    """Whether an output is a handful of numbers for a whole batch, so that a run of many samples says as little as one.
+
+    Ten runs are then made, as ten samples are of other outputs.
+    """
+    (outputs,) = captured.program.graph.output_node().args
+    values = [getattr(node, "meta", {}).get("val") for node in cast("Sequence[Any]", outputs)]
+    return any(
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and not any(isinstance(size, torch.SymInt) for size in value.shape)
+        and value.numel() < MIN_SAMPLES
+        for value in values
+    )
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Errors:
         of = [float(relative.quantile(q, interpolation="higher")) if len(relative) < 2**24 else _quantile(relative, q)
               for q in PERCENTILES]  # fmt: skip
         signal, off = self._squares
-        sqnr = 10 * math.log10(signal / off) if signal and off else math.inf if signal else math.nan
+        sqnr = math.inf if not off else 10 * math.log10(signal / off) if signal else math.nan
         absolute = math.sqrt(off / max(self._elements, 1))
         return Agreement(
             self.output, len(relative), sqnr, absolute, of[0], of[1], of[2], float(relative.max()), worst,
@@ -117,9 +117,10 @@ class Classification:
         """
         old, new = (value.double().movedim(self.axis, -1) for value in (before, after))
         self._classes = old.shape[-1]
-        top = old.topk(2, dim=-1)
+        top = old.topk(min(2, self._classes), dim=-1).values
         guess, changed = old.argmax(-1), new.argmax(-1)
-        margin = (top.values[..., 0] - top.values[..., 1]).nan_to_num(math.inf, math.inf)
+        # A class that is alone has none to be mistaken for.
+        margin = (top[..., 0] - (top[..., 1] if self._classes > 1 else -math.inf)).nan_to_num(math.inf, math.inf)
         of_sample = torch.arange(len(old)).reshape(-1, *(1,) * (margin.ndim - 1)).expand(margin.shape)
         self._smallest = min(self._smallest, float(margin.min()))
         self._undecided += int((margin <= self.near * noise[of_sample]).sum())
@@ -129,7 +130,7 @@ class Classification:
         if bool(flips.any()):
             noise = torch.maximum(noise, truth())
             # How much less the unfolded model gave the class that it is now.
-            apart = top.values[..., 0][flips] - old[flips].gather(-1, changed[flips][:, None])[:, 0]
+            apart = top[..., 0][flips] - old[flips].gather(-1, changed[flips][:, None])[:, 0]
             units = apart / noise[of_sample[flips]].clamp(min=torch.finfo(torch.float64).tiny)
             self.flips += int(flips.sum())
             self.far += int((~(units <= self.near)).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ def batches(
     data: Mapping[str, Rows] | None = None,
     ranges: Mapping[str, tuple[int, int | None]] | None = None,
     pinned: Mapping[str, int] | None = None,
+    runs: int = 1,
+    alike: Collection[str] = (),
 ) -> list[Batch]:
     """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
 
@@ -65,6 +67,8 @@ def batches(
             dynamic axes.
         ranges: lowest and highest size by symbol.
         pinned: the only size to use, by symbol.
+        runs: how many batches to make at least.
+        alike: symbols that always have the size of the batch: first axes of which nobody said that they differ.
     """
     inputs = [n for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)]
     shapes = {n.name: n.meta["val"].shape for n in inputs}
@@ -76,15 +80,19 @@ def batches(
     made: list[Batch] = []
     offset = 0
     counts = _counts(max(samples, MIN_SAMPLES), (ranges or {}).get(str(batch_symbol)), known=batch_symbol is not None)
-    others = list(_other_sizes(symbols, batch_symbol, ranges or {}))
+    together = [symbol for symbol in symbols if str(symbol) in alike and symbol != batch_symbol]
+    others = list(_other_sizes({s: n for s, n in symbols.items() if s not in together}, batch_symbol, ranges or {}))
     if pinned:
         only = {symbol: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
         others = [dict(sizes) for sizes in dict.fromkeys(tuple({**sizes, **only}.items()) for sizes in others)]
         if batch_symbol in only:
             counts = [only[batch_symbol]] * -(-max(samples, MIN_SAMPLES) // only[batch_symbol])
-    counts += [counts[0]] * (len(others) - len(counts))
+    counts += [counts[0]] * (max(len(others), runs) - len(counts))
     for i, count in enumerate(counts):
-        sizes = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
+        sizes = {
+            **others[i % len(others)],
+            **(dict.fromkeys((batch_symbol, *together), count) if batch_symbol is not None else {}),
+        }
         scale_at = 0 if data is None else offset
         flat = []
         for name, leaf in zip(names, example):
@@ -99,7 +107,7 @@ def batches(
                 legal = [(_size(rows, sizes), shift) for rows, shift in limits.get(name, ())]
                 flat.append(draw(shape, leaf, generator, scale_at if batched else None, i, legal))
         offset += count
-        words = ", ".join(f"{k}={v}" for k, v in sizes.items() if k != batch_symbol)
+        words = ", ".join(f"{k}={v}" for k, v in sizes.items() if k != batch_symbol and k not in together)
         made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words))
     return made
 
@@ -127,10 +135,11 @@ def _counts(samples: int, limits: tuple[int, int | None] | None, *, known: bool)
         return [1] * samples
     # torch.export writes "from 2" where it could not tell 1 apart; 1 is what people deploy, so it is always tried.
     high = limits[1] if limits and limits[1] is not None else None
-    fixed = [n for n in BATCHES if high is None or n <= high] or [high or 1]
+    low = limits[0] if limits and limits[0] > 2 else 1
+    fixed = list(dict.fromkeys(max(n, low) for n in BATCHES if high is None or n <= high)) or [high or 1]
     rest = max(samples - sum(fixed), 0)
-    step = min(rest, high or rest) or 1
-    counts = [*fixed, *([step] * (rest // step)), *([rest % step] if rest % step else [])]
+    step = max(min(rest, high or rest), low)
+    counts = [*fixed, *([step] * (rest // step)), *([max(rest % step, low)] if rest % step else [])]
     return counts if high is None or high in counts or high > 64 else [*counts, high]
 
 

@@ -15,15 +15,10 @@ from torch import Tensor
 
 from bnfold.gate.candidates import Candidate, OnnxCandidate, TorchCandidate
 from bnfold.gate.judge import epsilon, site_ratios
-from bnfold.gate.reference import KERNELS, References, first_line, watched_batch
+from bnfold.gate.reference import KERNELS, ROUNDINGS, References, first_line, watched_batch
 from bnfold.gate.samples import Batch
 from bnfold.graph.interpret import Runner, coarsest_epsilon
 from bnfold.report import Ledger, SiteResult
-
-#: How often the effect of rounding the constants is drawn. Drawn once, one channel in fifty happens to move a sixteenth
-#: of what it typically does and its ratio is off by as much; over the sites of one MobileNetV2 and six sets of inputs
-#: the worst ratio of a correct fold was 14.6 with one, 7.9 with two, 5.5 with four and 4.1 with eight.
-ROUNDINGS = 4
 
 
 def judge_sites(

@@ -22,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export._unlift import _check_input_constraints_pre_hook
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError, InputError
 from bnfold.graph.functional import make_functional
 from bnfold.graph.program import copy_graph, output_specs, rebuild
+from bnfold.graph.regions import hidden_batch_norms, inline_regions
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Captured:
     Attributes:
         program: functional program in training IR.
         eager: the module that was captured, in eval mode; an ExportedProgram's own module, which checks its guards.
+        declared: whether somebody said which axes are dynamic; else the first axis of every input is the batch.
         masters: float32 (or wider) constants by name that a lower-precision program was rounded from.
         spec: how flat inputs make up ``(args, kwargs)``.
         flat: the example inputs, flat.
@@ -56,6 +60,12 @@ class Captured:
     notes: tuple[str, ...] = ()
     in_place: int = 0
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    declared: bool = True
+
+    @property
+    def batches_alike(self) -> set[str]:
+        """The symbols of first axes that torch.export keeps apart and of which nobody said that they may differ."""
+        return {symbol for symbol, name in self.dims.items() if name.endswith("_batch") and not self.declared}
 
     def run_eager(self, flat: tuple[Any, ...]) -> list[Any]:
         """The eager module's flat outputs for flat inputs."""
@@ -110,7 +120,7 @@ def capture(
     if dtype is not None:
         stored = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         masters = {name: tensor.detach() for name, tensor in stored if tensor.is_floating_point()}
-        module = copy.deepcopy(module).to(dtype)
+        module = copied(module).to(dtype)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
         )
@@ -118,14 +128,25 @@ def capture(
     program = _export(module, args, kwargs, asked)
     bounded = None if asked is dynamic_shapes else _bounded_batch(program)
     if bounded is None:
-        return _captured(program, module, args, kwargs, asked, masters)
+        captured = _captured(program, module, args, kwargs, asked, masters)
+        return replace(captured, declared=dynamic_shapes is not None)
     # ONNX cannot say "up to 4": a batch that holds for some sizes only must not look like one that holds for all.
     captured = _captured(_export(module, args, kwargs, None), module, args, kwargs, None, masters)
     return replace(captured, notes=(*captured.notes, f"the batch is fixed: the model's code takes {bounded} only"))
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
-    """A structural copy in eval mode that shares ``model``'s parameters and owns its buffers."""
+    """A structural copy in eval mode that shares ``model``'s parameters and owns its buffers.
+
+    Raises:
+        CaptureError: the model cannot be copied, or has lazy layers that have seen no input.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "a TorchScript module holds no Python code that could be captured",
+            where=type(model).__name__,
+            hint="Give the nn.Module that it was traced or scripted from",
+        )
     if any(
         isinstance(p, (UninitializedParameter, UninitializedBuffer)) for p in (*model.parameters(), *model.buffers())
     ):
@@ -134,9 +155,27 @@ def eval_copy(model: nn.Module) -> nn.Module:
             hint="Run it once on an example, or load its weights",
         )
     # What was made under inference_mode cannot be traced, so of that an ordinary copy is taken.
-    memo: dict[int, Any] = {id(p): _ordinary(p) if p.is_inference() else p for p in model.parameters()}
-    memo |= {id(b): b.clone() for b in model.buffers() if b.is_inference()}
-    # Old-style weight_norm keeps the weight it computed last as a plain attribute, which deepcopy refuses.
+    duplicate = _copied(model, {id(p): _ordinary(p) if p.is_inference() else p for p in model.parameters()})
+    try:
+        return duplicate.eval()
+    except NotImplementedError as error:
+        hint = "Of an ExportedProgram give the program itself, not its module()"
+        raise CaptureError(f"the model cannot be put into eval mode: {error}".rstrip("."), hint=hint) from error
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy that computes what ``model`` does, also where ``copy.deepcopy`` alone fails or forgets hooks.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    return _copied(model, {})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """The copy, with what ``memo`` holds in place of what has those ids."""
+    memo = {id(b): b.clone() for b in model.buffers() if b.is_inference()} | memo
+    # Old-style weight_norm and pruning keep what they computed last as a plain attribute, which deepcopy refuses.
     plain = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
     memo |= {id(tensor): tensor.detach().clone() for tensor in plain}
     try:
@@ -146,7 +185,34 @@ def eval_copy(model: nn.Module) -> nn.Module:
             f"the model cannot be copied: {type(error).__name__}: {error}",
             hint="bnfold works on a copy so that yours stays as it is; give a model that copy.deepcopy accepts",
         ) from error
-    return duplicate.eval()
+    for module in model.modules():
+        if isinstance(module, GraphModule) and id(vars(module)) in memo:
+            # A GraphModule copies all it has, and then builds a new one of its graph alone: no hooks, no attributes.
+            twin = memo[id(module)]
+            vars(twin).update(memo[id(vars(module))])
+            type(twin).__name__ = type(module).__name__  # a class of its own
+    _refuse_unlike(model, duplicate)
+    return duplicate
+
+
+def _refuse_unlike(model: nn.Module, duplicate: nn.Module) -> None:
+    """Raises CaptureError where a class's own ``__deepcopy__`` made something else than a copy."""
+    copies = dict(duplicate.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        twin = copies.pop(name, None)
+        if twin is None or twin is module or _make(twin) != _make(module):
+            raise CaptureError(
+                f"the copy of a {type(module).__name__} that its __deepcopy__ makes is "
+                + ("none" if twin is None else "the module itself" if twin is module else "of another class or hooks"),
+                where=f"module '{name}'" if name else type(model).__name__,
+                hint="bnfold works on a copy so that yours stays as it is; take __deepcopy__ out of that class",
+            )
+
+
+def _make(module: nn.Module) -> tuple[type, int, int]:
+    """What a module and its copy have in common; every GraphModule is of a class of its own."""
+    kind = GraphModule if isinstance(module, GraphModule) else type(module)
+    return kind, len(module._forward_hooks), len(module._forward_pre_hooks)
 
 
 def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -208,7 +274,7 @@ def _bounded_batch(program: ExportedProgram) -> str | None:
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(_called(module), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         where, message = _user_place(error, module), str(error).strip().split("\n")[0]
         hint = "torch.export must be able to trace forward: no branches on values of tensors (torch.where, torch.cond)"
@@ -221,6 +287,16 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
             hint = "Check the number, names, shapes and dtypes of the inputs (--input)"
         raise CaptureError(f"{type(error).__name__}: {message}".rstrip(". "), where=where, hint=hint) from error
+
+
+def _called(module: nn.Module) -> nn.Module:
+    """The module as torch.export must be given it: the graph of a GraphModule it runs without the module's hooks."""
+    hooks = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {_check_input_constraints_pre_hook}
+    if not isinstance(module, GraphModule) or not hooks:
+        return module
+    plain: nn.Module = type(type(module).__name__, (nn.Module,), {"forward": type(module).forward})()
+    vars(plain).update(vars(module))
+    return plain
 
 
 @contextmanager
@@ -266,6 +342,7 @@ def _captured(
             f"the model writes to '{written[0]}' in eval mode", hint="An exported model has no side effects"
         )
     graph = copy_graph(program.graph)
+    inline_regions(graph, program.graph_module)
     in_place = make_functional(graph, inputs=set(user), constants=constants)
     outputs = ExportGraphSignature(list(signature.input_specs), output_specs(program, graph))
     functional = rebuild(program, graph, outputs, dict(program.state_dict), dict(program.constants))
@@ -278,6 +355,11 @@ def _captured(
     if len(flat) != len(user):
         raise InputError(f"the program takes {len(user)} inputs, {len(flat)} were given", hint=f"They are {user}")
     dims, notes = _dimensions(functional, flat, user, dynamic_shapes)
+    if hidden := hidden_batch_norms(functional.graph_module):
+        notes.append(
+            f"{hidden} BatchNorms stay unseen in regions of their own (autocast that is on, torch.cond): take them out "
+            "of the region to have them folded"
+        )
     ranges = {
         str(symbol): (int(r.lower), int(r.upper) if r.upper.is_Integer else None)
         for symbol, r in program.range_constraints.items()

@@ -309,7 +309,7 @@ class Graph:
         dead = [value]
         while dead:
             node = dead.pop()
-            if not node.users and node.op == "call_function":
+            if not node.users and node.op == "call_function" and node not in self._gone:
                 dead += node.all_input_nodes
                 self.graph.erase_node(node)
                 self._gone.add(node)

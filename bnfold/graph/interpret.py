@@ -69,7 +69,8 @@ class Runner(fx.Interpreter):
         masters: constants, by their name in the program, that take the place of the stored ones; lets a float16
             program be judged against the float32 weights that it was rounded from.
         jitter: disturbs every floating-point constant by up to half of this, relative: what rounding the constants
-            once to a dtype of that epsilon does.
+            once to a dtype of that epsilon does. Constants that integers or booleans are computed from, and no input
+            with them, stay: 3.0 as an index is no rounded number.
         seed: of that disturbance.
     """
 
@@ -97,6 +98,7 @@ class Runner(fx.Interpreter):
             if masters is not None and spec.target in masters:
                 value = masters[spec.target]
             self._constants[spec.arg.name] = value
+        self._exact = _deciding_constants(program, set(self._constants)) if jitter else frozenset()
         self._user = [
             spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
         ]
@@ -131,7 +133,8 @@ class Runner(fx.Interpreter):
 
     def _raised(self, name: str, constant: Any) -> Any:
         value = raise_tensor(constant)
-        if self._jitter and isinstance(value, Tensor) and value.is_floating_point():
+        rounded = self._jitter and name not in self._exact
+        if rounded and isinstance(value, Tensor) and value.is_floating_point():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
             draw = torch.rand(value.shape, generator=generator, dtype=value.dtype)
             value = value * (1 + self._jitter * (draw - 0.5))
@@ -168,6 +171,21 @@ class Runner(fx.Interpreter):
                 return outer.call_function(target, args, kwargs)
 
         return Inner(module).run
+
+
+def _deciding_constants(program: ExportedProgram, constants: Collection[str]) -> frozenset[str]:
+    """The constants that integers and booleans are computed from, without any input."""
+    sources: dict[fx.Node, frozenset[str]] = {}
+    found: frozenset[str] = frozenset()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in constants:
+            sources[node] = frozenset([node.name])
+        elif node.op == "call_function" and all(operand in sources for operand in node.all_input_nodes):
+            sources[node] = frozenset().union(*(sources[operand] for operand in node.all_input_nodes))
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+                found |= sources[node]
+    return found
 
 
 def constant_of(program: ExportedProgram, target: str) -> Any:

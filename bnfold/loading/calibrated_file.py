@@ -7,7 +7,7 @@ A note in the file names such layers, and the loader gives them buffers first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,24 +20,43 @@ from bnfold.statistics.batchnorms import keep_statistics, lacks_statistics
 NOTE = "running_statistics"
 
 
-def save_calibrated(model: nn.Module, path: Path, gained: Iterable[str]) -> None:
-    """Writes all weights and buffers of ``model``; ``gained`` are the BatchNorms whose class builds them without.
+def save_calibrated(
+    model: nn.Module, path: Path, gained: Iterable[str], notes: Mapping[str, str] | None = None
+) -> None:
+    """Writes all weights and buffers of ``model``.
+
+    Args:
+        model: the calibrated model.
+        path: the file.
+        gained: the BatchNorms which had no running statistics before.
+        notes: of the file that the model's weights came from. They say how it was built before, and stay.
 
     Raises:
         InputError: the state dict holds something that is no tensor.
     """
-    save_weights(model.state_dict(), path, {NOTE: json.dumps(list(gained))})
+    notes = notes or {}
+    names = list(dict.fromkeys((*_named(notes), *gained)))
+    save_weights(model.state_dict(), path, {**notes, NOTE: json.dumps(names)})
 
 
 def switch_on(model: nn.Module, path: Path) -> None:
     """Gives the BatchNorms of ``model`` that a calibrated file has new statistics for room for them, in place."""
-    text = read_notes(path).get(NOTE)
-    try:
-        names = json.loads(text) if text is not None else []
-    except ValueError:
-        names = []  # then the keys of the weights do not fit, and the error says so
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names if isinstance(names, list) else []:
-        norm = modules.get(name) if isinstance(name, str) else None
-        if norm is not None and lacks_statistics(norm):
-            keep_statistics(norm, next(norm.parameters(recurse=False), torch.zeros(())))
+    for name in _named(read_notes(path)):
+        if name in modules:
+            gain_statistics(model, modules[name])
+
+
+def gain_statistics(model: nn.Module, norm: nn.Module) -> None:
+    """Gives a module of ``model`` room for running statistics, where it is a BatchNorm that has none."""
+    if lacks_statistics(norm):
+        weights = (p for module in (norm, model) for p in module.parameters() if p.is_floating_point())
+        keep_statistics(norm, next(weights, torch.zeros(())))
+
+
+def _named(notes: Mapping[str, str]) -> list[str]:
+    try:
+        names = json.loads(notes.get(NOTE, "[]"))
+    except ValueError:
+        return []  # then the keys of the weights do not fit, and the error says so
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -6,7 +6,6 @@ Every kind of source is one row of ``_SOURCES``.
 from __future__ import annotations
 
 import ast
-import copy
 import difflib
 import importlib
 import importlib.util
@@ -22,12 +21,14 @@ from typing import Any
 import torch
 
 from bnfold.errors import InputError, UsageError
+from bnfold.graph.capture import copied
 from bnfold.loading import checkpoint, hubs
 from bnfold.loading.checkpoint import Kind
 from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program
-from bnfold.loading.structure import prepare, stored_ledger
+from bnfold.loading.structure import prepare, stored_ledgers
 from bnfold.loading.user_code import importable, is_inside, user_code
+from bnfold.loading.weights_file import read_notes
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Provenance:
         weights: file name of the weights.
         sha256: of the weights file, or of the file that is the source; None where there is no file.
         parameters: number of parameter elements, a shared one counted once.
+        notes: bnfold's own in the weights' file, which say how the model was rebuilt; a file written of it keeps them.
     """
 
     source: str
     weights: str | None
     sha256: str | None
     parameters: int
+    notes: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def load(
         UsageError: the source is of no known form, or an option does not apply to it.
         ProviderError: the library that the source names is not installed.
         InputError: a file is missing, damaged or of another kind; the user's code fails; the weights do not fit.
+        CaptureError: a model that is there already, or that is to be folded like its weights, cannot be copied.
     """
     request = _Request(
         source, Path(weights) if weights else None, weights_key, strip_prefix, dict(factory_args or {}), unsafe_pickle
@@ -230,7 +234,7 @@ def _from_attribute(request: _Request, module: ModuleType, name: str) -> Loaded:
         if request.factory_args:
             raise UsageError("this is a module and no factory: it takes no --arg", where=request.source)
         # The importing code goes on to own its instance; weights go into a copy.
-        result: Any = copy.deepcopy(factory)
+        result: Any = copied(factory)
     elif callable(factory):
         result = _call(factory, request)
     else:
@@ -251,8 +255,8 @@ def _from_attribute(request: _Request, module: ModuleType, name: str) -> Loaded:
 def _weighted(request: _Request, model: torch.nn.Module) -> torch.nn.Module:
     """The model with the weights that the user names."""
     assert request.weights is not None
-    if (ledger := stored_ledger(request.weights)) is not None:
-        model = prepare(model, ledger)
+    if stored_ledgers(request.weights):
+        model = prepare(model, request.weights)
     checkpoint.load_weights(
         model,
         request.weights,
@@ -362,6 +366,7 @@ def _loaded(
         weights=request.weights.name if request.weights else None,
         sha256=sha256,
         parameters=sum(parameters.values()),
+        notes=read_notes(request.weights) if request.weights else {},
     )
     return Loaded(model, args, dict(kwargs), provenance)
 

@@ -1,4 +1,4 @@
-"""Input normalisation as the first layer of a model, where the fold can take it into the convolution behind it."""
+"""Input normalisation in front of a model, where the fold can take it into the convolution behind it."""
 
 from __future__ import annotations
 
@@ -61,26 +61,39 @@ class Normalization:
             raise UsageError(what, where=f"--mean-std {text}", hint=_SYNTAX) from error
 
 
-class Normalize(nn.Module):
-    """``(x - mean) / std`` along axis 1 of (N, C, ...). Its constants are no part of the state dict."""
+@dataclass(frozen=True)
+class NormalizeFirst:
+    """A hook before a model's forward that normalises the first image among its inputs; the rest stays as it is.
 
-    mean: Tensor
-    std: Tensor
+    Attributes:
+        mean: name of the model's buffer with the means.
+        std: the same with the standard deviations.
+    """
 
-    def __init__(self, normalization: Normalization, ndim: int) -> None:
-        super().__init__()
-        for name, values in zip(("mean", "std"), normalization.constants(ndim)):
-            self.register_buffer(name, values, persistent=False)
+    mean: str
+    std: str
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape as ``x``."""
-        return (x - self.mean) / self.std
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs that the forward is given."""
+        mean, std = getattr(model, self.mean), getattr(model, self.std)
+        for i, value in enumerate(args):
+            if _is_image(value):
+                return (*args[:i], (value - mean) / std, *args[i + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if _is_image(value):
+                return args, {**kwargs, name: (value - mean) / std}
+        return args, kwargs
 
 
 def put_in_front(
     model: nn.Module, normalization: Normalization, args: Sequence[Any] | None, kwargs: Mapping[str, Any], *, where: str
 ) -> None:
     """Lets ``model`` itself normalise its images, by a hook before its ``forward``: its class and its names stay.
+
+    The constants are buffers of the model itself that no state dict holds, and no layer: a forward that iterates over
+    the model's children (``nn.Sequential``) would call one more.
 
     Args:
         model: changed in place.
@@ -104,26 +117,18 @@ def put_in_front(
             where=where,
             hint=hint,
         )
-    layer = Normalize(normalization, 4 if image is None else image.ndim)
-    layer.to(next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0)))
-    name = next(name for name in (_NAME, f"{_NAME}_input", f"_bnfold_{_NAME}") if not hasattr(model, name))
-    model.add_module(name, layer)
-    model.register_forward_pre_hook(_normalize_first, with_kwargs=True)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    mean, std = (part.to(like) for part in normalization.constants(4 if image is None else image.ndim))
+    prefixes = (_NAME, f"{_NAME}_input", f"_bnfold_{_NAME}")
+    hook = next(
+        hook
+        for hook in (NormalizeFirst(f"{prefix}_mean", f"{prefix}_std") for prefix in prefixes)
+        if not hasattr(model, hook.mean) and not hasattr(model, hook.std)
+    )
+    model.register_buffer(hook.mean, mean, persistent=False)
+    model.register_buffer(hook.std, std, persistent=False)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _is_image(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
-
-
-def _normalize_first(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first image among the inputs, normalised; the rest as it is."""
-    layer = next(child for child in module.children() if isinstance(child, Normalize))
-    for i, value in enumerate(args):
-        if _is_image(value):
-            return (*args[:i], layer(value), *args[i + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if _is_image(value):
-            return args, {**kwargs, name: layer(value)}
-    return args, kwargs

@@ -1,23 +1,26 @@
 """Giving an instance of a model's class the structure by which it expresses a fold.
 
 What a fold took away becomes an ``nn.Identity`` (or, of a BatchNorm with its activation in one module, the activation),
-and a layer that needs a bias and has none gains one. The class stays, and with it the names of the state dict.
+and a layer that needs a bias and has none gains one. The class stays, and with it the names of the state dict. A
+BatchNorm that was calibrated before the fold, and stays, has the running statistics that its class may not give it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from bnfold.errors import InputError
+from bnfold.graph.capture import copied
+from bnfold.loading.calibrated_file import gain_statistics, switch_on
 from bnfold.loading.weights_file import read_notes, save_weights
 from bnfold.report import Change, Ledger
 
-#: The note that holds a ledger in a .safetensors file.
+#: The note that holds the ledger in a .safetensors file; of a model that was folded again, those after it are numbered.
 NOTE = "ledger"
 
 
@@ -33,48 +36,80 @@ def prepare(model: nn.Module, ledger: Ledger | str | Path) -> nn.Module:
 
     Raises:
         InputError: the ledger is not of a fold that was written back, or the model is not built like that one.
+        CaptureError: the model cannot be copied.
     """
-    if not isinstance(ledger, Ledger):
-        path, found = Path(ledger), stored_ledger(Path(ledger))
-        if found is None:
-            hint = "bnfold fold SOURCE --eager -o net.safetensors writes such a file"
-            raise InputError("the file holds no ledger of a folded model", where=str(path), hint=hint)
-        ledger = found
-    if ledger.changes is None:
-        hint = "Take the ledger of folded.write_back(model)"
-        raise InputError("this ledger does not say how a class expresses the fold", hint=hint)
-    prepared = copy.deepcopy(model)
-    restructure(prepared, ledger.changes)
+    prepared = copied(model)
+    if isinstance(ledger, Ledger):
+        _restructure_by(prepared, ledger)
+        return prepared
+    path = Path(ledger)
+    ledgers = stored_ledgers(path)
+    if not ledgers:
+        hint = "bnfold fold SOURCE --eager -o net.safetensors writes such a file"
+        raise InputError("the file holds no ledger of a folded model", where=str(path), hint=hint)
+    for stored in ledgers:
+        _restructure_by(prepared, stored)
+    switch_on(prepared, path)
     return prepared
 
 
-def save_written(module: nn.Module, ledger: Ledger, path: Path) -> None:
+def save_written(module: nn.Module, ledger: Ledger, path: Path, notes: Mapping[str, str] | None = None) -> None:
     """Writes the state dict of a model that a fold was written into, with the ledger that ``prepare`` needs.
+
+    Args:
+        module: the model.
+        ledger: of the fold.
+        path: the file.
+        notes: of the file that the model's weights came from. They say how it was built before this fold, and stay.
 
     Raises:
         InputError: the state dict holds something that is no tensor.
     """
-    save_weights(module.state_dict(), path, {NOTE: ledger.to_json()})
+    notes = dict(notes or {})
+    save_weights(module.state_dict(), path, {**notes, _names(len(_names_in(notes)) + 1)[-1]: ledger.to_json()})
 
 
-def stored_ledger(path: Path) -> Ledger | None:
-    """The ledger in a .safetensors file, if there is one.
+def stored_ledgers(path: Path) -> tuple[Ledger, ...]:
+    """The ledgers in a .safetensors file, one for each time that its model was folded, in that order.
 
     Raises:
         InputError: there is one, and it cannot be read.
     """
-    text = read_notes(path).get(NOTE)
-    if text is None:
-        return None
+    notes = read_notes(path)
     try:
-        return Ledger.from_json(text)
+        return tuple(Ledger.from_json(notes[name]) for name in _names_in(notes))
     except ValueError as error:
         hint = "Write the file again with the installed bnfold"
         raise InputError(f"the ledger in the file cannot be read: {error}", where=str(path), hint=hint) from error
 
 
-def restructure(model: nn.Module, changes: Sequence[Change]) -> None:
+def _names(count: int) -> list[str]:
+    """ledger, ledger.2, ledger.3, ..."""
+    return [NOTE, *(f"{NOTE}.{i}" for i in range(2, count + 1))]
+
+
+def _names_in(notes: Mapping[str, str]) -> list[str]:
+    return list(takewhile(notes.__contains__, _names(len(notes))))
+
+
+def _restructure_by(model: nn.Module, ledger: Ledger) -> None:
+    if ledger.changes is None:
+        hint = "Take the ledger of folded.write_back(model)"
+        raise InputError("this ledger does not say how a class expresses the fold", hint=hint)
+    restructure(model, ledger.changes)
+
+
+def restructure(
+    model: nn.Module,
+    changes: Sequence[Change],
+    dress: Callable[[nn.Module, nn.Module], nn.Module] = lambda old, new: new,
+) -> None:
     """Makes ``changes`` in ``model`` itself.
+
+    Args:
+        model: changed in place.
+        changes: of a ledger.
+        dress: the module that takes the place of an old one, of the old one and the new one; by default the new one.
 
     Raises:
         InputError: the model has no such module, or is not built as the changes expect; it may then be half changed.
@@ -84,9 +119,12 @@ def restructure(model: nn.Module, changes: Sequence[Change]) -> None:
     for change, owner in sorted(owners, key=lambda pair: -pair[0].module.count(".")):
         if change.kind == "parameter":
             _gain(owner, change)
+        elif change.kind == "statistics":
+            gain_statistics(model, owner)
         else:
-            by = nn.Identity() if change.kind == "identity" else owner.get_submodule(change.name)
-            _replace(model, owner, by)
+            identity = change.kind == "identity"
+            by = nn.Identity().train(owner.training) if identity else owner.get_submodule(change.name)
+            _replace(model, owner, dress(owner, by))
 
 
 def _module(model: nn.Module, change: Change) -> nn.Module:
@@ -99,7 +137,7 @@ def _module(model: nn.Module, change: Change) -> nn.Module:
             where=type(model).__name__,
             hint="Build it as it was built when it was folded (--arg name=value)",
         ) from error
-    if change.kind != "parameter" and isinstance(found, nn.Identity):
+    if change.kind in ("identity", "child") and isinstance(found, nn.Identity):
         hint = "Give a model as its class builds it"
         raise InputError("this module has been folded away already", where=f"module '{change.module}'", hint=hint)
     return found

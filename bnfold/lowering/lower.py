@@ -84,28 +84,29 @@ def lower(
     Raises:
         LowerError: torch.onnx cannot translate an operator, or the result does not pass onnx.checker.
     """
-    specs = program.graph_signature.output_specs
-    for spec, name in zip(specs, output_names(program)):
-        if isinstance(spec.arg, ConstantArgument) and spec.arg.value is not None:
+    named = zip(program.graph_signature.output_specs, output_names(program), strict=True)
+    # torch.onnx leaves out an output that is None.
+    own = [(s, name) for s, name in named if not isinstance(s.arg, ConstantArgument) or s.arg.value is not None]
+    for spec, name in own:
+        if isinstance(spec.arg, ConstantArgument):
             raise LowerError(
                 f"the model's output '{name}' is {spec.arg.value!r}, no tensor", hint="Leave it out of what it returns"
             )
-    own = len(specs)
-    returned = {spec.arg.name for spec in program.graph_signature.output_specs}
+    returned = {spec.arg.name for spec, _ in own}
     tagged = [name for name in dict.fromkeys(sites) if name not in returned]
     model = translate(_without_assertions(_without_unused_statistics(with_outputs(program, tagged))), opset)
     graph = model.graph
-    for value, name in zip(list(graph.outputs)[own:], tagged):
+    for value, name in zip(list(graph.outputs)[len(own) :], tagged):
         value.name = f"site:{name}"
-    while len(graph.outputs) > own:
+    while len(graph.outputs) > len(own):
         graph.outputs.pop()  # onnx_ir (1.1) leaves what a slice deletes marked as an output
     _strip(model)
     _tidy(model)
     if simplify:
         model = _simplify(model)
     _own_outputs(model.graph)
-    kept = _name(model, dims or {}, list(outputs or output_names(program)))
-    kept |= {s.arg.name: v.name or "" for s, v in zip(program.graph_signature.output_specs, model.graph.outputs)}
+    kept = _name(model, dims or {}, list(outputs or [name for _, name in own]))
+    kept |= {spec.arg.name: v.name or "" for (spec, _), v in zip(own, model.graph.outputs)}
     model.metadata_props.update(metadata or {})
     model.producer_name, model.producer_version = "bnfold", ""
     return Lowered(model, kept)

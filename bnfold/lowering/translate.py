@@ -176,6 +176,16 @@ def _transposed(node: fx.Node, given: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
+def _convolved(node: fx.Node, given: dict[str, Any]) -> None:
+    """onnxscript (0.7) gives a conv3d without a bias one of zeros with two axes, which ONNX Runtime refuses."""
+    rank = len(_size(given["weight"])) - 2
+    stride, padding, dilation = (_spread(given[name], rank) for name in ("stride", "padding", "dilation"))
+    _become(
+        node, _ATEN.convolution.default, given["input"], given["weight"], given["bias"], stride, padding, dilation,
+        False, [0] * rank, given["groups"],
+    )  # fmt: skip
+
+
 def _named_padding(node: fx.Node, given: dict[str, Any]) -> None:
     """``padding="same"`` pads by ``dilation * (k - 1)`` in all; where that is odd a pad of its own is needed."""
     kernel = _size(given["weight"])[2:]
@@ -226,6 +236,7 @@ _REWRITES: dict[OpOverload, Callable[[fx.Node, dict[str, Any]], None]] = {
     _ATEN.conv_transpose1d.default: _transposed,
     _ATEN.conv_transpose2d.input: _transposed,
     _ATEN.conv_transpose3d.input: _transposed,
+    _ATEN.conv3d.default: _convolved,
     _ATEN.conv1d.padding: _named_padding,
     _ATEN.conv2d.padding: _named_padding,
     _ATEN.conv3d.padding: _named_padding,

@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from bnfold.report import CheckReport, ExportReport, LayerRange
+from bnfold.report import CheckReport, ExportReport, LayerRange, OutputResult
 from bnfold.report.ranges import SPREAD_LIMIT
 
 
-def judged(ratio: float, check: CheckReport) -> str:
-    """One output's own verdict; a run of one batch size may have failed although the median did not."""
-    if ratio > check.limit:
+def judged(output: OutputResult, check: CheckReport) -> str:
+    """One output's own verdict. What a problem names is no pass, whatever its ratio: integers have none."""
+    if output.ratio > check.limit:
         return "fail"
-    if math.isnan(ratio):  # nothing finite to compare
+    if math.isnan(output.ratio):  # nothing finite to compare
         return "inconclusive"
-    return check.verdict if check.verdict != "fail" else "pass"
+    return check.verdict if check.verdict != "fail" or problem_of(output, check) else "pass"
+
+
+def problem_of(output: OutputResult, check: CheckReport) -> str | None:
+    """The first of the problems that names an output of a candidate."""
+    where = f"{output.candidate.removesuffix(' in float64')}, output '{output.output}'"
+    return next((problem for problem in check.problems if problem.startswith(where)), None)
 
 
 def int8_warnings(report: ExportReport) -> Iterator[str]:
@@ -49,15 +56,17 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
     if check is None or check.passed:
         return []
     kind, suffix = report.kind, ".pt2" if report.kind == "fold" else ".onnx"
+    asked = Path(report.source.get("given", {}).get("output") or f"net{suffix}")
     if isinstance(report, CheckReport):
         file, kept = report.file or "net.onnx", True
     else:
         kept = report.file is not None
-        file = report.file.path if report.file is not None else f"net.failed{suffix}"
-    again = _call(report.source, kind, file if kind == "check" else f"net{suffix}")
+        file = report.file.path if report.file is not None else str(asked.with_stem(f"{asked.stem}.failed"))
+    again = _call(report.source, kind, file if kind == "check" else str(asked))
     steps = []
     if check.verdict == "inconclusive":
-        steps.append(("judge it on more samples, and real ones", again(data="samples.npz", samples="64")))
+        more = str(max(64, 2 * check.samples))
+        steps.append(("judge it on more samples, and real ones", again(data="samples.npz", samples=more)))
     if not kept:
         steps.append(("keep the file that failed", again(keep_failed="")))
     if suffix == ".onnx" and check.verdict == "fail":
@@ -68,17 +77,27 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
 
 
 def _call(source: Mapping[str, Any], kind: str, file: str) -> Callable[..., str]:
-    """How a command is run again with more options: on the command line, or in Python where it came from there."""
+    """How a command is run again with more options: on the command line, or in Python where it came from there.
+
+    What the command line was given is kept, as far as ``kind`` takes it; without it only the model is known.
+    """
+    given = source.get("given", {})
+    weights = [["--weights", str(source["weights"])]] if source.get("weights") else []
+    known: list[list[str]] = given.get("options", {}).get(kind, weights)
 
     def command(**options: str) -> str:
-        words = [str(source["source"]), *(["--weights", str(source["weights"])] if source.get("weights") else [])]
+        more = {f"--{name.replace('_', '-')}": [value] if value else [] for name, value in options.items()}
+        if any(group[0] == "--data" for group in known):
+            more.pop("--data", None)  # real samples are there already
+        words = [str(given.get("source", source["source"]))]
+        words += [word for group in known if group[0] not in more for word in group]
         words = [kind, file, *words] if kind in ("check", "bisect") else [kind, *words, "-o", file]
-        for name, value in options.items():
-            words += [f"--{name.replace('_', '-')}", *([value] if value else [])]
+        for name, value in more.items():
+            words += [name, *value]
         return "python -m bnfold " + shlex.join(words)
 
     def python(**options: str) -> str:
-        known = {"data": "samples", "samples": "64", "keep_failed": "True"}
+        known = {"data": "samples", "samples": options.get("samples", ""), "keep_failed": "True"}
         words = [f"{name}={known[name]}" for name in options if name in known]
         function = "pipeline.save_folded" if kind == "fold" else kind
         given = [repr(file), "model"] if kind in ("check", "bisect") else ["model", repr(file)]

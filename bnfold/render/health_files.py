@@ -17,18 +17,19 @@ Case = tuple[str, str, str, str]
 
 def health_sections(report: Diagnosis) -> Iterator[Section]:
     """What is wrong with which BatchNorm, all of them, and a picture of their scales and shifts."""
+    heads = ("module", "severity", "code", "detail")
     rows = [(", ".join(finding.modules), finding.severity, finding.code, finding.detail) for finding in report.findings]
     codes = dict.fromkeys(finding.code for finding in report.findings)
-    if rows:
+    if rows or report.notes:
         yield section(
             "health", "BatchNorm health", ("notes", list(report.notes)),
-            ("table", Table("Findings, the worst first", ("module", "severity", "code", "detail"), rows, (0, 2))),
+            ("table", rows and Table("Findings, the worst first", heads, rows, (0, 2))),
             ("reasons", [(code, *FINDINGS[code][1:]) for code in codes]),
         )  # fmt: skip
-    heads = ("module", "kind", "channels", "eps", "momentum", "affine", "mode", "statistics", "calls", "scale", "shift")
+    about = ("module", "kind", "channels", "eps", "momentum", "affine", "mode", "statistics", "calls", "scale", "shift")
     if report.norms:
-        cells = [[COLUMNS[head](norm) for head in heads] for norm in report.norms]
-        yield section("layers", "BatchNorms", ("table", Table("All of them", heads, cells)))
+        cells = [[COLUMNS[head](norm) for head in about] for norm in report.norms]
+        yield section("layers", "BatchNorms", ("table", Table("All of them", about, cells)))
     pictured = [(n.module, _five(n.scale), _five(n.shift)) for n in report.norms if n.scale and n.shift]
     if pictured:
         yield norm_section(pictured)

@@ -10,7 +10,7 @@ from itertools import starmap
 from typing import Literal
 
 from bnfold.render import words
-from bnfold.render.advice import judged, next_steps
+from bnfold.render.advice import judged, next_steps, problem_of
 from bnfold.render.health_files import junit_cases, plan_of
 from bnfold.report import BaselineRow, CalibrationReport, CheckReport, Diagnosis, Entry, ExportReport, LatencyReport
 
@@ -52,9 +52,10 @@ def _judged(root: ET.Element, check: CheckReport, advice: str) -> None:
         cases = []
         for o in (o for o in check.outputs if o.candidate == candidate):
             numbers = f"error {words.error(o.error)}, noise {words.error(o.noise)}"
-            verdict = judged(o.ratio, check)
+            verdict = judged(o, check)
             what = f"output '{o.output}', {candidate}: {_ratio(o.ratio, check.limit)}; {numbers}"
-            cases.append(_case(o.output, verdict, what, what + advice))
+            why = problem_of(o, check) if verdict != "pass" and o.ratio <= check.limit else None
+            cases.append(_case(o.output, verdict, why or what, (why or what) + advice))
         _suite(root, f"outputs: {candidate}", cases)
     for candidate in dict.fromkeys(s.candidate for s in check.sites):
         cases = []

@@ -62,6 +62,10 @@ class Page:
             row.rstrip()
             self._console.print(Text.assemble((label.ljust(_LABEL) if i == 0 else " " * _LABEL, "bold"), row))
 
+    def whole(self, text: str) -> None:
+        """Prints what is to be copied, in one line however wide it is."""
+        self._console.print(Text(" " * _LABEL + text), soft_wrap=True)
+
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table under the last line; where it would not fit, a line per row."""
         widths = [max(map(cell_len, column)) for column in zip(titles, *rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -140,12 +141,12 @@ def _checked(check: CheckReport, page: Page, *, verbose: bool) -> None:
         count = len({site.value for site in check.sites})
         ratio, limit = number(check.site_ratio), number(check.site_limit)
         page.line("", f"{plural(count, 'fold site')}: worst ratio {ratio} (limit {limit}) at '{worst.module}'")
-    shown = list(check.outputs) if verbose else _worst_candidates(check.outputs)
+    shown = list(check.outputs) if verbose else _worst_candidates(check)
     for output in shown if verbose else shown[:_SHOWN]:
         candidate = f" [{output.candidate}]" if verbose else ""
         page.line(
             "", f"{output.output}{candidate}: noise {error(output.noise)}", f"error {error(output.error)}",
-            f"ratio {number(output.ratio)} (limit {number(check.limit)})", _verdict(judged(output.ratio, check)),
+            f"ratio {number(output.ratio)} (limit {number(check.limit)})", _verdict(judged(output, check)),
         )  # fmt: skip
     if len(shown) > _SHOWN and not verbose:
         page.line("", f"{len(shown) - _SHOWN} more outputs with smaller ratios: --verbose lists them")
@@ -161,14 +162,18 @@ def _checked(check: CheckReport, page: Page, *, verbose: bool) -> None:
     baseline_lines(check.baseline, page, verbose=verbose)
 
 
-def _worst_candidates(outputs: Sequence[OutputResult]) -> list[OutputResult]:
+def _worst_candidates(check: CheckReport) -> list[OutputResult]:
     """For every output the candidate that is furthest off; the furthest output first where there are too many."""
+
+    def badness(output: OutputResult) -> tuple[bool, float]:
+        return judged(output, check) != "pass", math.inf if math.isnan(output.ratio) else output.ratio
+
     worst: dict[str, OutputResult] = {}
-    for output in outputs:
-        if output.output not in worst or not output.ratio <= worst[output.output].ratio:
+    for output in check.outputs:
+        if output.output not in worst or badness(output) > badness(worst[output.output]):
             worst[output.output] = output
     found = list(worst.values())
-    return found if len(found) <= _SHOWN else sorted(found, key=lambda output: -output.ratio)
+    return found if len(found) <= _SHOWN else sorted(found, key=badness, reverse=True)
 
 
 def _verdict(verdict: str) -> Text:
@@ -208,7 +213,8 @@ def _spreads(layer: LayerRange) -> tuple[str, str, str, str]:
 
 def _next(report: ExportReport | CheckReport, page: Page) -> None:
     for i, (what, command) in enumerate(next_steps(report)):
-        page.line("" if i else "Next", f"{what}: {command}")
+        page.line("" if i else "Next", f"{what}:")
+        page.whole(f"  {command}")
 
 
 def _left(ledger: Ledger, page: Page, *, verbose: bool) -> None:

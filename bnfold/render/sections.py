@@ -39,7 +39,7 @@ def problem_section(report: ExportReport | CheckReport, check: CheckReport) -> I
 def judged_sections(check: CheckReport) -> Iterator[Section]:
     """What was judged and the outputs, accuracy, and whatever else the check found out."""
     rows = [
-        (o.output, _verdict(judged(o.ratio, check)), words.number(o.ratio), o.candidate, words.error(o.noise),
+        (o.output, _verdict(judged(o, check)), words.number(o.ratio), o.candidate, words.error(o.noise),
          words.error(o.error))
         for o in check.outputs
     ]  # fmt: skip

@@ -32,7 +32,7 @@ class Agreement:
         output: its name.
         samples: how many.
         sqnr: signal to quantisation noise, ``10 log10(sum before² / sum (after - before)²)``, in dB; infinite where
-            they are bitwise equal.
+            they are bitwise equal, NaN where only ``before`` is all zero.
         difference: RMS of the difference, absolute.
         p50, p90, p99, max: percentiles over the samples of the difference, RMS over RMS.
         worst: index of the sample that differs most.

@@ -150,13 +150,14 @@ class Change:
 
     Attributes:
         module: its qualified name.
-        kind: an ``"identity"`` takes its place, its own ``"child"`` does, or it gains a ``"parameter"``.
+        kind: an ``"identity"`` takes its place, its own ``"child"`` does, it gains a ``"parameter"``, or it is a
+            BatchNorm with running ``"statistics"``, which it gains where its class builds it without.
         name: of the child or of the parameter.
         shape: of the parameter.
     """
 
     module: str
-    kind: Literal["identity", "child", "parameter"]
+    kind: Literal["identity", "child", "parameter", "statistics"]
     name: str = ""
     shape: tuple[int, ...] = ()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import os
@@ -103,14 +102,17 @@ def torch_contestant(
     Raises:
         InputError: the module does not run on these arguments.
         ProviderError: torch has no CUDA where CUDA is asked for.
+        CaptureError: the module cannot be copied.
     """
     import torch
     from torch.utils import _pytree as pytree
 
+    from bnfold.graph.capture import copied
+
     if device == "cuda" and not torch.cuda.is_available():
         raise ProviderError("this torch cannot use CUDA", hint="Leave --source out, or use --device cpu")
     if device == "cuda" or any(module.training for module in model.modules()):
-        model = copy.deepcopy(model).eval().to(device)
+        model = copied(model).eval().to(device)
     args, named = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, dict(kwargs or {})))
 
     def run() -> Any:

@@ -18,12 +18,13 @@ from bnfold.runtime.runtime import Array, open_session
 
 
 def placement(
-    model: str | os.PathLike[str] | bytes, feeds: Mapping[str, Array], *, device: str = "cpu", optimized: bool = True
-) -> Placement:
+    model: str | os.PathLike[str] | bytes, feeds: Mapping[str, Array], *, device: str = "cpu", optimized: bool = True,
+    beside: Path | None = None,
+) -> Placement:  # fmt: skip
     """Runs the model once with ONNX Runtime's profiler on, and counts its nodes by provider.
 
     Args:
-        model, device, optimized: as for ``runtime.open_session``.
+        model, device, optimized, beside: as for ``runtime.open_session``.
         feeds: an array for each input, by name.
 
     Raises:
@@ -31,8 +32,9 @@ def placement(
     """
     with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
         session = open_session(
-            model, device="cuda" if device == "cuda" else "cpu", optimized=optimized, profile=Path(folder) / "profile"
-        )
+            model, device="cuda" if device == "cuda" else "cpu", optimized=optimized, profile=Path(folder) / "profile",
+            beside=beside,
+        )  # fmt: skip
         try:
             session.run(feeds)
         finally:

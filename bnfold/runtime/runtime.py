@@ -61,11 +61,12 @@ def open_session(
     disabled_optimizers: Sequence[str] = (),
     spinning: bool = False,
     profile: Path | None = None,
+    beside: Path | None = None,
 ) -> Session:
     """Open a model in ONNX Runtime on exactly the device asked for.
 
     Args:
-        model: path of an ONNX file, or its content. Content with external data is refused: it has no folder.
+        model: path of an ONNX file, or content.
         device: "cuda" never falls back to the CPU.
         optimized: all of ONNX Runtime's graph optimisations, or none.
         threads: for the operators of a CPU session; None leaves the choice to ONNX Runtime.
@@ -73,6 +74,8 @@ def open_session(
         disabled_optimizers: names of single optimisations to leave out.
         profile: write a profile into a file whose name begins with this, until ``Session.end_profiling``.
         spinning: threads wait for work as the runtime's defaults have it, but only while a run lasts.
+        beside: the file that content was made from: its external data lie in the same folder, and messages name it.
+            Content with external data is refused without it: it has no folder.
 
     Raises:
         InputError: there is no such file, or its external data is missing, damaged or outside its folder.
@@ -84,7 +87,7 @@ def open_session(
         raise _no_cuda(problem)
     return open_on(
         model, device, optimized=optimized, threads=threads, tf32=tf32, disabled_optimizers=disabled_optimizers,
-        spinning=spinning, profile=profile,
+        spinning=spinning, profile=profile, beside=beside,
     )  # fmt: skip
 
 

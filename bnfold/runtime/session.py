@@ -195,11 +195,12 @@ def open_on(
     spinning: bool = False,
     cpu_fallback: bool = True,
     profile: Path | None = None,
+    beside: Path | None = None,
 ) -> Session:
     """Opens a model on a device that nobody has looked at before; ``runtime.open_session`` is for everyone else.
 
     Args:
-        model, optimized, threads, tf32, disabled_optimizers, spinning: as for ``open_session``.
+        model, optimized, threads, tf32, disabled_optimizers, spinning, beside: as for ``open_session``.
         device: "cpu" or "cuda".
         cpu_fallback: let nodes that CUDA does not implement run on the CPU.
         profile: what the name of a profile's file begins with; it is written until ``end_profiling``.
@@ -208,7 +209,8 @@ def open_on(
         BnfoldError: as for ``open_session``.
     """
     ort = onnxruntime()
-    where = "the model" if isinstance(model, bytes) else os.fspath(model)
+    file = beside if isinstance(model, bytes) else model
+    where = "the model" if file is None else os.fspath(file)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise InputError("there is no such file", where=where, hint="Name an existing ONNX file")
     wanted = CUDA if device == "cuda" else CPU
@@ -219,7 +221,8 @@ def open_on(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if isinstance(model, bytes):
         # ONNX Runtime would look for external data in the current folder, and take whatever has that name there.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        folder = os.devnull if beside is None else os.fspath(beside.parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     providers: list[Any] = [CPU] if wanted == CPU else [(CUDA, {"use_tf32": str(int(tf32))}), CPU]
     try:
         session = ort.InferenceSession(
@@ -228,6 +231,7 @@ def open_on(
     except Exception as error:
         raise _explain(error, where, running=False) from error
     session.disable_fallback()
+    session._model_bytes = None  # kept for a fallback, of which there is none, as long as the session lives
     provider = session.get_providers()[0]
     if provider != wanted:
         raise ProviderError(f"asked for {wanted}, got {provider}", where=where, hint="Run: python -m bnfold doctor")

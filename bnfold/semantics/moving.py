@@ -105,22 +105,24 @@ class Same(Semantics):
 class Average(Semantics):
     """A weighted mean along ``axes`` of its operand: ``mean(s*x + t) = s*mean(x) + t`` where s, t are constant there.
 
-    ``drops``: the axes are gone from the output. ``sums_to_one`` is false where padded zeros are counted, or for a sum;
-    then only a scale passes.
+    ``drops``: the axes are gone from the output. ``total`` is what the weights sum to, one but for a sum of so many
+    elements: ``sum(s*x + t) = s*sum(x) + total*t``. ``no_shift`` is why only a scale passes, where the weights do not
+    sum to one number everywhere: padded zeros are counted, or the number of elements is dynamic.
     """
 
     slot: str
     axes: tuple[int, ...]
     ndim: int
     drops: bool = False
-    sums_to_one: bool = True
+    total: float = 1.0
+    no_shift: str | None = None
     #: For a pool that is a convolution with equal weights: its window and how it walks.
     window: tuple[int, ...] = ()
     geometry: Geometry | None = None
 
     def _check(self, affine: Affine) -> No | None:
-        if not self.sums_to_one and affine.has_shift:
-            return No("zero-padding", "its weights do not sum to one everywhere, so a shift would change")
+        if self.no_shift is not None and affine.has_shift:
+            return No(self.no_shift, "its weights do not sum to one number everywhere, so a shift would change")
         if set(self.axes) & set(affine.varies()):
             return No("other-axis", "the affine varies along the axis that is averaged")
         return None
@@ -134,14 +136,14 @@ class Average(Semantics):
                 out.scale.reshape([1 if dropped else next(scale) for dropped in shape]),
                 out.shift.reshape([1 if dropped else next(shift) for dropped in shape]),
             )
-        return self._check(out) or Yes(operands={self.slot: out})
+        return self._check(out) or Yes(operands={self.slot: Affine(out.scale, out.shift / self.total)})
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
         """Commutes."""
         if set(given) != {self.slot}:
             return No("nonlinear", "the weights of the average depend on it")
-        affine = given[self.slot]
-        refused = self._check(affine)
+        refused = self._check(given[self.slot])
+        affine = Affine(given[self.slot].scale, given[self.slot].shift * self.total)
         if refused or not self.drops:
             return refused or Yes(out=affine)
         kept = [axis for axis in range(self.ndim) if axis not in self.axes]
@@ -153,5 +155,5 @@ class Average(Semantics):
         )
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Where its operand does, a shift only if the weights sum to one."""
-        return operands[self.slot] and (self.sums_to_one or not shift)
+        """Where its operand does, a shift only if the weights sum to one number."""
+        return operands[self.slot] and (self.no_shift is None or not shift)

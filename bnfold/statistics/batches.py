@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.errors import BnfoldError, InputError, UsageError
-from bnfold.gate.data import load_data, select
-from bnfold.gate.stored import Rows, in_order
+from bnfold.gate.data import select
+from bnfold.gate.stored import Rows, in_order, open_arrays
 
 #: What a model is called with: one tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
 Batch = Any
@@ -72,16 +72,18 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 def inputs_of(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the inputs that ``forward`` needs, and of those that it can do without."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in many]
     needed = [p.name for p in parameters if p.default is p.empty]
     return needed, [p.name for p in parameters if p.default is not p.empty]
 
 
 def data_batches(
     model: nn.Module, data: Path | str | Mapping[str, Any], size: int
-) -> tuple[Callable[[], Iterator[dict[str, Tensor]]], int]:
+) -> tuple[Callable[[], Iterator[Batch]], int]:
     """Batches of the rows of ``data``, by the names of ``forward``'s parameters, and how many rows there are.
+
+    For a ``forward(*inputs)``, which names none, there may be one array; that and what has no keyword is positional.
 
     Args:
         model: says what its inputs are called and, by its own parameters, in which precision it takes them.
@@ -93,18 +95,35 @@ def data_batches(
     """
     needed, optional = inputs_of(model)
     names = [*needed, *optional]
+    where = str(data) if isinstance(data, (str, Path)) else None
+    known: Mapping[str, Rows]
     if isinstance(data, (str, Path)):
-        arrays, _ = load_data(Path(data), names, optional=optional)
+        known = open_arrays(Path(data))
     else:
         known = {name: np.asarray(value) for name, value in data.items()}
-        arrays, _ = select(known, names, optional=optional)
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    positional = inspect.Parameter.POSITIONAL_ONLY in kinds
+    if not names and inspect.Parameter.VAR_POSITIONAL in kinds:
+        positional = True
+        names = [name for name in known if name not in ("labels", "targets")]
+        if len(names) != 1:
+            raise InputError(
+                f"forward names no inputs, and the data has {len(names)} arrays",
+                where=where,
+                hint="Give one array, or a model whose forward names its inputs",
+            )
+    arrays, _ = select(known, names, optional=optional, where=where)
     if not arrays:
-        where = str(data) if isinstance(data, (str, Path)) else None
         what = f"no array for {names[0] if names else 'an input'}"
         raise InputError(what, where=where, hint="Name it like the input")
     floats = (t.dtype for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point())
     dtype = next(floats, torch.float32)
-    return lambda: _batches(arrays, size, dtype), min(map(len, arrays.values()))
+
+    def read() -> Iterator[Batch]:
+        for batch in _batches(arrays, size, dtype):
+            yield tuple(batch.values()) if positional else batch
+
+    return read, min(map(len, arrays.values()))
 
 
 def _batches(arrays: Mapping[str, Rows], size: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:

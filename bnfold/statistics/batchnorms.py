@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,29 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     if isinstance(module, _NormBase):
         return "instance_norm"
     return "custom" if any(True for _ in module.parameters(recurse=False)) else "frozen"
+
+
+def sharers(norms: Mapping[str, nn.Module]) -> dict[str, str]:
+    """For every BatchNorm the first that has its running_mean or its running_var: itself where none shares them."""
+    first: dict[str, str] = {}
+    # The tensors are kept while their ids count: a computed one is another at every look.
+    owner: dict[int, tuple[str, Tensor]] = {}
+    for name, norm in norms.items():
+        own = [tensor for key, tensor in own_tensors(norm).items() if key in STATISTICS]
+        first[name] = next((owner[id(tensor)][0] for tensor in own if id(tensor) in owner), name)
+        for tensor in own:
+            owner.setdefault(id(tensor), (first[name], tensor))
+    return first
+
+
+def without_numbers(module: nn.Module) -> str | None:
+    """Why a BatchNorm's tensors cannot be reckoned with; None where they can."""
+    for tensor in own_tensors(module).values():
+        if tensor.is_complex():
+            return "complex"
+        if tensor.is_meta:
+            return "on the meta device, without values"
+    return None
 
 
 def is_unshaped(module: nn.Module) -> bool:
@@ -84,8 +107,10 @@ def keep_statistics(module: nn.Module, like: Tensor) -> None:
 
 
 @contextmanager
-def watching_inputs(norms: Mapping[str, nn.Module], watch: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """While it lasts, ``watch`` is called with the input of every one of ``norms`` before it runs."""
+def watching_inputs(
+    norms: Iterable[tuple[str, nn.Module]], watch: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """While it lasts, ``watch`` is called with the name and the input of every one of ``norms`` before it runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def entering(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -93,7 +118,7 @@ def watching_inputs(norms: Mapping[str, nn.Module], watch: Callable[[str, nn.Mod
 
         return entering
 
-    handles = [norm.register_forward_pre_hook(hook(name), with_kwargs=True) for name, norm in norms.items()]
+    handles = [norm.register_forward_pre_hook(hook(name), with_kwargs=True) for name, norm in norms]
     try:
         yield
     finally:

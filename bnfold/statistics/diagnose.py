@@ -18,7 +18,13 @@ from bnfold.graph.capture import Captured, eval_copy, tensor_inputs
 from bnfold.graph.interpret import Runner
 from bnfold.report import FINDINGS, Finding, NormHealth
 from bnfold.statistics.batches import call, data_batches
-from bnfold.statistics.batchnorms import batch_norms, is_unshaped, lacks_statistics, watching_inputs
+from bnfold.statistics.batchnorms import (
+    batch_norms,
+    is_unshaped,
+    lacks_statistics,
+    watching_inputs,
+    without_numbers,
+)
 from bnfold.statistics.distance import FREEDOM, Distance, Sampled
 from bnfold.statistics.findings import channel_finding, layer_findings, model_findings
 from bnfold.statistics.layers import Layer, module_layers, program_layers, spread
@@ -68,15 +74,16 @@ def examine(
         layers = in_graph
     else:
         calls = None if args is None and not kwargs else _count_calls(model, args or (), kwargs or {}, notes)
-        layers = _joined(module_layers(model, calls), in_graph)
+        layers = _joined(model, module_layers(model, calls), in_graph)
+        notes += _left_out(model)
     found = [finding for layer in layers for finding in layer_findings(layer)] + model_findings(layers)
     samples = 0
     if data is not None and any(layer.shapeless for layer in layers):
         notes.append("a model with lazy layers cannot be run yet: nothing was compared with the data")
     elif data is not None and layers:
-        sampled: dict[str, Sampled] = {}
+        sampled: dict[Layer, Sampled] = {}
         if isinstance(model, nn.Module):
-            samples = _feed_module(model, data, layers, sampled, progress)
+            samples = _feed_module(model, data, [layer for layer in layers if not layer.inputs], sampled, progress)
         if captured is not None and program is not None:
             of_graph = [layer for layer in layers if layer.inputs]
             samples = _feed_program(captured, data, of_graph, sampled, progress) if of_graph else samples
@@ -93,16 +100,35 @@ def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda f: (_SEVERITIES.index(f.severity), codes.index(f.code))))
 
 
-def _joined(own: list[Layer], in_graph: list[Layer]) -> list[Layer]:
-    """The modules' BatchNorms, and those of the captured graph that belong to none of them."""
-    graph = {layer.health.module: layer for layer in in_graph}
-    names = {layer.health.module for layer in own}
-    for i, layer in enumerate(own):
-        seen = graph.get(layer.health.module)
-        if seen is not None and not seen.health.track_running_stats and layer.health.track_running_stats:
-            # It has statistics and its code normalises with those of the batch all the same.
-            own[i] = replace(layer, health=replace(layer.health, track_running_stats=False))
-    return own + [layer for layer in in_graph if layer.health.module not in names]
+def _joined(model: nn.Module, own: list[Layer], in_graph: list[Layer]) -> list[Layer]:
+    """The modules' BatchNorms with what the graph knows of them, and those of the graph that belong to none of them.
+
+    A call in the graph is a module's where it reads that module's running mean, whatever name either goes by, and
+    without a running mean of its own where it takes place in that module.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    means = [getattr(modules[layer.health.module], "running_mean", None) for layer in own]
+    place = {id(mean): i for i, mean in reversed([*enumerate(means)]) if mean is not None}
+    place |= {id(modules[layer.health.module]): i for i, layer in enumerate(own)}
+    rest = []
+    for seen in in_graph:
+        owner, _, attribute = seen.target.rpartition(".")
+        mean = getattr(modules.get(owner), attribute, None) if attribute else None
+        i = None if mean is None else place.get(id(mean))
+        if i is None and (mean is None or owner != seen.health.module):
+            i = place.get(id(modules.get(seen.health.module)))
+        if i is None:
+            rest.append(seen)
+            continue
+        health = own[i].health
+        if not seen.health.track_running_stats:
+            # It may have statistics: its code normalises with those of the batch all the same.
+            health = replace(health, track_running_stats=False)
+        if health.calls == 0:  # of the module itself; its tensors are used
+            own[i] = replace(own[i], inputs=seen.inputs)
+            health = replace(health, calls=seen.health.calls)
+        own[i] = replace(own[i], health=health)
+    return own + rest
 
 
 def _count_calls(
@@ -117,7 +143,7 @@ def _count_calls(
 
     try:
         duplicate = eval_copy(model)
-        with torch.no_grad(), watching_inputs(_norms(duplicate), count):
+        with torch.no_grad(), watching_inputs(_norms(duplicate).items(), count):
             duplicate(*args, **kwargs)
     except Exception as error:
         message = " ".join(str(error).split("\n")[0].split())
@@ -130,21 +156,26 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: norm for name, norm in batch_norms(model).items() if not is_unshaped(norm)}
 
 
+def _left_out(model: nn.Module) -> list[str]:
+    whys = {name: without_numbers(norm) for name, norm in _norms(model).items()}
+    return [f"layer '{name}' is {why}: it was not looked at" for name, why in whys.items() if why]
+
+
 # -- against data ------------------------------------------------------------------------------------------------------
 
 
 def _feed_module(
-    model: nn.Module, data: Any, layers: list[Layer], sampled: dict[str, Sampled], progress: Progress
+    model: nn.Module, data: Any, layers: list[Layer], sampled: dict[Layer, Sampled], progress: Progress
 ) -> int:
     read, samples = data_batches(model, data, BATCH)
     duplicate = eval_copy(model)
-    norms = {name: norm for name, norm in _norms(duplicate).items() if not lacks_statistics(norm)}
     known = {layer.health.module: layer for layer in layers}
+    norms = {name: norm for name, norm in _norms(duplicate).items() if name in known and not lacks_statistics(norm)}
 
     def sample(name: str, norm: nn.Module, x: Tensor) -> None:
-        _add(sampled, name, known[name], x)
+        _add(sampled, known[name], x)
 
-    with torch.no_grad(), watching_inputs(norms, sample):
+    with torch.no_grad(), watching_inputs(norms.items(), sample):
         for done, batch in enumerate(read()):
             call(duplicate, batch)
             progress("health", min((done + 1) * BATCH, samples), samples)
@@ -152,7 +183,7 @@ def _feed_module(
 
 
 def _feed_program(
-    captured: Captured, data: Any, layers: list[Layer], sampled: dict[str, Sampled], progress: Progress
+    captured: Captured, data: Any, layers: list[Layer], sampled: dict[Layer, Sampled], progress: Progress
 ) -> int:
     names = tensor_inputs(captured.program)
     if isinstance(data, (str, Path)):
@@ -165,7 +196,7 @@ def _feed_program(
     for flat, count in _flat_batches(captured, arrays):
         runner(flat, keep=set(wanted))
         for name, layer in wanted.items():
-            _add(sampled, layer.health.module, layer, runner.kept[name])
+            _add(sampled, layer, runner.kept[name])
         done += count
         progress("health", done, samples)
     return samples
@@ -178,20 +209,22 @@ def _flat_batches(captured: Captured, arrays: Mapping[str, Any]) -> Iterator[tup
     yield from stored_batches(captured.names, captured.flat, arrays, size=size, fixed=fixed)
 
 
-def _add(sampled: dict[str, Sampled], name: str, layer: Layer, x: Tensor) -> None:
+def _add(sampled: dict[Layer, Sampled], layer: Layer, x: Tensor) -> None:
     mean = layer.stored.get("running_mean")
-    if mean is None or x.ndim < 2 or x.shape[1] != mean.numel() or not x.is_floating_point():
+    if mean is None or x.ndim < 2 or x.shape[1] != mean.numel() or not x.is_floating_point() or not x.numel():
+        return
+    if layer.health.kind == "instance_norm":  # its variance is the mean of those of single samples, not that of all
         return
     new = Sampled.of(x, mean.to(x.device))
-    sampled[name] = sampled[name] + new if name in sampled else new
+    sampled[layer] = sampled[layer] + new if layer in sampled else new
 
 
-def _compared(layers: list[Layer], sampled: Mapping[str, Sampled]) -> tuple[list[Layer], list[Finding]]:
+def _compared(layers: list[Layer], sampled: Mapping[Layer, Sampled]) -> tuple[list[Layer], list[Finding]]:
     """The layers with their distance from the data, and a finding for those that are far."""
     total = sum(len(known.values.mean) for known in sampled.values())
     result, found = [], list[Finding]()
     for layer in layers:
-        known = sampled.get(layer.health.module)
+        known = sampled.get(layer)
         mean, variance = layer.wide("running_mean"), layer.wide("running_var")
         if known is None or mean is None or variance is None:
             result.append(layer)

@@ -93,7 +93,7 @@ def never_trained(layer: Layer) -> Iterator[Finding]:
 def vanishing_variance(layer: Layer) -> Iterator[Finding]:
     """A variance below eps in a channel that has a gamma to speak of."""
     variance = layer.wide("running_var")
-    if variance is None:
+    if variance is None or not layer.per_channel:
         return
     largest = (layer.gamma.abs() + layer.beta.abs()).nan_to_num(0, 0, 0).max()
     below = (variance >= 0) & (variance < layer.eps) & (layer.gamma.abs() > _epsilon(layer) * largest)
@@ -106,7 +106,7 @@ def vanishing_variance(layer: Layer) -> Iterator[Finding]:
 def dead_channels(layer: Layer) -> Iterator[Finding]:
     """A channel that is a constant."""
     variance = layer.wide("running_var")
-    spread = layer.gamma.abs() if layer.stored else None
+    spread = layer.gamma.abs() if layer.per_channel else None
     if spread is not None and variance is not None:
         spread = spread * (variance / (variance + layer.eps)).sqrt()  # NaN where the variance is not one
     if spread is not None:
@@ -172,7 +172,7 @@ def shared_statistics(layer: Layer) -> Iterator[Finding]:
     if (layer.health.calls or 0) > 1:
         yield _finding("shared-statistics", layer, f"called {layer.health.calls} times")
     if layer.shared:
-        yield _finding("shared-statistics", layer, f"its running_mean is that of {', '.join(layer.shared)} too")
+        yield _finding("shared-statistics", layer, f"its statistics are those of {', '.join(layer.shared)} too")
 
 
 def not_called(layer: Layer) -> Iterator[Finding]:

@@ -21,6 +21,8 @@ from bnfold.statistics.batchnorms import (
     lacks_statistics,
     norm_kind,
     own_tensors,
+    sharers,
+    without_numbers,
 )  # fmt: skip
 
 
@@ -32,6 +34,7 @@ class Layer:
         health: what is printed of it.
         stored: weight, bias, running_mean and running_var as they are stored, flat; those that are there.
         inputs: in a captured program, names of the values that it normalises, one per call.
+        target: in a captured program, the name of its running mean; "" where it has none of its own.
         shapeless: a lazy layer that has seen no input.
         shared: other names that its statistics have.
     """
@@ -41,6 +44,7 @@ class Layer:
     inputs: tuple[str, ...] = ()
     shapeless: bool = False
     shared: tuple[str, ...] = field(default=())
+    target: str = ""
 
     @property
     def eps(self) -> float:
@@ -50,6 +54,11 @@ class Layer:
     def wide(self, name: str) -> Tensor | None:
         """A stored tensor in float64."""
         return self.stored[name].double() if name in self.stored else None
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether its tensors agree in how many channels there are; those of a BatchNorm by groups do not."""
+        return len({tensor.numel() for tensor in self.stored.values()}) == 1
 
     @property
     def gamma(self) -> Tensor:
@@ -65,27 +74,26 @@ class Layer:
 
     @property
     def affine(self) -> tuple[Tensor, Tensor] | None:
-        """Scale and shift; None where the batch decides."""
+        """Scale and shift; None where the batch decides, or where its tensors are not of one value per channel."""
         mean, variance = self.wide("running_mean"), self.wide("running_var")
-        if mean is None or variance is None:
+        if mean is None or variance is None or not self.per_channel:
             return None
         scale = self.gamma / (variance + self.eps).sqrt()
         return scale, self.beta - mean * scale
 
 
 def module_layers(model: nn.Module, calls: Mapping[str, int] | None) -> list[Layer]:
-    """The BatchNorms of an eager module.
+    """The BatchNorms of an eager module, without those that cannot be reckoned with (``without_numbers``).
 
     Args:
         calls: how often an example run calls each; None where nothing ran.
     """
     found = []
     norms = batch_norms(model)
-    owners: dict[int, list[str]] = {}
+    owner = sharers({name: norm for name, norm in norms.items() if not lacks_statistics(norm)})
     for name, norm in norms.items():
-        if (mean := own_tensors(norm).get("running_mean")) is not None:
-            owners.setdefault(id(mean), []).append(name)
-    for name, norm in norms.items():
+        if not is_unshaped(norm) and without_numbers(norm):
+            continue
         kind = norm_kind(norm)
         assert kind is not None
         shapeless = is_unshaped(norm)
@@ -107,8 +115,8 @@ def module_layers(model: nn.Module, calls: Mapping[str, int] | None) -> list[Lay
             calls=None if calls is None else calls.get(name, 0),
             dtype=_dtype(own_tensors(norm)),
         )
-        others = next((names for names in owners.values() if name in names), [name])
-        found.append(_summed(Layer(health, stored, (), shapeless, tuple(other for other in others if other != name))))
+        shared = tuple(other for other in owner if other != name and owner[other] == owner.get(name))
+        found.append(_summed(Layer(health, stored, (), shapeless, shared)))
     return found
 
 
@@ -154,7 +162,7 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
         )
         if norm.batch_statistics:
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith("running")}
-        found[key] = Layer(health, stored, (norm.data.name,))
+        found[key] = Layer(health, stored, (norm.data.name,), target=target)
     return [_summed(layer) for layer in found.values()]
 
 

@@ -41,10 +41,14 @@ class Moments:
     @classmethod
     def _of_part(cls, values: Tensor) -> Moments:
         rows = values.double().transpose(0, 1).flatten(1)
+        if not rows.shape[1]:
+            return cls(0, rows.new_zeros(len(rows)), rows.new_zeros(len(rows)))
         mean = rows.mean(1)
         return cls(rows.shape[1], mean, (rows - mean[:, None]).square().sum(1))
 
     def __add__(self, other: Moments) -> Moments:
+        if not (self.count and other.count):
+            return self if self.count else other
         count = self.count + other.count
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)

@@ -155,7 +155,7 @@ class Reader:
         if pointwise and len(operands) == len(given) == 1:
             return _hull([call.run({next(call.slots())[0]: torch.linspace(*given[0], POINTS, dtype=torch.float64)})])
         if isinstance(semantics, (Movement, Same, Homogeneous)) or (
-            isinstance(semantics, Average) and semantics.sums_to_one
+            isinstance(semantics, Average) and semantics.no_shift is None and semantics.total == 1
         ):
             slots = semantics.slots if isinstance(semantics, (Movement, Homogeneous)) else (semantics.slot,)
             parts = [known[node] for node in map(call.at, slots) if node in known]

@@ -1,22 +1,29 @@
 """Which BatchNorms wait for which: the passes in which their inputs can be measured.
 
 The statistics of a BatchNorm are those of its inputs, which depend on the statistics of every BatchNorm before it. All
-that wait for the same ones can be measured in one pass over the data. Who waits for whom is what the data flow of one
-run says: every operator hands the marks of what it reads to what it writes, so that slices, in-place writes, indices
-and detached tensors count too. A number that Python reads off a tensor may decide about anything that comes later.
+that wait for the same ones can be measured in one pass over the data. Who waits for whom is what the data flow says:
+every operator hands the marks of what it reads to what it writes, so that slices, in-place writes, indices and detached
+tensors count too. What Python learns of a tensor, be it a number, a list, a NumPy array or how many values a mask left,
+may decide about anything that comes later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import graphlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfold.errors import InputError
 from bnfold.statistics.batchnorms import tensors_in
+
+#: What hands a tensor's values to Python without an operator.
+_LEAVING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,15 @@ class Schedule:
         return sum(site.module == module for wave in self.waves for site in wave)
 
 
-def schedule(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> Schedule:
-    """Runs a model once and says in which passes the inputs of ``modules`` can be measured.
+def schedule(before: Mapping[Site, Iterable[Site]]) -> Schedule:
+    """In which passes the inputs at the sites can be measured.
 
     Args:
-        run: runs the model on an example.
-        modules: the BatchNorms in question, by qualified name.
+        before: for every site those that it waits for, in the order of the calls; of one run, or of several together.
+
+    Raises:
+        InputError: two layers are called in one order in one run and in the other order in another.
     """
-    before = _trace(run, modules)  # in the order of the calls
     reach: dict[str, set[str]] = {site.module: set() for site in before}
     for site, sources in before.items():
         reach[site.module] |= {source.module for source in sources}
@@ -67,10 +75,9 @@ def schedule(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> Schedu
     finished: dict[str, int] = {}
     for group in _in_order(reach):
         first = 1 + max((finished[name] for name in set().union(*(reach[n] for n in group)) - group), default=-1)
-        inner = [site for site in before if site.module in group]
-        for site in inner:
-            within = [depth[source] + 1 for source in before[site] if source.module in group]
-            depth[site] = max([first, *within])
+        inner = {site: [s for s in before[site] if s.module in group] for site in before if site.module in group}
+        for site in _in_turn(inner):
+            depth[site] = max([first, *(depth[source] + 1 for source in inner[site])])
         finished |= dict.fromkeys(group, max(depth[site] for site in inner))
     waves: list[list[Site]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
     for site in before:
@@ -89,14 +96,50 @@ def _in_order(reach: Mapping[str, set[str]]) -> Sequence[set[str]]:
     return sorted(groups, key=lambda group: len(set[str]().union(*(reach[name] for name in group)) | group))
 
 
-def _trace(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> dict[Site, frozenset[Site]]:
-    """Every call of a module in one run, and the calls whose results its input was computed from."""
+def _in_turn(inner: Mapping[Site, Iterable[Site]]) -> list[Site]:
+    try:
+        return list(graphlib.TopologicalSorter(inner).static_order())
+    except graphlib.CycleError as error:
+        names = " and ".join(f"'{name}'" for name in dict.fromkeys(site.module for site in error.args[1]))
+        raise InputError(
+            f"layers {names} feed each other in one order in some batches and in the other order in others",
+            hint="Only the one-pass scheme (scheme='one-pass', --scheme one-pass) can measure them",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a model.
+
+    Attributes:
+        before: every call of a module, and the calls whose results its input was computed from.
+        told: the calls whose results Python learnt something of, by which it may decide what is called next.
+    """
+
+    before: Mapping[Site, frozenset[Site]]
+    told: frozenset[Site]
+
+
+def trace(
+    run: Callable[[], Any],
+    modules: Iterable[tuple[str, nn.Module]],
+    free: Callable[[Site, nn.Module, Tensor], None] = lambda site, module, x: None,
+) -> Trace:
+    """Follows the data through one run of a model.
+
+    Args:
+        run: runs the model on an example.
+        modules: the BatchNorms in question by qualified name; further ones of a name count as further calls of it.
+        free: called with the input of every site that waits for none.
+    """
     marks, found, calls = _Marks(), dict[Site, frozenset[Site]](), dict[str, int]()
 
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
             site = Site(name, calls.get(name, 0))
             found[site] = marks.read(tensors_in([args, kwargs]))
+            if not found[site]:
+                free(site, module, next(tensors_in([args, kwargs])))
 
         def leaving(module: nn.Module, args: Any, output: Any) -> None:
             site = Site(name, calls.get(name, 0))
@@ -108,16 +151,16 @@ def _trace(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> dict[Sit
 
     handles = []
     try:
-        for name, module in modules.items():
+        for name, module in modules:
             entering, leaving = hooks(name)
             handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
-        with torch.no_grad(), marks:
+        with torch.no_grad(), marks, _Leaving(marks):
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return Trace(found, marks.everywhere)
 
 
 class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -126,11 +169,11 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._of: dict[int, frozenset[Site]] = {}
-        self._everywhere: frozenset[Site] = frozenset()
+        self.everywhere: frozenset[Site] = frozenset()
 
     def read(self, tensors: Any) -> frozenset[Site]:
         """The marks of any of ``tensors``."""
-        return self._everywhere.union(*(self._of.get(_storage(tensor), frozenset()) for tensor in tensors))
+        return self.everywhere.union(*(self._of.get(_storage(tensor), frozenset()) for tensor in tensors))
 
     def write(self, tensor: Tensor, marks: frozenset[Site]) -> None:
         """Replaces the marks of a tensor."""
@@ -145,11 +188,25 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for argument, value in zip(schema.arguments if schema is not None else (), args):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written += tensors_in(value)
-        if isinstance(result, (bool, int, float, complex)):
-            self._everywhere = marks
+        told = torch.Tag.dynamic_output_shape in getattr(func, "tags", ())
+        if told or isinstance(result, (bool, int, float, complex)):
+            self.everywhere = marks
         for tensor in written:
             self.write(tensor, marks)
         return result
+
+
+class _Leaving(TorchFunctionMode):
+    """Marks everything that comes later when the values of a tensor go where no operator is seen."""
+
+    def __init__(self, marks: _Marks) -> None:
+        super().__init__()
+        self._marks = marks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVING:
+            self._marks.everywhere = self._marks.read(tensors_in([list(args), kwargs or {}]))
+        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,0 +1,221 @@
+"""The gate on outputs of a few numbers, on None, on NaN, on faults at one batch size, on constants that decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.export import Dim
+
+import bnfold
+from bnfold.gate.candidates import EagerCandidate, TorchCandidate
+from bnfold.gate.following import Follower
+from bnfold.gate.gate import Gate
+from bnfold.gate.reference import Findings, References
+from bnfold.gate.samples import batches
+from bnfold.graph.capture import capture
+from bnfold.graph.graph import Graph
+from bnfold.graph.interpret import Runner
+from bnfold.passes.folding import fold
+
+torch.set_num_threads(1)
+IMAGE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self, run: Callable[[Tensor], Any], layers: int = 2) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for i in range(layers):
+            parts += [nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+        self.body, self.run = nn.Sequential(*parts), run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self.body(x))
+
+
+def net(run: Callable[[Tensor], Any], layers: int = 2, seed: int = 0) -> nn.Module:
+    return zoo.randomize(zoo.he_init(Net(run, layers)), seed).eval()
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [
+        (lambda y: (y, None), ["output_0"]),
+        (lambda y: (None, y.tanh()), ["output_1"]),
+        (lambda y: {"aux": None, "logits": y}, ["logits"]),
+        (lambda y: (y, None, y * 2), ["output_0", "output_2"]),
+    ],
+)
+def test_none_among_the_outputs(run, names, tmp_path):
+    report = bnfold.export(net(run), tmp_path / "net.onnx", (IMAGE,), device="cpu")
+    assert report.passed, report.check.problems
+    assert list(dict.fromkeys(output.output for output in report.check.outputs)) == names
+    assert bnfold.check(tmp_path / "net.onnx", net(run), (IMAGE,), device="cpu").passed
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_output_of_one_number_is_no_lottery(seed, tmp_path):
+    report = bnfold.export(net(torch.mean, 14, seed), tmp_path / "net.onnx", (IMAGE,), device="cpu", seed=seed)
+    assert report.passed, report.check.problems
+    assert len(report.check.batches) == 3 and report.check.samples > 16  # ten runs
+
+
+def judged(module: nn.Module, change: Callable[[dict[str, Tensor]], None] | None = None) -> bnfold.CheckReport:
+    captured = capture(module, (IMAGE,))
+    graph = Graph(captured.program)
+    ledger = fold(graph)
+    folded = graph.finish()
+    if change is not None:
+        change(folded.state_dict)
+    return Gate(captured, ledger, folded).judge()
+
+
+def test_an_output_of_one_number_that_is_wrong_fails():
+    def change(constants):
+        constants["body.0.weight"] = constants["body.0.weight"] * (1 + 1e-4)
+
+    assert judged(net(torch.mean, 3)).verdict == "pass" and judged(net(torch.mean, 3), change).verdict == "fail"
+
+
+def test_float64_excuses_no_fault_at_one_batch_size(monkeypatch):
+    run = TorchCandidate.run
+
+    def wrong_alone(self, flat):
+        outputs = run(self, flat)
+        precise = self._runner.precise
+        return [value * 1.05 if len(flat[0]) == 1 and not precise else value for value in outputs]
+
+    monkeypatch.setattr(TorchCandidate, "run", wrong_alone)
+    report = judged(net(torch.tanh))
+    assert report.verdict == "fail" and "at batch 1" in report.problems[0] and not report.notes
+
+
+def test_an_output_without_numbers_beside_one_that_is_looked_at_twice(monkeypatch):
+    run = TorchCandidate.run
+
+    def rough(self, flat):
+        outputs = run(self, flat)
+        generator = torch.Generator().manual_seed(0)
+        noise = 0.0 if self._runner.precise else 4e-7
+        return [outputs[0] + noise * torch.randn(outputs[0].shape, generator=generator), *outputs[1:]]
+
+    monkeypatch.setattr(TorchCandidate, "run", rough)
+    report = judged(net(lambda y: (y.tanh(), y * torch.nan)))
+    assert report.verdict == "inconclusive", report.problems
+    assert any("rounding in torch's kernels" in note for note in report.notes)
+
+
+class Reordered(nn.Module):
+    """Channels in an order that is kept as floats, and a branch that no output shows."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second, self.last = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2, 5, 4, 7, 6]).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.norm(self.first(x)).relu()[:, self.order.long()]
+        return self.last(self.second(middle)).relu() * 1e-9 + x.mean((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_constant_that_decides_is_not_disturbed(dtype):
+    def change(constants):
+        constants["second.weight"] = constants["second.weight"] * 1.05
+
+    module = zoo.randomize(Reordered(dtype)).eval()
+    assert judged(module).verdict == "pass" and judged(module, change).verdict == "fail"
+    program = capture(module, (IMAGE,)).program
+    moved, still = (Runner(program, precise=True, jitter=jitter)((IMAGE,)) for jitter in (1e-7, 0.0))
+    assert torch.allclose(moved[0], still[0], rtol=1e-5) and not torch.equal(moved[0], still[0])
+
+
+def references(module: nn.Module) -> References:
+    captured = capture(module, (IMAGE,))
+    made = batches(captured.program, captured.names, captured.flat)
+    found = References(captured, made, Findings(), 4.0, lambda *_: None)
+    found.run()
+    return found
+
+
+def test_nan_is_a_misfit():
+    ready = references(net(torch.tanh))
+    right = EagerCandidate("right", ready.captured)
+    wrong = EagerCandidate("wrong", ready.captured)
+    wrong.run = lambda flat: [torch.where(torch.rand(v.shape) < 0.1, torch.nan, v) for v in right.run(flat)]
+    assert Follower(ready, right).misfit(0) < 16 and Follower(ready, wrong).misfit(0) == torch.inf
+
+
+def test_what_is_not_judged_stays_out_of_the_verdict():
+    """A follower that was given findings of its own says nothing in those of the references."""
+    ready = references(net(lambda y: y.flatten(1).topk(4).values))
+    wrong = EagerCandidate("TF32", ready.captured)
+    wrong.run = lambda flat: [value * 0 for value in ready.captured.run_eager(tuple(flat))][:0]
+    own = Findings()
+    follower = Follower(ready, wrong, None, own)
+    follower.run(0)
+    follower.report()
+    assert not ready.findings.problems
+
+
+@pytest.mark.parametrize(("low", "expected"), [(4, [4, 7, 5]), (2, [1, 2, 7, 6]), (8, [8, 8])])
+def test_a_declared_least_batch_is_kept(low, expected):
+    shapes = ({0: Dim("n", min=low, max=64)},)
+    captured = capture(net(torch.tanh), (torch.randn(8, 3, 12, 12),), dynamic_shapes=shapes)
+    made = batches(captured.program, captured.names, captured.flat, ranges=captured.ranges)
+    assert [batch.size for batch in made if batch.size != 64] == expected
+
+
+def test_a_bias_free_conv3d_is_exported(tmp_path: Path):
+    module = nn.Sequential(nn.Conv3d(3, 4, 3, 1, 1, bias=False), nn.ReLU(), nn.Conv3d(4, 2, 1, bias=False))
+    report = bnfold.export(module, tmp_path / "net.onnx", (torch.randn(2, 3, 4, 6, 6),), device="cpu")
+    assert report.passed, report.check.problems
+
+
+class Two(nn.Module):
+    """Two inputs whose batches torch.export cannot tell to be one; only equal ones make sense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.einsum("bchw,bc->bhw", x, self.table(y))
+
+
+def test_inputs_have_one_batch_unless_told_otherwise():
+    captured = capture(Two(), (IMAGE, torch.randn(2, 4)))
+    report = Gate(captured, bnfold.Ledger(), captured.program).judge()
+    assert report.verdict == "pass" and not report.notes
+
+
+class Apart(nn.Module):
+    """Two inputs whose batches torch.export keeps apart."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, y.flatten(1)
+
+
+def test_batches_kept_apart_are_tried_alike():
+    captured = capture(Apart(), (IMAGE, torch.randn(2, 4, 3)))
+    assert len(captured.batches_alike) == 1
+    for alike, same in ((captured.batches_alike, True), ((), False)):
+        made = batches(captured.program, captured.names, captured.flat, alike=alike)
+        assert all(b.flat[0].shape[0] == b.flat[1].shape[0] == b.size for b in made) == same
+    apart = capture(Apart(), (IMAGE, torch.randn(2, 4, 3)), dynamic_shapes=({0: Dim("n")}, {0: Dim("m")}))
+    assert not apart.batches_alike
+
+
+def test_bfloat16_in_the_model_itself_needs_no_option(tmp_path: Path):
+    """ONNX has a bfloat16 convolution from opset 22 on, whoever asked for bfloat16."""
+    module = net(torch.tanh).bfloat16()
+    report = bnfold.export(module, tmp_path / "net.onnx", (IMAGE.bfloat16(),), device="cpu", check=False)
+    assert report.file.opset >= 22
+    assert bnfold.export(net(torch.tanh), tmp_path / "net.onnx", (IMAGE,), device="cpu", check=False).file.opset < 22

@@ -1,0 +1,84 @@
+"""Regions of a captured graph: those that change no value are looked into, autocast that rounds is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import bnfold
+from bnfold.errors import InputError
+from bnfold.graph.capture import capture
+
+torch.set_num_threads(1)
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        )
+        self.tail = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+
+
+class OtherDevice(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=True):
+            x = self.body(x)
+        return self.tail(x)
+
+
+class Off(Net):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.body(x))
+
+
+class Gradients(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            first, second = self.body(x), x.mean()
+        return self.tail(first) + second
+
+
+class Nested(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            with torch.enable_grad():
+                x = self.body(x)
+            x = x * 2
+        return self.tail(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("kind", [OtherDevice, Off, Gradients, Nested])
+def test_what_changes_no_value_is_looked_into(kind, tmp_path):
+    module = zoo.randomize(kind()).eval()
+    report = bnfold.export(module, tmp_path / "net.onnx", (IMAGE,), device="cpu")
+    assert report.passed and report.ledger.count() == (3, 3) and report.file.batch_norms == 0
+    assert not any("wrap_with" in str(node.target) for node in capture(module, (IMAGE,)).program.graph.nodes)
+    assert {entry.module for entry in report.ledger.batch_norms} == {"body.1", "body.4", "tail.1"}
+
+
+class Rounding(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.body(x)
+        return self.tail(x.float())
+
+
+def test_autocast_that_rounds_stays_and_is_told():
+    folded = bnfold.fold(zoo.randomize(Rounding()).eval(), (IMAGE,))
+    assert folded.ledger.count() == (1, 1)
+    assert any("2 BatchNorms stay unseen" in note for note in folded.captured.notes)
+    assert any("wrap_with_autocast" in str(node.target) for node in folded.program.graph.nodes)
+
+
+def test_a_torchscript_module_is_refused_by_name():
+    with pytest.deprecated_call():
+        scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), IMAGE)
+    with pytest.raises(InputError, match="TorchScript module"):
+        bnfold.fold(scripted, (IMAGE,))
