@@ -513,3 +513,40 @@ def test_failures_say_where_and_the_way_out(name: str, capfd: pytest.CaptureFixt
 def test_a_violated_constraint_names_the_dimension() -> None:
     with pytest.raises(CaptureError, match=r"(?i)constraints violated \(n\).*--static"):
         capture(Net(SPECIALISED["a comparison"]), (X,), dynamic_shapes=(({0: Dim("n")},),))
+
+
+class Collecting(nn.Module):
+    """Reads what a hook collects, as extractors of features do."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.body, self.head, self.seen = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), {}
+        if hook == "of the model":
+            seen = self.seen
+            self.body.register_forward_hook(lambda module, given, found: seen.update(body=found))
+        else:
+            self.body.register_forward_hook(self.collect)
+
+    def collect(self, module: nn.Module, given: Any, found: torch.Tensor) -> None:
+        self.seen["body"] = found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.body(x)
+        return self.head(self.seen["body"])
+
+
+@pytest.mark.parametrize("hook", ["of the model", "a method"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hook_that_holds_the_model_itself(hook: str, training: bool) -> None:
+    model = Collecting(hook).train(training)
+    model.head.eval()
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        model(x + 1)
+    if hook == "of the model":
+        with pytest.raises(CaptureError, match="a copy of the model computes something else"):
+            capture(model, (x,))
+    else:
+        captured = capture(model, (x,))
+        assert torch.equal(captured.run_eager((x,))[0], model(x))
+    assert [m.training for m in (model, model.body, model.head)] == [training, training, False]

@@ -219,3 +219,18 @@ def test_bfloat16_in_the_model_itself_needs_no_option(tmp_path: Path):
     report = bnfold.export(module, tmp_path / "net.onnx", (IMAGE.bfloat16(),), device="cpu", check=False)
     assert report.file.opset >= 22
     assert bnfold.export(net(torch.tanh), tmp_path / "net.onnx", (IMAGE,), device="cpu", check=False).file.opset < 22
+
+
+@pytest.mark.parametrize(("kept", "verdict"), [(True, "inconclusive"), (False, "pass")])
+def test_outputs_that_read_no_input_are_no_pass(kept, verdict):
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.table * 2,) if kept else (self.table * 2, x * self.table[0])
+
+    captured = capture(Kept(), (IMAGE,))
+    report = Gate(captured, bnfold.Ledger(), captured.program).judge()
+    assert report.verdict == verdict and kept == any("no output depends" in said for said in report.problems)

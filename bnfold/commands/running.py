@@ -161,6 +161,7 @@ def with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Repor
     }
     return replace(report, source=report.source | {"given": given})
 
+
 def _options(word: Callable[[Any], str], command: str) -> list[list[str]]:
     """The options that this run was given and ``command`` takes, each with its value as the command line has it."""
     from bnfold.commands import COMMANDS  # each of which needs this module

@@ -130,6 +130,11 @@ class Gate:
         self.progress("check", len(candidates) + 1, len(candidates) + 1)
         if not outputs:
             self._findings.problems.append("no output was compared")
+        if captured.names and not _reads_inputs(captured):
+            self._findings.doubts.append(
+                "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
+                "constant"
+            )
         self._findings.once()
         self._say_where(sites)
         problems, doubts, notes = self._findings.problems, self._findings.doubts, self._findings.notes
@@ -239,6 +244,15 @@ class Gate:
             tf32=tf32, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
             disabled=disabled,
         )  # fmt: skip
+
+
+def _reads_inputs(captured: Captured) -> bool:
+    """Whether an output depends on a user input."""
+    reached = {node for node in captured.program.graph.nodes if node.name in captured.names}
+    for node in captured.program.graph.nodes:
+        if any(operand in reached for operand in node.all_input_nodes):
+            reached.add(node)
+    return captured.program.graph.output_node() in reached
 
 
 def _has_summaries(captured: Captured) -> bool:

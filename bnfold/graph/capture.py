@@ -32,6 +32,7 @@ from bnfold.errors import CaptureError, InputError
 from bnfold.graph.functional import make_functional
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.regions import hidden_batch_norms, inline_regions
+from bnfold.graph.stale import refuse_stale
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def capture(
     args, kwargs = _distinct(tuple(args or ()), dict(kwargs or {}))
     masters: dict[str, Tensor] | None = None
     module = eval_copy(model)
+    refuse_stale(model, module, args, kwargs)
     if dtype is not None:
         stored = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         masters = {name: tensor.detach() for name, tensor in stored if tensor.is_floating_point()}
