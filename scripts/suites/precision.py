@@ -30,7 +30,7 @@ float32, so that part of the noise is in no file and ratios below 1 are the rule
 NETS = ("mlp", "resnet_basic", "resnet_bottleneck", "mobilenet_v2", "shufflenet_v2", "densenet", "preact_resnet",
         "squeeze_excite", "repvgg", "levit", "convnext", "poolformer", "nextvit", "unet")  # fmt: skip
 QUICK = ("mlp", "resnet_basic")
-SEEDS = 3
+SEEDS = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 #: "bnfold, checked" writes the file of "bnfold".
 TOOL_NAMES = [name for name in TOOLS if name != "bnfold, checked"]
