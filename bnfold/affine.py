@@ -116,9 +116,15 @@ class Affine:
 
 def _compressed(t: Tensor, *, fill: bool = False) -> Tensor:
     for axis in range(t.ndim):
+        first = t.narrow(axis, 0, 1)
         if t.shape[axis] <= 1:
             continue
+        if bool((t == first).all()):
+            t = first
+            continue
         free = t.isnan()
+        if not bool(free.any()):
+            continue
         low = t.masked_fill(free, torch.inf).amin(axis, keepdim=True)
         high = t.masked_fill(free, -torch.inf).amax(axis, keepdim=True)
         all_free = low > high

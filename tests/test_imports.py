@@ -49,9 +49,10 @@ ALLOWED: dict[str, str] = {
     "inputs": "errors",
     "capture": "errors functional program regions stale",
     "regions": "",
+    "threads": "",
     "stale": "errors",
     "functional": "errors",
-    "folding": "affine aten graph plan report semantics",
+    "folding": "affine aten graph plan report semantics threads",
     "plan": "graph report",
     "equalize": "affine folding graph plan report semantics",
     "ranges": "affine aten capture graph interpret report semantics",
@@ -61,7 +62,7 @@ ALLOWED: dict[str, str] = {
     "lower": "errors names program translate",
     "translate": "errors",
     "gate": "accuracy adversarial candidates capture data devices errors following interpret matching optimizers"
-    " outputs reference report runtime samples sites stored",
+    " outputs reference report runtime samples sites stored threads",
     "outputs": "candidates decisions following judge names reference report",
     "bisection": "candidates capture errors file_graph following functional matching optimizers reference report"
     " samples sites stored",

@@ -42,6 +42,7 @@ from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
+from bnfold.graph.threads import one_thread
 from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
 from bnfold.runtime.runtime import provider_notes
 
@@ -273,19 +274,11 @@ def _has_summaries(captured: Captured) -> bool:
 
 @contextlib.contextmanager
 def _threads_that_pay(captured: Captured) -> Iterator[None]:
-    """One thread for a model that runs in a blink.
-
-    torch's threads wait for one another by spinning: on a busy machine that made the check of a small net 25 times
-    slower, and on an idle one it saves such a net nothing.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    """One thread for a model that runs in a blink: several save it nothing, and cost much on a busy machine."""
+    with one_thread() as threads:
         start = time.perf_counter()
         with contextlib.suppress(Exception):  # whoever runs it next reports that
             Runner(captured.program)(captured.flat)
         if time.perf_counter() - start > LONG_RUN:
             torch.set_num_threads(threads)
         yield
-    finally:
-        torch.set_num_threads(threads)

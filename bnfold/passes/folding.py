@@ -18,6 +18,7 @@ from torch import Tensor
 from bnfold import aten
 from bnfold.affine import Affine
 from bnfold.graph.graph import Graph, Node, UnknownSizeError
+from bnfold.graph.threads import one_thread
 from bnfold.passes.plan import Edit, Plan, Words, follow
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
@@ -36,7 +37,8 @@ def fold(graph: Graph) -> Ledger:
     Deterministic; linear in the nodes that each affine's region touches.
     """
     graph.materialise()
-    return Folder(graph).run()
+    with one_thread():  # many small operators
+        return Folder(graph).run()
 
 
 class Folder:

@@ -46,17 +46,12 @@ class Movement(Semantics):
     def pull(self, out: Affine) -> Answer:
         """Scatters what is asked of the outputs to the elements they came from; copies must agree."""
         index, bounds = self._index()
-        made_up = index == 0
-        if bool(made_up.any()) and bool((out.shift.expand(index.shape)[made_up].nan_to_num() != 0).any()):
+        if bool((index == 0).any()) and bool((out.shift.expand(index.shape)[index == 0].nan_to_num() != 0).any()):
             return No("zero-padding", "a shift would have to reach into padded zeros")
-        flat = index.flatten()
         found = []
         for wanted in (out.scale, out.shift):
-            wanted = wanted.expand(index.shape).flatten()
-            known = (flat > 0) & ~wanted.isnan()
-            buffer = torch.full((bounds[-1],), torch.nan, dtype=torch.float64)
-            buffer[flat[known]] = wanted[known]
-            if not bool((buffer[flat[known]] == wanted[known]).all()):
+            buffer = _scattered(index, wanted, bounds[-1])
+            if buffer is None:
                 return No("copies-differ", "one element is copied to places with different affines")
             found.append(buffer)
         operands = {}
@@ -80,6 +75,22 @@ class Movement(Semantics):
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """Where all its operands do."""
         return all(operands[slot] for slot in self.slots)
+
+
+def _scattered(index: Tensor, wanted: Tensor, size: int) -> Tensor | None:
+    """A vector of ``size`` with ``wanted``, broadcast, at ``index``; None where two wishes for one element differ.
+
+    What is not wished for is free. Index 0 stands for no element, and what is free is no wish.
+    """
+    free = wanted.isnan()
+    if bool(free.any()):
+        index = index.masked_fill(free, 0)
+    index, wanted = index.flatten(), wanted.expand(index.shape).flatten()
+    buffer = torch.full((size,), torch.nan, dtype=torch.float64).scatter_(0, index, wanted)
+    distinct = size - int(buffer.isnan().count_nonzero())
+    if distinct < len(index) and not bool(((buffer.gather(0, index) == wanted) | (index == 0)).all()):
+        return None
+    return buffer
 
 
 @dataclass(frozen=True)
