@@ -10,7 +10,7 @@ readers, an element that none of them reads is *free*: NaN in the tensors. ``set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,18 @@ class Affine:
         """The same affine with leading axes of size 1, for a value with ``ndim`` axes."""
         lead = (1,) * (ndim - self.ndim)
         return Affine(self.scale.reshape(lead + self.scale.shape), self.shift.reshape(lead + self.shift.shape))
+
+    def without_axes(self, axes: Collection[int]) -> Affine:
+        """The same affine for a value that has lost ``axes``, along which it does not vary."""
+        kept = [axis for axis in range(self.ndim) if axis not in axes]
+        return Affine(*(t.reshape([t.shape[axis] for axis in kept]) for t in (self.scale, self.shift)))
+
+    def with_axes(self, axes: Collection[int]) -> Affine:
+        """The same affine for a value that has ``axes`` too, along which it does not vary."""
+        found = self
+        for axis in sorted(axes):
+            found = Affine(found.scale.unsqueeze(axis), found.shift.unsqueeze(axis))
+        return found
 
 
 def _compressed(t: Tensor, *, fill: bool = False) -> Tensor:

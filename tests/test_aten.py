@@ -52,16 +52,19 @@ OPAQUE = {
     "tanh": torch.tanh,
     "softplus": F.softplus,
     "exp": torch.exp,
-    "log": lambda x: (x.abs() + 1).log(),
-    "sqrt": lambda x: x.abs().sqrt(),
-    "rsqrt": lambda x: (x.abs() + 1).rsqrt(),
+    "log": lambda x: (x**2 + 1).log(),
+    "sqrt": lambda x: (x**2).sqrt(),
+    "rsqrt": lambda x: (x**2 + 1).rsqrt(),
     "pow": lambda x: x**2,
     "erf": torch.erf,
-    "abs": torch.abs,
+    "square": torch.square,
+    "reciprocal": lambda x: (x**2 + 1).reciprocal(),
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "var": lambda x: x.var((2, 3), keepdim=True),
+    "std": lambda x: x.std((2, 3), keepdim=True),
     "softmax": lambda x: x.softmax(1),
     "log_softmax": lambda x: x.log_softmax(1),
-    "layer_norm": lambda x: F.layer_norm(x, (6,)),
-    "group_norm": lambda x: F.group_norm(x, 2),
     "rms_norm": lambda x: F.rms_norm(x, (6,)),
     "native_layer_norm": lambda x: ops.native_layer_norm(x, [6], None, None, 1e-5)[0],
     "native_group_norm": lambda x: ops.native_group_norm(x, None, None, x.shape[0], 4, 30, 2, 1e-5)[0],
@@ -78,7 +81,7 @@ def test_an_opaque_row_refuses_both_ways(row):
         build(lambda m, x: m.conv(run(m.norm(x))), **conv_and_norm()), noise(*IMAGE), left={"nonlinear", "model-input"}
     )
     assert f"aten.{row}" in str(operators_of(after)) and f"aten.{row}" in str(operators_of(before))
-    if row not in ("log", "sqrt", "rsqrt"):  # abs comes first
+    if row not in ("log", "sqrt", "rsqrt", "reciprocal"):  # a power comes first
         assert after.ledger.left[0].refusals[0].operator == before.ledger.left[0].refusals[1].operator == f"aten.{row}"
 
 

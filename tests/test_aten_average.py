@@ -237,10 +237,16 @@ POSITIVE = [
     Positive("max_pool2d_with_indices", lambda x: ops.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])[0],
              shifts=True),
     Positive("max_pool3d_with_indices", lambda x: F.max_pool3d(x, 2, return_indices=True)[0], VOLUME, shifts=True),
+    Positive("adaptive_max_pool1d", lambda x: F.adaptive_max_pool1d(x, 3), SEQUENCE, shifts=True),
+    Positive("adaptive_max_pool2d", lambda x: F.adaptive_max_pool2d(x, (2, 1)), shifts=True),
+    Positive("adaptive_max_pool3d", lambda x: F.adaptive_max_pool3d(x, 1), VOLUME, shifts=True),
+    Positive("amax", lambda x: x.amax((2, -1), keepdim=True), shifts=True),
+    Positive("amin", lambda x: x.amin(-1).unsqueeze(2), shifts=True),
+    Positive("abs", torch.abs),
     Positive("maximum", lambda x: torch.maximum(x, x.flip(2)), shifts=True),
     Positive("minimum", lambda x: torch.minimum(x, x.roll(1, 3)), shifts=True),
 ]  # fmt: skip
-ROWS = {case.row for case in (*AVERAGES, *POSITIVE)} | {"scaled_dot_product_attention"}
+ROWS = {case.row for case in (*AVERAGES, *POSITIVE)} | {"scaled_dot_product_attention", "where", "masked_fill"}
 POSITIVE_CASES = [pytest.param(case, id=f"{case.row}-{i}") for i, case in enumerate(POSITIVE)]
 
 
@@ -277,7 +283,45 @@ def test_a_shift_passes_a_maximum_and_no_activation(case):
     fold_exactly(before, noise(*case.shape), left=set() if case.shifts else {"model-input", activation})
 
 
+MASK_OF_IMAGE = noise(5, 7) > 0
+CHOICES = {
+    "where": lambda m, x: torch.where(MASK_OF_IMAGE, m.a(x), m.b(x)),
+    "where, a mask from the inputs": lambda m, x: torch.where(x > 0.1, m.a(x), m.b(x)),
+}
+HIDDEN = {
+    "masked_fill": lambda m, x: m.a(x).masked_fill(x[:, :1] > 0.1, 0.0),
+    "where, zero": lambda m, x: torch.where(MASK_OF_IMAGE, m.a(x), 0.0),
+    "where, zero first": lambda m, x: torch.where(MASK_OF_IMAGE, torch.zeros(()), m.a(x)),
+}
+
+
+@pytest.mark.parametrize("case", [*CHOICES, *HIDDEN])
+def test_any_scale_passes_a_choice_and_a_shift_one_between_two_values(case):
+    parts = {"a": pointwise(2), "b": pointwise(2), "c": noise(4, 1, 1), "d": noise(4, 1, 1)}
+    run = (CHOICES | HIDDEN)[case]
+    fold_exactly(build(lambda m, x: run(m, x) * m.c, **parts), noise(*IMAGE))
+    left = set() if case in CHOICES else {"shift-through-activation", "model-output"}
+    fold_exactly(build(lambda m, x: run(m, x) + m.d, **parts), noise(*IMAGE), left=left)
+
+
 COMPARED = {
+    "masked_fill with another value": (
+        lambda m, x: m.a(x).masked_fill(x > 0.1, 1.0) * 2, {"nonlinear", "model-output"}),
+    "masked_fill that makes the value larger": (
+        lambda m, x: m.a(x)[:, :1].masked_fill(x > 0.1, 0.0) * 2, {"nonlinear", "model-output"}),
+    "where with a constant": (lambda m, x: torch.where(x > 0.1, m.a(x), m.c) * 2, {"nonlinear", "model-output"}),
+    "where of two shapes": (
+        lambda m, x: torch.where(x > 0.1, m.a(x), m.b(x)[:, :1]) * 2, {"nonlinear", "model-output"}),
+    "where, one side alone": (
+        lambda m, x: m.b(torch.where(x > 0.1, x.sigmoid() * 2, x.tanh())), {"nonlinear", "unequal-scales"}),
+    "amax over the channels": (
+        lambda m, x: m.a(x).amax(1) * m.d, {"other-axis", "model-output"}),
+    "amax, before, over the channels": (
+        lambda m, x: m.b((x.sigmoid() * m.c.abs()).amax(1, keepdim=True).expand(-1, 4, -1, -1)),
+        {"nonlinear", "other-axis"}),
+    "adaptive_max_pool whose indices are read": (
+        lambda m, x: ((y := F.adaptive_max_pool2d(m.a(x), 2, return_indices=True))[0] * 2, y[1]),
+        {"nonlinear", "model-output"}),
     "maximum with a constant": (lambda m, x: torch.maximum(m.a(x), m.c) * 2, {"nonlinear", "model-output"}),
     "maximum of two shapes": (
         lambda m, x: torch.maximum(m.a(x), m.b(x)[:, :1]) * 2, {"nonlinear", "model-output"}),

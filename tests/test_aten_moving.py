@@ -32,6 +32,9 @@ class Move:
     dynamic: bool = True
 
 
+ORDER = torch.tensor([2, 0, 3, 1])
+
+
 def halves(x: Tensor) -> Tensor:
     return x.chunk(2, 1)[0]
 
@@ -122,6 +125,13 @@ MOVES = [
     Move("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), shape=(2, 4, 4, 6)),
     Move("channel_shuffle", lambda x: F.channel_shuffle(x, 2)),
     Move("native_channel_shuffle", lambda x: F.native_channel_shuffle(x, 2), dynamic=False),
+    Move("index_select", lambda x: x.index_select(1, ORDER)),
+    Move("index_select", lambda x: x.index_select(-1, ORDER[:2])),
+    Move("index", lambda x: x[:, ORDER]),
+    Move("index", lambda x: x[:, [3, 1]]),
+    Move("index", lambda x: x[:, :, [0, 1, 4], [5, 0, 2]]),
+    Move("gather", lambda x: x.gather(1, ORDER.view(1, 4, 1, 1).expand(2, 4, 5, 6)), dynamic=False),
+    Move("take_along_dim", lambda x: x.take_along_dim(ORDER.view(1, 4, 1, 1), 1), dynamic=False),
     # windows and borders
     Move("unfold", lambda x: x.unfold(2, 3, 2)),
     Move("unfold", lambda x: x.unfold(1, 4, 4).squeeze(1), -1),
@@ -150,7 +160,6 @@ MOVES = [
     Move("positive", lambda x: +x),
     Move("to", lambda x: x.to(torch.float64, copy=True)),
     Move("_to_copy", lambda x: ops._to_copy(x, dtype=torch.float64)),
-    Move("type_as", lambda x: x.type_as(torch.zeros_like(x))),
 ]
 ROWS = {move.row for move in MOVES} | {"embedding"}
 CASES = [pytest.param(move, id=f"{move.row}-{i}") for i, move in enumerate(MOVES)]
@@ -248,6 +257,14 @@ REFUSED = {
     "slice: another slice overlaps": (
         lambda m, x: ((y := m.conv(x))[:, :3] * m.c, y[:, 2:].tanh()), conv() | {"c": noise(3, 1, 1)},
         {"several-readers", "model-output"}),
+    "index: one constant for each copy": (
+        lambda m, x: m.conv(x)[:, [0, 0, 1]] * m.c, conv() | {"c": noise(3, 1, 1)}, {"copies-differ", "model-output"}),
+    "index_select: the order comes from the inputs": (
+        lambda m, x: m.conv(x).index_select(1, x.mean((0, 2, 3)).argsort()) * m.c, conv() | {"c": noise(4, 1, 1)},
+        {"nonlinear", "model-output"}),
+    "repeat_interleave: the repeats come from the inputs": (
+        lambda m, x: m.conv(x).repeat_interleave((x.mean((0, 2, 3)) > 9).long() + 1, 1, output_size=4) * m.c,
+        conv() | {"c": noise(4, 1, 1)}, {"nonlinear", "model-output"}),
     "pad: zeros and a shift, after": (
         lambda m, x: m.norm(F.pad(m.conv(x), (1, 1))), conv() | {"norm": nn.BatchNorm2d(4)},
         {"zero-padding", "model-output"}),

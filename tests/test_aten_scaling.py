@@ -77,13 +77,29 @@ def test_a_norm_of_any_number_of_axes(make, shape):
     fold_exactly(net, noise(*shape))
 
 
+class Last(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.movedim(1, -1)
+
+
+class First(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.movedim(-1, 1)
+
+
+def settled(module: nn.Module) -> nn.Module:
+    """Weights and biases of norms as training leaves them."""
+    for i, parameter in enumerate(module.parameters()):
+        parameter.data = noise(*parameter.shape, seed=7 + i)
+    return module
+
+
 def untracked(kind: type[nn.Module]) -> nn.Module:
     return kind(4, track_running_stats=False)
 
 
 NOT_CONSTANT = {
     "no running statistics": (lambda m, x: m.norm(m.conv(x)), {"norm": untracked(nn.BatchNorm2d)}, "batch-statistics"),
-    "instance norm": (lambda m, x: m.norm(m.conv(x)), {"norm": untracked(nn.InstanceNorm2d)}, "batch-statistics"),
     "native, training": (
         lambda m, x: ops.native_batch_norm(m.conv(x), None, None, m.mean + 0, m.var + 0, True, 0.1, 1e-5)[0],
         STATISTICS, "batch-statistics"),
@@ -184,7 +200,36 @@ def test_a_constant_of_shape_c_after_a_linear(run):
     fold_exactly(net, noise(2, 3, 4))
 
 
-ROWS = {name.split(",")[0] for name in NORMS} | {row for _, row in CONSTANTS.values()}
+NORMALISED = {
+    "group_norm": nn.GroupNorm(2, 4),
+    "group_norm, not affine": nn.GroupNorm(4, 4, affine=False),
+    "instance_norm": nn.InstanceNorm2d(4, affine=True),
+    "instance_norm, not affine": nn.InstanceNorm2d(4),
+    "layer_norm": nn.Sequential(Last(), nn.LayerNorm(4), First()),
+    "layer_norm, not affine": nn.Sequential(Last(), nn.LayerNorm(4, elementwise_affine=False), First()),
+    "layer_norm without a bias": nn.Sequential(Last(), nn.LayerNorm(4, bias=False), First()),
+    "layer_norm over an image": nn.LayerNorm((4, 5, 7)),
+}
+
+
+@pytest.mark.parametrize("case", NORMALISED)
+def test_an_affine_after_a_norm_goes_into_its_own_constants_and_none_before_it_does(case):
+    row = case.split(",")[0].split()[0]
+    parts = {"own": settled(NORMALISED[case]), "norm": nn.BatchNorm2d(4), "conv": conv(), "c": noise(7)}
+    folded = fold_exactly(build(lambda m, x: m.norm(m.own(x)), **parts), noise(*IMAGE))
+    assert removed(folded) == {"batch_norm": 1} and operators(folded.program)[row] == 1
+    assert [entry.kind for entry in folded.ledger.entries] == ["batch_norm"]
+    fold_exactly(build(lambda m, x: m.own(m.norm(x)), **parts), noise(*IMAGE), left={"model-input", "nonlinear"})
+    if "image" not in case:
+        fold_exactly(build(lambda m, x: m.own(x) * m.c, **parts), noise(*IMAGE), left={"other-axis", "model-output"})
+
+
+def test_a_norm_whose_weight_comes_from_the_inputs_takes_nothing():
+    run = lambda m, x: F.group_norm(x, 2, x.mean((0, 2, 3)), m.bias) * 2  # noqa: E731
+    fold_exactly(build(run, bias=noise(4)), noise(*IMAGE), left={"nonlinear", "model-output"}, dynamic=False)
+
+
+ROWS = {name.split(",")[0].split()[0] for name in (*NORMS, *NORMALISED)} | {row for _, row in CONSTANTS.values()}
 OTHER_AXES = {
     "width": (lambda m, x: m.conv(x) * m.c, (7,), {"other-axis", "model-output"}),
     "height": (lambda m, x: m.conv(x) + m.c, (5, 1), {"other-axis", "model-output"}),

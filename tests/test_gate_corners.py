@@ -234,3 +234,35 @@ def test_outputs_that_read_no_input_are_no_pass(kept, verdict):
     captured = capture(Kept(), (IMAGE,))
     report = Gate(captured, bnfold.Ledger(), captured.program).judge()
     assert report.verdict == verdict and kept == any("no output depends" in said for said in report.problems)
+
+
+@pytest.mark.parametrize(("last", "rows", "verdict"), [(0.0, 10, "inconclusive"), (1.0, 10, "pass"), (0.0, 1, "pass")])
+def test_outputs_that_never_differ_are_no_pass(last, rows, verdict):
+    """A last layer of zeros, as some libraries make it, hides all before it. One sample over and again says nothing."""
+    layer = nn.Conv2d(8, 2, 1)
+    layer.weight.data *= last
+    module = nn.Sequential(net(torch.tanh), layer).eval()
+    captured = capture(module, (IMAGE,))
+    data = {captured.names[0]: torch.randn(rows, *IMAGE.shape[1:]).numpy()}
+    report = Gate(captured, bnfold.Ledger(), captured.program, data=data).judge()
+    assert report.verdict == verdict
+    assert (verdict == "inconclusive") == any("every output is the same" in said for said in report.problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_parameter_of_the_dtype_of_a_value_is_a_constant(dtype, tmp_path):
+    """torch.onnx gives what ``type_as`` returns the name of its operand's initializer, and then fails."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(4, 1, 1, dtype=dtype))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return y * self.scale.type_as(y), y.mean((1, 2, 3))
+
+    report = bnfold.export(Scaled(), tmp_path / "net.onnx", (IMAGE,), device="cpu")
+    assert report.passed
+    (entry,) = report.ledger.left
+    assert entry.refusals[0].reason == "several-readers"

@@ -112,6 +112,18 @@ def test_masters_take_the_place_of_rounded_constants():
     assert (rounded - true).abs().max() > 1e-6
 
 
+ACTIVATIONS = {"sigmoid": 1.0, "hardsigmoid": 1.0, "elu": 1.0, "gelu": 8.0, "silu": 8.0, "mish": 8.0, "hardswish": 8.0}
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "relu", "tanh"])
+def test_what_runtimes_approximate_is_disturbed_by_an_absolute_error(name):
+    program = capture(Net(lambda m, x: getattr(F, name)(x)), (noise(4, 500),)).program
+    x = torch.full((4, 500), -8.0, dtype=torch.float64)
+    (still,), (moved,), (again,) = (Runner(program, precise=True, jitter=j)([x]) for j in (0.0, 1e-7, 1e-7))
+    most = 0.5e-7 * ACTIVATIONS.get(name, 0.0)
+    assert 0.9 * most <= (moved - still).abs().max() <= most * (1 + 1e-6) and torch.equal(moved, again)
+
+
 def test_values_are_kept_as_they_were():
     def run(m, x):
         y = m.conv(x)

@@ -133,6 +133,18 @@ def test_rounded_constants_are_noise_too() -> None:
     assert site_ratios(candidate, own, truth, EPS, rounding)[0] == pytest.approx(2)
 
 
+@pytest.mark.parametrize("wrong", [1e-6, 1e-3])
+def test_a_channel_of_one_number_that_happens_to_be_exact_is_no_measure(wrong: float) -> None:
+    """Behind a pool each channel is one number per sample, and the noise of one in a thousand is next to nothing."""
+    truth = values(1, 1000)
+    own, candidate = truth + 1e-6 * values(1, 1000, seed=1), truth + 1e-6 * values(1, 1000, seed=2)
+    rounding = torch.full_like(truth, 3e-7)
+    own[0, 5], candidate[0, 5], rounding[0, 5] = truth[0, 5], truth[0, 5] + wrong, 1e-7
+    assert site_ratios(candidate, own, truth, EPS)[1] > 1
+    channel = site_ratios(candidate, own, truth, EPS, rounding)[1]
+    assert channel < 16 if wrong == 1e-6 else channel > 1000
+
+
 SPECIALS = [
     ("candidate", NAN, INF),
     ("candidate", INF, INF),

@@ -126,6 +126,49 @@ def test_what_has_a_decomposition_is_traced_again(case: str, traced: list[bool])
     assert traced == [True]
 
 
+MASK = image(3, 3)
+ATTENDED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "single-headed": ((4, 3, 8), {}),
+    "single-headed, causal": ((4, 3, 8), {"is_causal": True, "scale": 0.3}),
+    "single-headed, a mask for all": ((4, 3, 8), {"attn_mask": MASK}),
+    "windows and heads": ((4, 2, 5, 3, 8), {}),
+    "windows and heads, a mask for all": ((4, 2, 5, 3, 8), {"attn_mask": MASK > 0.2}),
+    "three axes before": ((4, 2, 5, 1, 3, 8), {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize("case", ATTENDED)
+def test_attention_with_any_axes_before_length_and_features(case: str, tmp_path: Path) -> None:
+    """torch.onnx takes four axes, no more and no fewer."""
+    shape, options = ATTENDED[case]
+    module = Call(
+        lambda x, linear: F.scaled_dot_product_attention(*linear(x).chunk(3, -1), **options), nn.Linear(8, 24)
+    )
+    save(lower(capture(module, (image(*shape),)).program), tmp_path / "net.onnx")
+    session = open_session(tmp_path / "net.onnx", optimized=False)
+    for batch in (1, 3):
+        x = image(batch, *shape[1:])
+        (found,) = session.run({"x": x.numpy()})
+        want = module(x).detach()
+        assert found.shape == want.shape and rms(torch.from_numpy(found) - want) <= 1e-5 * rms(want)
+
+
+def test_a_mask_of_its_own_for_each_head(tmp_path: Path) -> None:
+    masks = image(4, 3, 3)
+    module = Call(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=masks))
+    save(lower(capture(module, (image(4, 3, 8),), static=True).program), tmp_path / "net.onnx")
+    x = image(4, 3, 8)
+    (found,) = open_session(tmp_path / "net.onnx", optimized=False).run({"x": x.numpy()})
+    assert rms(torch.from_numpy(found) - module(x)) <= 1e-5 * rms(module(x))
+
+
+def test_attention_over_one_sequence(tmp_path: Path) -> None:
+    module = Call(lambda x: F.scaled_dot_product_attention(x, x, x) + 0)
+    save(lower(capture(module, (image(6, 8),), static=True).program), tmp_path / "net.onnx")
+    (found,) = open_session(tmp_path / "net.onnx", optimized=False).run({"x": image(6, 8).numpy()})
+    assert rms(torch.from_numpy(found) - module(image(6, 8))) <= 1e-5 * rms(module(image(6, 8)))
+
+
 def test_an_operator_that_still_writes_in_place_is_traced_again(traced: list[bool]) -> None:
     def run(x: Tensor) -> Tensor:
         y = x * 2

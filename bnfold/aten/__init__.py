@@ -13,8 +13,11 @@ from bnfold.aten.common import OPAQUE, Row
 from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul
 from bnfold.aten.moving import (
     cast,
+    chosen,
     dropout,
     embedding,
+    extremum,
+    masked,
     max_pool,
     max_pool_with_indices,
     maximum,
@@ -29,7 +32,18 @@ from bnfold.aten.moving import (
     total,
     upsample,
 )
-from bnfold.aten.scaling import additive, batch_norm, div, instance_norm, mul, native_batch_norm, neg, rsub
+from bnfold.aten.scaling import (
+    additive,
+    batch_norm,
+    div,
+    instance_norm,
+    layer_norm,
+    mul,
+    native_batch_norm,
+    neg,
+    per_channel,
+    rsub,
+)
 from bnfold.semantics import Refused, Semantics, ShapeOnly, Unknown
 
 if TYPE_CHECKING:
@@ -75,11 +89,12 @@ TABLE: dict[str, Row] = dict(
         *_rows("slice select narrow split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk", move),
         *_rows("cat concat concatenate stack hstack vstack flip roll rot90 unfold im2col", move),
         *_rows("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle", move),
+        *_rows("index index_select gather take_along_dim", move),
         *_rows("pad constant_pad_nd", pad),
         *_rows("reflection_pad1d reflection_pad2d reflection_pad3d", move),
         *_rows("replication_pad1d replication_pad2d replication_pad3d", move),
         *_rows("clone contiguous detach alias lift_fresh_copy positive", same),
-        *_rows("to _to_copy type_as", cast),
+        *_rows("to _to_copy", cast),
         *_rows("dropout feature_dropout alpha_dropout feature_alpha_dropout", dropout),
         *_rows("embedding", embedding),
         # Average: a weighted mean
@@ -94,11 +109,18 @@ TABLE: dict[str, Row] = dict(
         *_rows("_upsample_bilinear2d_aa _upsample_bicubic2d_aa", upsample),
         *_rows("scaled_dot_product_attention", sdpa),
         # Homogeneous: a positive scale passes
-        *_rows("relu leaky_relu", relu),
+        *_rows("relu leaky_relu abs", relu),
         *_rows("prelu", prelu),
         *_rows("max_pool1d max_pool2d max_pool3d", max_pool),
         *_rows("max_pool2d_with_indices max_pool3d_with_indices", max_pool_with_indices),
+        *_rows("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", max_pool_with_indices),
+        *_rows("amax amin", extremum),
+        *_rows("where", chosen),
+        *_rows("masked_fill", masked),
         *_rows("maximum minimum", maximum),
+        # Normalised: an affine after it goes into its own constants
+        *_rows("layer_norm", layer_norm),
+        *_rows("group_norm", per_channel),
         # Read for their shape alone
         *_rows("sym_size sym_numel sym_stride sym_is_contiguous _assert_tensor_metadata", shape_only),
         *_rows("zeros_like ones_like full_like empty_like rand_like randn_like", shape_only),
@@ -106,8 +128,8 @@ TABLE: dict[str, Row] = dict(
         # Known to let nothing pass
         *_rows("relu6 hardtanh clamp clamp_min clamp_max clip hardswish hardsigmoid hardshrink", _row(OPAQUE)),
         *_rows("gelu silu mish elu selu celu sigmoid log_sigmoid tanh softplus", _row(OPAQUE)),
-        *_rows("exp log sqrt rsqrt pow erf abs", _row(OPAQUE)),
-        *_rows("softmax log_softmax layer_norm group_norm rms_norm native_layer_norm native_group_norm", _row(OPAQUE)),
+        *_rows("exp log sqrt rsqrt pow square reciprocal erf sin cos var std", _row(OPAQUE)),
+        *_rows("softmax log_softmax rms_norm native_layer_norm native_group_norm", _row(OPAQUE)),
     ]
 )  # fmt: skip
 

@@ -40,7 +40,6 @@ def attention(call: Call, weights: str, values: str) -> Semantics | None:
 _ROW_KEEPING = {
     *("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.flatten", "aten.unflatten"),
     *("aten.squeeze", "aten.unsqueeze", "aten.clone", "aten.contiguous", "aten.to", "aten.detach", "aten.alias"),
-    "aten.type_as",
 }
 
 
@@ -129,6 +128,9 @@ def move(call: Call) -> Semantics:
     """Runs the operator itself on indices; operands that it reads only for their shape do not move."""
     ignored = tuple(slot for slot in ("other", "tensors") if slot == "other" and "other" in call)
     slots = tuple(slot for slot, _ in call.slots() if slot not in ignored and call.graph.is_float(call.at(slot)))
+    others = [value for slot, value in call.slots() if slot not in (*slots, *ignored)]
+    if any(call.graph.number(value) is None and not call.graph.is_constant(value) for value in others):
+        return OPAQUE  # where elements go depends on the inputs
     shapes = tuple(call.shape(slot) for slot in slots)
     if not slots or any(size == 0 for shape in shapes for size in shape):
         return OPAQUE
@@ -188,8 +190,33 @@ def max_pool_with_indices(call: Call) -> Semantics:
     """The values of a max pool; its indices do not change under an affine that the values pass, but are not floats."""
     if call.item != 0 or len(call.node.users) > 1:
         return OPAQUE
-    ndim, dims = len(call.out_shape), 2 if "2d" in call.operator else 3
+    ndim, dims = len(call.out_shape), next(n for n in (1, 2, 3) if f"{n}d" in call.operator)
     return Homogeneous(("self",), tuple(range(ndim - dims, ndim)), shifts=True)
+
+
+def extremum(call: Call) -> Semantics:
+    """amax and amin along some axes, or all."""
+    axes, _, keep = _reduced(call)
+    return Homogeneous(("self",), axes, shifts=True, drops=not keep)
+
+
+def chosen(call: Call) -> Semantics:
+    """where: of two values of one shape, or of one and zero, whichever of any mask."""
+    operands = [slot for slot in ("self", "other") if slot in call and not call.graph.is_constant(call[slot])]
+    if not operands or any(call.shape(slot) != call.out_shape for slot in operands):
+        return OPAQUE
+    if len(operands) == 2:
+        return Homogeneous(("self", "other"), shifts=True, any_sign=True)
+    constant = call.constant("other" if operands == ["self"] else "self")
+    zero = constant is not None and not bool(constant.any())
+    return Homogeneous(tuple(operands), any_sign=True) if zero else OPAQUE
+
+
+def masked(call: Call) -> Semantics:
+    """masked_fill with zeros."""
+    constant = call.constant("value")
+    zero = constant is not None and not bool(constant.any()) and call.shape("self") == call.out_shape
+    return Homogeneous(("self",), any_sign=True) if zero else OPAQUE
 
 
 def maximum(call: Call) -> Semantics:

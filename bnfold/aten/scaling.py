@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.aten.common import OPAQUE, Row
+from bnfold.aten.common import OPAQUE, Row, constant_operands
 from bnfold.semantics import (
+    Normalised,
     Product,
     Refused,
     Scaling,
@@ -68,8 +69,41 @@ def native_batch_norm(call: Call) -> Semantics:
 
 
 def instance_norm(call: Call) -> Semantics:
-    """InstanceNorm with running statistics is a BatchNorm in eval mode."""
-    return _normalisation(call, STATISTICS, bool(call["use_input_stats"]))
+    """InstanceNorm with running statistics is a BatchNorm in eval mode; with those of each sample no affine."""
+    return per_channel(call) if call["use_input_stats"] else _normalisation(call, STATISTICS, False)
+
+
+def per_channel(call: Call) -> Semantics:
+    """group_norm, and instance_norm with the statistics of its input: a weight and a bias along axis 1."""
+    return _normalised(call, (1,))
+
+
+def layer_norm(call: Call) -> Semantics:
+    """A weight and a bias along the last axes."""
+    ndim, normalised = len(call.out_shape), len(call["normalized_shape"])
+    return _normalised(call, tuple(range(ndim - normalised, ndim)))
+
+
+def _normalised(call: Call, axes: tuple[int, ...]) -> Semantics:
+    if not constant_operands(call, "weight", "bias"):
+        return OPAQUE
+    sizes = [call.out_shape[axis] for axis in axes]
+    shape = [size if axis in axes else 1 for axis, size in enumerate(call.out_shape)]
+
+    def write(after: Affine) -> Mapping[str, Tensor] | None:
+        if set(after.varies()) - set(axes):
+            return None
+        weight, bias = call.constant("weight"), call.constant("bias")
+        own = Affine.identity(len(shape))
+        own = Affine(
+            own.scale if weight is None else weight.reshape(shape), own.shift if bias is None else bias.reshape(shape)
+        )
+        total = after.after(own)
+        return {
+            name: part.expand(shape).reshape(sizes) for name, part in (("weight", total.scale), ("bias", total.shift))
+        }
+
+    return Normalised(write)
 
 
 def _constant_affine(

@@ -36,7 +36,7 @@ from bnfold.gate.following import Follower
 from bnfold.gate.matching import Match, match
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outputs import OutputJudge
-from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References
+from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References, batched
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
@@ -135,6 +135,11 @@ class Gate:
             self._findings.doubts.append(
                 "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
                 "constant"
+            )
+        elif _says_nothing(self._references):
+            self._findings.doubts.append(
+                "every output is the same for every input that was tried, so nothing is seen of what lies before it: "
+                "load trained weights (is the last layer zero?), or give inputs that matter (--data)"
             )
         self._findings.once()
         self._say_where(sites)
@@ -254,6 +259,23 @@ def _reads_inputs(captured: Captured) -> bool:
         if any(operand in reached for operand in node.all_input_nodes):
             reached.add(node)
     return captured.program.graph.output_node() in reached
+
+
+def _says_nothing(references: References) -> bool:
+    """Whether inputs differ and no output does: the same floats for every sample of every run."""
+
+    def alike(runs: Sequence[Sequence[Any]]) -> bool:
+        first: dict[int, torch.Tensor] = {}
+        for batch, values in zip(references.batches, runs):
+            for i, value in enumerate(values):
+                rows = value if batched(batch, value) else value[None]
+                row = first.setdefault(i, rows[0]) if len(rows) else torch.empty(0)
+                if not value.is_floating_point() or row.shape != rows.shape[1:] or not bool((rows == row).all()):
+                    return False
+        return bool(first)
+
+    given = [[value for value in batch.flat if isinstance(value, torch.Tensor)] for batch in references.batches]
+    return alike(references.truth) and not alike(given)
 
 
 def _has_summaries(captured: Captured) -> bool:

@@ -135,7 +135,9 @@ def site_ratios(
 
     ``rounding`` is how far the truth moves where every constant is disturbed as one rounding does. A folded constant
     has to be rounded once, the unfolded one was stored exactly, and in a channel whose terms cancel that alone can be
-    many times the unfolded model's own error; so noise is both, added as independent errors are.
+    many times the unfolded model's own error; so noise is both, added as independent errors are. What rounding does
+    also says how much a channel amplifies: behind a pool a channel is one number per sample, and of a thousand such one
+    happens to be almost exact, so no channel's noise counts as less than what is typical of all for its amplification.
 
     A channel is an index of axis 1, and of the last axis too: convolutions have theirs here, linear layers there. With
     ``batched`` axis 0 holds samples, and errors are medians over them: deep in a network with attention one sample in
@@ -168,11 +170,20 @@ def site_ratios(
 
         # Runtimes approximate activations to an absolute error, so a quiet channel's floor follows the loud ones'.
         floor = (eps * mean(true).sqrt().clamp(min=typical)).clamp(min=torch.finfo(torch.float64).tiny)
-        known = (mean(noise) + (0.0 if moved is None else mean(moved))).sqrt()
-        return mean(off).sqrt() / torch.maximum(known, floor)
+        known = mean(noise)
+        if moved is not None:
+            rounded = mean(moved)
+            known = known + rounded * _typical(known, rounded).clamp(min=1.0)
+        return mean(off).sqrt() / torch.maximum(known.sqrt(), floor)
 
     axes: set[int | None] = {1, truth.ndim - 1} if truth.ndim > 1 else {None}
     return float(ratio(None).max()), max(float(ratio(axis).max()) for axis in axes)
+
+
+def _typical(noise: Tensor, rounded: Tensor) -> Tensor:
+    """The median over channels of noise over what rounding does to them, both squared; 0 where it does nothing."""
+    known = rounded > 0
+    return (noise[known] / rounded[known]).median() if bool(known.any()) else torch.zeros((), dtype=noise.dtype)
 
 
 def finite_problem(candidate: Tensor, truth: Tensor) -> str | None:

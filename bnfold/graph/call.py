@@ -84,7 +84,8 @@ class Call:
         return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
 
     def run(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The operator at concrete sizes on ``tensors``, by slot; operands not named there are zeros."""
+        """The operator at concrete sizes on ``tensors``, by slot; of the others constant integers are as they
+        are, and the rest is zeros."""
 
         def fill(name: str, value: Any, index: int | None = None) -> Any:
             slot = name if index is None else f"{name}.{index}"
@@ -94,7 +95,12 @@ class Call:
                 return [fill(name, item, i) for i, item in enumerate(value)]
             if isinstance(value, Node):
                 number = self.graph.number(value)
-                return torch.zeros(()).expand(self.graph.shape(value)) if number is None else number
+                if number is not None:
+                    return number
+                fixed = None if self.graph.is_float(value) else self.graph.constant(value)
+                if fixed is not None:
+                    return fixed.to(self.graph.dtype(value))
+                return torch.zeros(()).expand(self.graph.shape(value))
             return value
 
         assert isinstance(self.node.target, OpOverload)

@@ -94,7 +94,8 @@ class _Aliases:
 def _erase_identities(graph: fx.Graph) -> None:
     """Erases what returns its very operand: eval-mode dropout, and the ``[:]`` of every axis before a sliced one.
 
-    Left in, ``y[:, :2]`` and ``y[:, 2:]`` would each read all of y first, and no longer be disjoint.
+    Left in, ``y[:, :2]`` and ``y[:, 2:]`` would each read all of y first, and no longer be disjoint. And ``type_as``
+    becomes the cast that it is, or nothing: of a parameter it is a constant, whatever it takes the dtype from.
     """
     for node in list(graph.nodes):
         if not isinstance(node.target, OpOverload):
@@ -105,6 +106,10 @@ def _erase_identities(graph: fx.Graph) -> None:
         elif node.target is torch.ops.aten.slice.Tensor:
             start, end, step = (arguments.get(name) for name in ("start", "end", "step"))
             identity, operand = start in (None, 0) and end in (None, _END) and step in (None, 1), arguments["self"]
+        elif node.target is torch.ops.aten.type_as.default:
+            operand, dtype = arguments["self"], node.meta["val"].dtype
+            identity = operand.meta["val"].dtype == dtype
+            node.target, node.args = torch.ops.aten.to.dtype, (operand, dtype)
         else:
             continue
         if identity:

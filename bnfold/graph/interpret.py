@@ -39,6 +39,12 @@ _FACTORIES = {
     "randn",
 }
 
+#: Activations that runtimes approximate to an absolute error, far beyond rounding in their tails: of an epsilon, or of one
+#: of their input where they multiply it. (ONNX Runtime on 20,001 inputs in [-8, 8], at most: sigmoid 0.9 epsilons, GELU
+#: 0.8, SiLU 1.3, mish 2.3 epsilons of the input.)
+_BOUNDED = {"sigmoid", "hardsigmoid", "elu", "selu", "celu"}
+_GATED = {"gelu", "silu", "mish", "hardswish"}
+
 
 def raise_tensor(value: Any) -> Any:
     """``value`` in float64, or in complex128, where it is a floating-point tensor of fewer bits."""
@@ -70,7 +76,8 @@ class Runner(fx.Interpreter):
             program be judged against the float32 weights that it was rounded from.
         jitter: disturbs every floating-point constant by up to half of this, relative: what rounding the constants
             once to a dtype of that epsilon does. Constants that integers or booleans are computed from, and no input
-            with them, stay: 3.0 as an index is no rounded number.
+            with them, stay: 3.0 as an index is no rounded number. Activations that runtimes approximate are off by
+            as much.
         seed: of that disturbance.
     """
 
@@ -135,14 +142,21 @@ class Runner(fx.Interpreter):
         value = raise_tensor(constant)
         rounded = self._jitter and name not in self._exact
         if rounded and isinstance(value, Tensor) and value.is_floating_point():
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-            draw = torch.rand(value.shape, generator=generator, dtype=value.dtype)
-            value = value * (1 + self._jitter * (draw - 0.5))
+            value = value * (1 + self._jitter * self._draw(name, value))
         return value
+
+    def _draw(self, name: str, like: Tensor) -> Tensor:
+        """Numbers in [-0.5, 0.5] that the name and the seed decide."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        return torch.rand(like.shape, generator=generator, dtype=like.dtype) - 0.5
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node; steers it, and keeps its value, where asked to."""
         value = super().run_node(n)
+        name = getattr(n.target, "_opname", "") if self._jitter else ""
+        if name in _BOUNDED | _GATED:
+            size = self.fetch_args_kwargs_from_env(n)[0][0].abs() if name in _GATED else torch.ones_like(value)
+            value = value + size * self._jitter * self._draw(n.name, value)
         if n.name in self._steering:
             value = self._steering[n.name](*self.fetch_args_kwargs_from_env(n), value)
         if n.name in self._keep:

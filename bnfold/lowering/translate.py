@@ -225,6 +225,42 @@ def _converted(node: fx.Node, given: dict[str, Any]) -> None:
         _become(node, _ATEN._to_copy.default, given["self"], dtype=dtype)
 
 
+def _attended(node: fx.Node, given: dict[str, Any]) -> None:
+    """torch.onnx takes attention on (batch, heads, length, features) alone: other leading axes become those two."""
+    lead, mask = _size(node)[:-2], given["attn_mask"]
+    parts = [given["query"], given["key"], given["value"]]
+    if mask is not None and len(_size(mask)) > 2:
+        parts.append(mask)
+    if len(lead) == 2 or any(_size(part)[:-2] != lead for part in parts) or sum(type(n) is not int for n in lead) > 1:
+        return
+    graph = node.graph
+
+    def call(target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        made.meta = {**node.meta, "val": target(*values[0], **values[1])}
+        return made
+
+    def led(part: fx.Node) -> fx.Node:
+        if len(lead) > 1:
+            part = call(_ATEN.flatten.using_ints, part, 0, len(lead) - 1)
+            _reshape(part)
+        for axis in (0, 0) if not lead else (1,):
+            part = call(_ATEN.unsqueeze.default, part, axis)
+        return part
+
+    options = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa")}
+    options["attn_mask"] = led(mask) if mask in parts else mask
+    attended = call(_ATEN.scaled_dot_product_attention.default, *(led(part) for part in parts[:3]), **options)
+    added = [0, 1] if not lead else [1]
+    if len(lead) > 1:
+        squeezed = call(_ATEN.squeeze.dims, attended, added)
+        _become(node, _ATEN.unflatten.int, squeezed, 0, [n if type(n) is int else -1 for n in lead])
+        _reshape(node)
+    else:
+        _become(node, _ATEN.squeeze.dims, attended, added)
+
+
 _RESHAPES = {
     _ATEN.flatten.using_ints, _ATEN.reshape.default, _ATEN.view.default, _ATEN._unsafe_view.default,
     _ATEN.unflatten.int, _ATEN.reshape_as.default, _ATEN.view_as.default,
@@ -241,6 +277,7 @@ _REWRITES: dict[OpOverload, Callable[[fx.Node, dict[str, Any]], None]] = {
     _ATEN.conv2d.padding: _named_padding,
     _ATEN.conv3d.padding: _named_padding,
     _ATEN.batch_norm.default: _normalise,
+    _ATEN.scaled_dot_product_attention.default: _attended,
     _ATEN.to.dtype: _converted,
     _ATEN.to.dtype_layout: _converted,
 }

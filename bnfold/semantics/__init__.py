@@ -17,7 +17,8 @@ A slot is the name of an operand in the operator's schema, with an index for lis
 | Movement, Same | moves elements and changes none |
 | Average | a weighted mean along some axes |
 | Sum, Product, Bilinear | of two values; a matrix product of two values |
-| Homogeneous | a positive scale passes: ReLU and its kin, maximum |
+| Homogeneous | a positive scale passes: ReLU and its kin, maximum, a choice by a mask |
+| Normalised | normalises, then multiplies and adds constants: an affine after it goes there |
 | ShapeOnly | reads nothing but the shape |
 | Opaque, Unknown, Refused | nothing passes |
 """
@@ -25,7 +26,7 @@ A slot is the name of an operand in the operator's schema, with an index for lis
 from bnfold.semantics.base import Answer, No, Opaque, Refused, Semantics, Shape, ShapeOnly, Unknown, Yes
 from bnfold.semantics.contraction import Contraction, Geometry, Lookup
 from bnfold.semantics.moving import Average, Movement, Same
-from bnfold.semantics.pointwise import Bilinear, Homogeneous, Product, Scaling, Sum
+from bnfold.semantics.pointwise import Bilinear, Homogeneous, Normalised, Product, Scaling, Sum
 
 __all__ = [
     "Answer",
@@ -37,6 +38,7 @@ __all__ = [
     "Lookup",
     "Movement",
     "No",
+    "Normalised",
     "Opaque",
     "Product",
     "Refused",

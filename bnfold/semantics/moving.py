@@ -140,13 +140,7 @@ class Average(Semantics):
 
     def pull(self, out: Affine) -> Answer:
         """Commutes."""
-        if self.drops:
-            shape = [1 if axis in self.axes else 0 for axis in range(self.ndim)]
-            scale, shift = iter(out.scale.shape), iter(out.shift.shape)
-            out = Affine(
-                out.scale.reshape([1 if dropped else next(scale) for dropped in shape]),
-                out.shift.reshape([1 if dropped else next(shift) for dropped in shape]),
-            )
+        out = out.with_axes(self.axes) if self.drops else out
         return self._check(out) or Yes(operands={self.slot: Affine(out.scale, out.shift / self.total)})
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
@@ -155,15 +149,7 @@ class Average(Semantics):
             return No("nonlinear", "the weights of the average depend on it")
         refused = self._check(given[self.slot])
         affine = Affine(given[self.slot].scale, given[self.slot].shift * self.total)
-        if refused or not self.drops:
-            return refused or Yes(out=affine)
-        kept = [axis for axis in range(self.ndim) if axis not in self.axes]
-        return Yes(
-            out=Affine(
-                affine.scale.reshape([affine.scale.shape[a] for a in kept]),
-                affine.shift.reshape([affine.shift.shape[a] for a in kept]),
-            )
-        )
+        return refused or Yes(out=affine.without_axes(self.axes) if self.drops else affine)
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """Where its operand does, a shift only if the weights sum to one number."""

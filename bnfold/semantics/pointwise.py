@@ -153,17 +153,20 @@ class Bilinear(Product):
 class Homogeneous(Semantics):
     """``f(s*x) = s*f(x)`` for s > 0: the ReLU family. With ``shifts`` also ``f(x + t) = f(x) + t``: max and its pools.
 
-    ``axes``: the axes along which elements are compared; scale and shift must not vary there.
+    ``axes``: the axes along which elements are compared; scale and shift must not vary there. ``drops``: they are gone
+    from the output. ``any_sign``: scales of zero and below pass as well, as where a mask chooses.
     """
 
     slots: tuple[str, ...]
     axes: tuple[int, ...] = ()
     shifts: bool = False
+    drops: bool = False
+    any_sign: bool = False
 
     def _check(self, affine: Affine) -> No | None:
         if affine.has_shift and not self.shifts:
             return No("shift-through-activation", "a shift does not pass an activation")
-        if not affine.is_positive:
+        if not self.any_sign and not affine.is_positive:
             return No("sign", "a scale that is zero or negative does not pass an activation or a maximum")
         if set(self.axes) & set(affine.varies()):
             return No("other-axis", "the affine varies along the axis that is compared")
@@ -171,6 +174,7 @@ class Homogeneous(Semantics):
 
     def pull(self, out: Affine) -> Answer:
         """Asks the same of every operand."""
+        out = out.with_axes(self.axes) if self.drops else out
         return self._check(out) or Yes(operands=dict.fromkeys(self.slots, out))
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
@@ -180,8 +184,29 @@ class Homogeneous(Semantics):
             other = given.get(slot)
             if other is None or first.agree(other) is None:
                 return No("unequal-scales", "the operands that are compared do not carry the same affine")
-        return self._check(first) or Yes(out=first)
+        return self._check(first) or Yes(out=first.without_axes(self.axes) if self.drops else first)
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """Where all operands do."""
         return (self.shifts or not shift) and all(operands[slot] for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Normalised(Semantics):
+    """Normalises, then multiplies and adds constants of its own: layer_norm, group_norm. An affine after it goes there.
+
+    ``write`` answers the constants for an affine to be done after the own ones, or None where they cannot vary so.
+    """
+
+    write: Callable[[Affine], Mapping[str, Tensor] | None]
+
+    def pull(self, out: Affine) -> Answer:
+        """``s*(gamma*x + beta) + t = (s*gamma)*x + (s*beta + t)``."""
+        constants = self.write(out)
+        if constants is None:
+            return No("other-axis", "the affine varies along axes that its own constants do not")
+        return Yes(constants=constants)
+
+    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
+        """Takes both."""
+        return True
