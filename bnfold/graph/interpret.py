@@ -39,9 +39,9 @@ _FACTORIES = {
     "randn",
 }
 
-#: Activations that runtimes approximate to an absolute error, far beyond rounding in their tails: of an epsilon, or of one
-#: of their input where they multiply it. (ONNX Runtime on 20,001 inputs in [-8, 8], at most: sigmoid 0.9 epsilons, GELU
-#: 0.8, SiLU 1.3, mish 2.3 epsilons of the input.)
+#: Activations that runtimes approximate to an absolute error, far beyond rounding in their tails: of an epsilon, or of
+#: one of their input where they multiply it. (ONNX Runtime on 20,001 inputs in [-8, 8], at most: sigmoid 0.9 epsilons,
+#: GELU 0.8, SiLU 1.3, mish 2.3 epsilons of the input.)
 _BOUNDED = {"sigmoid", "hardsigmoid", "elu", "selu", "celu"}
 _GATED = {"gelu", "silu", "mish", "hardswish"}
 
