@@ -268,3 +268,18 @@ def test_a_bias_of_zeros_is_no_operator(bias: float, adds: int) -> None:
     nn.init.constant_(linear.bias, bias)
     program = capture(linear, (torch.randn(2, 3, 4),)).program
     assert [node.op_type for node in lower(program).model.graph].count("Add") == adds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_maximum_behind_padded_zeros_survives_onnx_runtime(dtype: torch.dtype, tmp_path: Path) -> None:
+    """ONNX Runtime's Pad_Fusion gives a MaxPool the pads of a Pad before it, and that one pads with -inf."""
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.max_pool2d(nn.functional.pad(x, (1, 1, 1, 1)), 3, 2)
+
+    below = -torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype) - 1
+    save(lower(capture(Padded(), (below,)).program), tmp_path / "net.onnx")
+    for optimized in (False, True):
+        (found,) = open_session(tmp_path / "net.onnx", optimized=optimized).run({"x": below.numpy()})
+        assert (found == Padded()(below).numpy()).all()

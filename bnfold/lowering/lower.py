@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -104,6 +105,7 @@ def lower(
     _tidy(model)
     if simplify:
         model = _simplify(model)
+    _keep_pads(model.graph)
     _own_outputs(model.graph)
     kept = _name(model, dims or {}, list(outputs or [name for _, name in own]))
     kept |= {spec.arg.name: v.name or "" for (spec, _), v in zip(own, model.graph.outputs)}
@@ -242,6 +244,30 @@ def _simplify(model: ir.Model) -> ir.Model:
 def _is_zero_bias(tensor: ir.TensorProtocol) -> bool:
     """Whether adding a tensor changes nothing, which onnxsim can only know of what it sees."""
     return len(tensor.shape) == 1 and not tensor.numpy().any()
+
+
+def _keep_pads(graph: ir.Graph) -> None:
+    """Pads with -0.0 in front of a maximum.
+
+    ONNX Runtime (1.31) lets a MaxPool do what a Pad before it does, and pads with -inf where that one padded with zeros
+    (its ``Pad_Fusion``); it takes no -0.0 for a zero.
+    """
+    for node in graph:
+        data = node.inputs[0] if node.op_type == "MaxPool" else None
+        pad = data.producer() if data is not None else None
+        if pad is None or pad.op_type != "Pad" or data is None or data.dtype is None:
+            continue
+        if pad.attributes.get_string("mode", "constant") != "constant":
+            continue
+        value = pad.inputs[2] if len(pad.inputs) > 2 else None
+        if value is None or (value.const_value is not None and not value.const_value.numpy().any()):
+            zero = ir.tensor(np.array(-0.0, data.dtype.numpy()), name=f"{data.name}_zero")
+            constant = ir.Value(name=zero.name, shape=ir.Shape(()), type=ir.TensorType(zero.dtype), const_value=zero)
+            graph.register_initializer(constant)
+            pad.resize_inputs(max(len(pad.inputs), 3))
+            pad.replace_input_with(2, constant)
+            if value is not None and not value.uses():
+                graph.initializers.pop(value.name or "", None)
 
 
 def _own_outputs(graph: ir.Graph) -> None:
