@@ -458,6 +458,12 @@ class Branch(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Choosy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] % 7 == 0
+        return x
+
+
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -490,6 +496,12 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], type[Excepti
         (X[:, :3],),
         CaptureError,
         r"test_capture\.py:\d+ .*Check the number.*--input",
+    ),
+    "a size that the model refuses": (
+        Choosy,
+        (X,),
+        CaptureError,
+        r"test_capture\.py:\d+ in forward.*: AssertionError\. The model itself fails on this input: .*--input",
     ),
     "nothing given": (lambda: Net(simple), None, InputError, "no example inputs"),  # type: ignore[dict-item]
     "too many": (Keywords, (X, X), InputError, "do not fit forward: too many.*Its signature is"),

@@ -535,7 +535,8 @@ def test_torchvision_videos_and_models_that_say_nothing(torchvision: list[tuple[
     ],
 )
 def test_a_library_that_is_missing(source: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ProviderError, match=rf"pip install 'bnfold\[{extra}\]'"):
         load(source)
     result = run("inspect", source)

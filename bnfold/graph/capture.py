@@ -288,7 +288,18 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
             hint = "dynamic_shapes must have the structure of the inputs"
         elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
             hint = "Check the number, names, shapes and dtypes of the inputs (--input)"
-        raise CaptureError(f"{type(error).__name__}: {message}".rstrip(". "), where=where, hint=hint) from error
+        elif _fails_itself(module, args, kwargs):
+            hint = "The model itself fails on this input: give it one of a size that it takes (--input)"
+        raise CaptureError(f"{type(error).__name__}: {message}".rstrip(":. "), where=where, hint=hint) from error
+
+
+def _fails_itself(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        with torch.no_grad(), _quiet():
+            _called(module)(*args, **kwargs)
+    except Exception:
+        return True
+    return False
 
 
 def _called(module: nn.Module) -> nn.Module:
