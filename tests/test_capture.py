@@ -501,7 +501,7 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], type[Excepti
         Choosy,
         (X,),
         CaptureError,
-        r"test_capture\.py:\d+ in forward.*: AssertionError\. The model itself fails on this input: .*--input",
+        r"test_capture\.py:\d+ in forward.*: AssertionError.* The model itself fails on this input: .*--input",
     ),
     "nothing given": (lambda: Net(simple), None, InputError, "no example inputs"),  # type: ignore[dict-item]
     "too many": (Keywords, (X, X), InputError, "do not fit forward: too many.*Its signature is"),

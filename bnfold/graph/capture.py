@@ -9,14 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import logging
-import traceback
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +23,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError, InputError
+from bnfold.graph.failures import explained, quiet
 from bnfold.graph.functional import make_functional
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.regions import hidden_batch_norms, inline_regions
@@ -275,31 +270,10 @@ def _bounded_batch(program: ExportedProgram) -> str | None:
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             return torch.export.export(_called(module), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        where, message = _user_place(error, module), str(error).strip().split("\n")[0]
-        hint = "torch.export must be able to trace forward: no branches on values of tensors (torch.where, torch.cond)"
-        text = str(error)
-        if "Constraints violated" in text or "constraints violated" in text.lower():
-            message = " ".join(text.split("Suggested fixes")[0].split())[:400]
-            hint = "The model fixes a dimension that is declared dynamic: fix it with --static or a number in --input"
-        elif "dynamic_shapes" in text:
-            hint = "dynamic_shapes must have the structure of the inputs"
-        elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
-            hint = "Check the number, names, shapes and dtypes of the inputs (--input)"
-        elif _fails_itself(module, args, kwargs):
-            hint = "The model itself fails on this input: give it one of a size that it takes (--input)"
-        raise CaptureError(f"{type(error).__name__}: {message}".rstrip(":. "), where=where, hint=hint) from error
-
-
-def _fails_itself(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        with torch.no_grad(), _quiet():
-            _called(module)(*args, **kwargs)
-    except Exception:
-        return True
-    return False
+        raise explained(error, module, lambda: _called(module)(*args, **kwargs)) from error
 
 
 def _called(module: nn.Module) -> nn.Module:
@@ -310,32 +284,6 @@ def _called(module: nn.Module) -> nn.Module:
     plain: nn.Module = type(type(module).__name__, (nn.Module,), {"forward": type(module).forward})()
     vars(plain).update(vars(module))
     return plain
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # torch logs a traceback and prints the graph beside the exception that it raises.
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-def _user_place(error: BaseException, module: nn.Module) -> str | None:
-    """File, line and module of the user's code that an exception came from."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    found = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        name = frame.f_code.co_filename
-        if not name.startswith((*ours, "<")) and "contextlib" not in name:
-            owner = frame.f_locals.get("self")
-            path = next((n for n, m in module.named_modules() if m is owner), None)
-            found = f"{Path(name).name}:{line} in {frame.f_code.co_name}" + (f" (module '{path}')" if path else "")
-    return found
 
 
 def _captured(
