@@ -33,7 +33,7 @@ LEFT: dict[str, tuple[int, set[str]]] = {
     "two_inputs": (1, {"several-readers", "model-output"}),
     # normalises axis 1, between two linears on the last axis
     "square_norm": (1, {"other-axis"}),
-    "batch_statistics": (3, {"batch-statistics"}),
+    "batch_statistics": (2, {"batch-statistics"}),
 }
 
 

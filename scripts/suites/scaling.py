@@ -30,7 +30,7 @@ def run(settings: Settings) -> Outcome:
     torch.set_num_threads(settings.threads)
     data: dict[str, Any] = {"conditions": conditions(settings)}
     sizes = [30, 100, 300] if settings.quick else [100, 1000, 3000, 10000]
-    depths = [10, 30] if settings.quick else [10, 30, 100, 300]
+    depths = [10, 30] if settings.quick else [10, 30, 100, 300, 1000]
     widths = [16, 32] if settings.quick else [32, 128, 512]
     tables = []
     if settings.wants("pass"):
