@@ -51,7 +51,7 @@ def multiply_add(n: int) -> ExportedProgram:
     p = Program((2, 4))
     x = p.x
     for i in range(n):
-        x = p.call(aten.mul.Tensor, x, p.parameter(f"scale{i}", torch.linspace(0.99, 1.01, 4)))
+        x = p.call(aten.mul.Tensor, x, p.parameter(f"scale{i}", torch.linspace(0.9999, 1.0001, 4)))
         x = p.call(aten.add.Tensor, x, p.parameter(f"shift{i}", torch.linspace(-0.1, 0.1, 4)))
     return p.done(x)
 
@@ -70,7 +70,7 @@ def scales_and_relus(n: int) -> ExportedProgram:
     p = Program((2, 4, 2, 2))
     x = conv(p, p.x, 0)
     for i in range(n):
-        scale = p.parameter(f"scale{i}", torch.linspace(0.99, 1.01, 4).reshape(4, 1, 1))
+        scale = p.parameter(f"scale{i}", torch.linspace(0.9999, 1.0001, 4).reshape(4, 1, 1))
         x = p.call(aten.mul.Tensor, p.call(aten.relu.default, x), scale)
     return p.done(x)
 

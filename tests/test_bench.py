@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import bnfold
 from bnfold.cli import cli
 from bnfold.errors import BnfoldError, InputError, ProviderError
 from bnfold.runtime import bench as module
@@ -306,6 +307,16 @@ class _Named(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
         return self.linear(x) + k[:, None]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own copying
+def test_a_folded_program_runs_beside_the_module_it_came_from() -> None:
+    """The module of an exported program is in training mode by its flag, and takes no other."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    image = torch.randn(2, 3, 8, 8)
+    for model in (net, bnfold.fold(net, (image,)).module):
+        torch_contestant("net", model, (image[:1],)).run()
+    assert net.training
 
 
 def test_a_module_that_takes_something_else() -> None:

@@ -22,7 +22,7 @@ from bnfold.errors import CaptureError
 FROZEN = "bnfold_frozen"
 
 #: Operators that may return their operand although their schema does not say so.
-_SILENT_ALIASES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "einsum", "type_as", "pad"}
+_SILENT_ALIASES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "einsum", "pad"}
 #: Where a slice ends that has no end.
 _END = 2**63 - 1
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}

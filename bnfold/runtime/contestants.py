@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -112,7 +113,9 @@ def torch_contestant(
     if device == "cuda" and not torch.cuda.is_available():
         raise ProviderError("this torch cannot use CUDA", hint="Leave --source out, or use --device cpu")
     if device == "cuda" or any(module.training for module in model.modules()):
-        model = copied(model).eval().to(device)
+        model = copied(model).to(device)
+        with contextlib.suppress(NotImplementedError):  # an exported program's module has the mode it was exported in
+            model.eval()
     args, named = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, dict(kwargs or {})))
 
     def run() -> Any:
