@@ -40,7 +40,7 @@ LARGE = re.compile(r"giant|huge|gigantic|enormous|xxl|_xl|large")
 Row = dict[str, Any]
 
 
-def choose(families: int = 4, parameters: float = 50e6) -> list[str]:
+def choose(families: int = 2, parameters: float = 50e6) -> list[str]:
     """Of every family of timm its smallest net, and up to so many in all that have modules the others lack."""
     import timm
     from timm.models import _registry

@@ -32,6 +32,8 @@ def run(settings: Settings) -> Outcome:
         tell(name)
         module, args = benchmark_nets.build(name)
         folded = bnfold.fold(module, args).module
+        for part in folded.modules():
+            part.training = False  # it is in eval mode, whatever torch.export has its flags say
         image = tuple(value[:1] for value in args)
         eager = [torch_contestant(words, net, image) for words, net in (("folded", folded), ("module", module))]
         compiled = [_compiled(words, net, image) for words, net in (("folded", folded), ("module", module))]
