@@ -148,8 +148,18 @@ class Grower:
         return self.p.call(target, *operands)
 
     def activation(self, x: Node) -> Node:
-        target = self.pick([aten.relu.default, aten.relu.default, aten.leaky_relu.default, aten.sigmoid.default])
-        return self.p.call(target, x)
+        relu, others = aten.relu.default, [aten.leaky_relu.default, aten.sigmoid.default, aten.abs.default]
+        return self.p.call(self.pick([relu, relu, *others]), x)
+
+    def own_norm(self, x: Node) -> Node:
+        """A norm with the statistics of each sample; with a bias, or of a constant it would leave nothing but noise."""
+        shape = self.p.shape(x)
+        over_groups = len(shape) > 2 and shape[1] % 2 == 0 and self.pick([True, False])
+        count = shape[1] if over_groups else shape[-1]
+        weight, bias = self.maybe("weight", self.channels(count)), self.constant("bias", self.normal(count))
+        if over_groups:
+            return self.p.call(aten.group_norm.default, x, 2, weight, bias, 0.1)
+        return self.p.call(aten.layer_norm.default, x, [count], weight, bias, 0.1)
 
     def pool(self, x: Node) -> Node:
         kind = self.pick(["max", "avg", "avg_padded", "avg_uncounted", "adaptive"])
@@ -169,7 +179,11 @@ class Grower:
 
     def movement(self, x: Node) -> Node:
         shape = self.p.shape(x)
-        kind = self.pick(["flip", "roll", "half", "clone", "shuffle", "zero_pad", "chunks", "repeat"])
+        kind = self.pick(["flip", "roll", "half", "clone", "shuffle", "zero_pad", "chunks", "repeat", "order"])
+        if kind == "order":
+            some = torch.randint(shape[1], (shape[1],), generator=self.generator)
+            order = self.pick([torch.randperm(shape[1], generator=self.generator), some])
+            return self.p.call(aten.index_select.default, x, 1, self.constant("order", order))
         if kind == "half":
             low = self.pick([0, shape[1] // 2])
             return self.p.call(aten.slice.Tensor, x, 1, low, low + shape[1] // 2)
@@ -195,7 +209,9 @@ class Grower:
         """To another number of axes."""
         shape = self.p.shape(x)
         if len(shape) == 4:
-            kind = self.pick(["tokens", "flatten", "mean", "rows"])
+            kind = self.pick(["tokens", "flatten", "mean", "rows", "amax"])
+            if kind == "amax":
+                return self.p.call(aten.amax.default, x, [2, 3])
             if kind == "tokens":
                 return self.p.call(aten.transpose.int, self.p.call(aten.flatten.using_ints, x, 2), 1, 2)
             if kind == "mean":
@@ -211,13 +227,18 @@ class Grower:
         return self.p.call(aten.unflatten.int, x, 1, [-1, *self.pick([(1,), (2, 1)])]) if shape[1] % 2 == 0 else x
 
     def join(self, x: Node) -> Node:
-        """A sum, product, maximum or concatenation with an earlier value of the same shape."""
+        """A sum, product, maximum, choice or concatenation with an earlier value of the same shape."""
         shape = self.p.shape(x)
         same = [
             v for v in self.made if self.p.shape(v) == shape and str(v.meta["val"].shape) == str(x.meta["val"].shape)
         ]
         other = self.pick(same)
-        kind = self.pick(["add", "add", "add", "sub", "mul", "maximum", "cat"])
+        kind = self.pick(["add", "add", "add", "sub", "mul", "maximum", "cat", "where", "mask"])
+        if kind in ("where", "mask"):
+            mask = self.constant("mask", torch.rand(shape[1:], generator=self.generator) < 0.5)
+            if kind == "mask":
+                return self.p.call(aten.masked_fill.Scalar, x, mask, 0.0)
+            return self.p.call(aten.where.self, mask, x, other)
         if kind == "cat":
             return self.p.call(aten.cat.default, [x, other], 1) if shape[1] < 17 else x
         if kind in ("add", "sub"):
@@ -233,7 +254,7 @@ class Grower:
         shape = self.p.shape(x)
         wide = len(shape) == 4 and min(shape[2:]) >= 2
         found = [self.norm, self.norm, self.norm, self.scaling, self.activation, self.reshape, self.join, self.join]
-        found += [self.movement] if shape[1] >= 2 else []
+        found += [self.movement, self.own_norm] if shape[1] >= 2 else []
         found += [self.conv, self.conv] if len(shape) > 2 else [self.linear]
         found += [self.linear] if len(shape) == 3 else []
         found += [self.pool] if wide else []
