@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from outcomes import verdict, why_left
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 400  # seconds for one net
@@ -110,19 +110,14 @@ def measure(source: str) -> Row:
         except bnfold.BnfoldError as error:
             return row | {"verdict": f"{type(error).__name__}: {error}"[:160]}
     assert report.check is not None
-    verdict = (
-        report.check.verdict if report.check.passed else f"{report.check.verdict}: {report.check.problems[0][:160]}"
-    )
     folded, total = report.ledger.count()
     entries = report.ledger.entries
-    left = [entry for entry in report.ledger.left if entry.is_batch_norm]
-    others = len(report.ledger.left) - len(left)
-    reasons = Counter(" / ".join(dict.fromkeys(r.reason for r in entry.refusals)) for entry in left)
+    others_left = sum(not entry.is_batch_norm for entry in report.ledger.left)
     ratios = [o.ratio for o in report.check.outputs if o.candidate == "ONNX Runtime"]
     sites = [max(site.ratio, site.channel_ratio) for site in report.check.sites]
     return row | {
-        "verdict": verdict, "before": total, "after": total - folded, "others": len(entries) - total,
-        "others_left": others, "why": "; ".join(f"{count} × {reason}" for reason, count in reasons.items()),
+        "verdict": verdict(report.check), "before": total, "after": total - folded, "others": len(entries) - total,
+        "others_left": others_left, "why": why_left(report.ledger),
         "operators": list(report.operators), "ratio": max(ratios), "site": max(sites, default=0.0),
     }  # fmt: skip
 

@@ -19,12 +19,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from outcomes import verdict, why_left
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,18 +60,13 @@ def measure(name: str, samples: int) -> Row:
         except bnfold.BnfoldError as error:
             return Row(name, f"{type(error).__name__}: {error}"[:200])
     folded, total = report.ledger.count()
-    left = [entry for entry in report.ledger.left if entry.is_batch_norm]
-    reasons = Counter(" / ".join(dict.fromkeys(r.reason for r in entry.refusals)) for entry in left)
     assert report.check is not None and plain.check is not None
 
     def ratio(check: bnfold.CheckReport, candidate: str) -> float:
         return max((o.ratio for o in check.outputs if o.candidate == candidate), default=math.nan)
 
-    verdict = str(report.check.verdict)
-    if not report.check.passed:
-        verdict += f": {report.check.problems[0][:120]}"
     return Row(
-        name, verdict, total, total - folded, "; ".join(f"{count} × {reason}" for reason, count in reasons.items()),
+        name, verdict(report.check), total, total - folded, why_left(report.ledger),
         report.operators, ratio(report.check, "folded torch"), ratio(plain.check, "ONNX Runtime, optimisations off"),
         ratio(report.check, "ONNX Runtime, optimisations off"), time.perf_counter() - start,
     )  # fmt: skip

@@ -24,7 +24,7 @@ ALLOWED: dict[str, str] = {
     "commands": "baseline bench doctor errors inputs load normalize options pipeline render report stages store",
     "render": "_version doctor errors report",
     "doctor": "_version runtime",
-    "bench": "contestants report runtime",
+    "bench": "contestants report runtime threads",
     "contestants": "capture errors runtime",
     # the data flow
     "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate lower options"

@@ -207,16 +207,19 @@ def chosen(call: Call) -> Semantics:
         return OPAQUE
     if len(operands) == 2:
         return Homogeneous(("self", "other"), shifts=True, any_sign=True)
-    constant = call.constant("other" if operands == ["self"] else "self")
-    zero = constant is not None and not bool(constant.any())
+    zero = _is_zero(call, "other" if operands == ["self"] else "self")
     return Homogeneous(tuple(operands), any_sign=True) if zero else OPAQUE
 
 
 def masked(call: Call) -> Semantics:
     """masked_fill with zeros."""
-    constant = call.constant("value")
-    zero = constant is not None and not bool(constant.any()) and call.shape("self") == call.out_shape
+    zero = _is_zero(call, "value") and call.shape("self") == call.out_shape
     return Homogeneous(("self",), any_sign=True) if zero else OPAQUE
+
+
+def _is_zero(call: Call, slot: str) -> bool:
+    constant = call.constant(slot)
+    return constant is not None and not bool(constant.any())
 
 
 def maximum(call: Call) -> Semantics:

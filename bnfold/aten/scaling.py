@@ -94,10 +94,9 @@ def _normalised(call: Call, axes: tuple[int, ...]) -> Semantics:
         if set(after.varies()) - set(axes):
             return None
         weight, bias = call.constant("weight"), call.constant("bias")
-        own = Affine.identity(len(shape))
-        own = Affine(
-            own.scale if weight is None else weight.reshape(shape), own.shift if bias is None else bias.reshape(shape)
-        )
+        scale = torch.ones(sizes, dtype=torch.float64) if weight is None else weight
+        shift = torch.zeros(sizes, dtype=torch.float64) if bias is None else bias
+        own = Affine(scale.reshape(shape), shift.reshape(shape))
         total = after.after(own)
         return {
             name: part.expand(shape).reshape(sizes) for name, part in (("weight", total.scale), ("bias", total.shift))

@@ -42,7 +42,7 @@ from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
-from bnfold.graph.threads import one_thread
+from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
 from bnfold.runtime.runtime import provider_notes
 
@@ -297,7 +297,7 @@ def _has_summaries(captured: Captured) -> bool:
 @contextlib.contextmanager
 def _threads_that_pay(captured: Captured) -> Iterator[None]:
     """One thread for a model that runs in a blink: several save it nothing, and cost much on a busy machine."""
-    with one_thread() as threads:
+    with torch_threads(1) as threads:
         start = time.perf_counter()
         with contextlib.suppress(Exception):  # whoever runs it next reports that
             Runner(captured.program)(captured.flat)

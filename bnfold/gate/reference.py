@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -153,16 +153,20 @@ class References:
         found = self.decisions.follow(self._precise, batch, chosen)
         return replace(found, outputs=numbers(found.outputs))
 
+    def disturbed(self, batch: Batch, *, keep: Collection[str] = ()) -> Iterator[Following]:
+        """Truth of a batch where every constant is rounded once, drawn ``ROUNDINGS`` times."""
+        program, masters = self.captured.program, self.captured.masters
+        for seed in range(ROUNDINGS):
+            moved = Runner(program, precise=True, masters=masters, jitter=coarsest_epsilon(program), seed=seed)
+            yield self.decisions.follow(moved, batch, keep=keep)
+
     def rounding(self, run: int) -> list[Tensor]:
         """How far each output moves on a batch where every constant is rounded once: RMS over ``ROUNDINGS`` draws."""
         if run not in self._rounding:
-            program, masters, truth = self.captured.program, self.captured.masters, self.truth[run]
+            truth = self.truth[run]
             squares = [torch.zeros_like(value, dtype=torch.float64) for value in truth]
-            for seed in range(ROUNDINGS):
-                moved = Runner(program, precise=True, masters=masters, jitter=coarsest_epsilon(program), seed=seed)
-                for square, value, true in zip(
-                    squares, numbers(self.decisions.follow(moved, self.batches[run]).outputs), truth
-                ):
+            for moved in self.disturbed(self.batches[run]):
+                for square, value, true in zip(squares, numbers(moved.outputs), truth):
                     square += (value.double() - true.double()).square()
             self._rounding[run] = [(square / ROUNDINGS).sqrt() for square in squares]
         return self._rounding[run]

@@ -153,12 +153,9 @@ class Noise:
     @cached_property
     def rounding(self) -> Mapping[str, Tensor]:
         """How far each value moves where every constant is rounded once, in RMS over several draws."""
-        captured = self._references.captured
-        eps, floats = coarsest_epsilon(captured.program), {n: v for n, v in self.truth.items() if v.is_floating_point()}
+        floats = {name: value for name, value in self.truth.items() if value.is_floating_point()}
         squares = {name: torch.zeros_like(value) for name, value in floats.items()}
-        for seed in range(ROUNDINGS):
-            moved = Runner(captured.program, precise=True, masters=captured.masters, jitter=eps, seed=seed)
-            kept = self._references.decisions.follow(moved, self._batch, keep=self._names).kept
+        for moved in self._references.disturbed(self._batch, keep=self._names):
             for name, truth in floats.items():
-                squares[name] += (kept[name] - truth).square()
+                squares[name] += (moved.kept[name] - truth).square()
         return {name: (square / ROUNDINGS).sqrt() for name, square in squares.items()}

@@ -9,15 +9,15 @@ import torch
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[int]:
-    """One thread of torch's within; gives how many there were.
+def torch_threads(count: int) -> Iterator[int]:
+    """That many threads of torch's within; gives how many there were.
 
     Threads wait for one another by spinning. On a busy machine, or in a container that may use fewer cores than it
-    sees, small operators take fifty times as long with several: folding a LeViT took 20 s in place of 0.4.
+    sees, small operators take fifty times as long with several as with one: folding a LeViT took 20 s in place of 0.4.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        yield threads
+        yield before
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -233,7 +233,7 @@ def _attended(node: fx.Node, given: dict[str, Any]) -> None:
         parts.append(mask)
     if len(lead) == 2 or any(_size(part)[:-2] != lead for part in parts) or sum(type(n) is not int for n in lead) > 1:
         return
-    graph = node.graph
+    graph, added = node.graph, [1] if lead else [0, 1]
 
     def call(target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(target, args, kwargs)
@@ -245,14 +245,13 @@ def _attended(node: fx.Node, given: dict[str, Any]) -> None:
         if len(lead) > 1:
             part = call(_ATEN.flatten.using_ints, part, 0, len(lead) - 1)
             _reshape(part)
-        for axis in (0, 0) if not lead else (1,):
+        for axis in added:
             part = call(_ATEN.unsqueeze.default, part, axis)
         return part
 
     options = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa")}
     options["attn_mask"] = led(mask) if mask in parts else mask
     attended = call(_ATEN.scaled_dot_product_attention.default, *(led(part) for part in parts[:3]), **options)
-    added = [0, 1] if not lead else [1]
     if len(lead) > 1:
         squeezed = call(_ATEN.squeeze.dims, attended, added)
         _become(node, _ATEN.unflatten.int, squeezed, 0, [n if type(n) is int else -1 for n in lead])

@@ -18,7 +18,7 @@ from torch import Tensor
 from bnfold import aten
 from bnfold.affine import Affine
 from bnfold.graph.graph import Graph, Node, UnknownSizeError
-from bnfold.graph.threads import one_thread
+from bnfold.graph.threads import torch_threads
 from bnfold.passes.plan import Edit, Plan, Words, follow
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
@@ -37,7 +37,7 @@ def fold(graph: Graph) -> Ledger:
     Deterministic; linear in the nodes that each affine's region touches.
     """
     graph.materialise()
-    with one_thread():  # many small operators
+    with torch_threads(1):  # many small operators
         return Folder(graph).run()
 
 

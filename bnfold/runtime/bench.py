@@ -90,7 +90,11 @@ def bench(
     where: Device = resolve_device(device)
     feeds = [random_feeds(sized_inputs(paths[0], batch=batch, shapes=shapes), seed)]
     feeds += [matched_feeds(path, feeds[0], paths[0]) for path in paths[1:]]
-    with _torch_threads(threads if model is not None else None):
+    with contextlib.ExitStack() as stack:
+        if model is not None and threads is not None:
+            from bnfold.graph.threads import torch_threads
+
+            stack.enter_context(torch_threads(threads))
         contestants = onnx_contestants(paths, feeds, device=where, threads=threads, memory=memory)
         if model is not None:
             given, named = torch_arguments(model, args, kwargs or {}, feeds[0], name)
@@ -190,21 +194,6 @@ def _notes(contestants: Sequence[Contestant], measured: Sequence[Latency]) -> It
     worst = max(measured, key=lambda latency: latency.p95 / latency.median)
     if worst.p95 > BUSY * worst.median:
         yield f"turns of {worst.name} vary: something else keeps this machine busy, or its clock changes"
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    if threads is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def machine(*, with_torch: bool = True) -> dict[str, str]:
