@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checker import build, count_operators, fold_exactly, noise, operators, reasons, state_bytes
+from checker import assert_close, build, count_operators, fold_exactly, noise, operators, reasons, state_bytes
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
@@ -395,3 +395,40 @@ def test_the_callers_model_is_untouched():
     after = state_bytes(module)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert modes == [m.training for m in module.modules()]
+
+
+# -- sizes that depend on data -----------------------------------------------------------------------------------------
+
+
+def points(m, x):
+    return torch.flip(torch.nonzero(m.norm(m.conv(x))[0, 0] > 0.5), [1]) * 2.0
+
+
+def boxes_kept(m, x):
+    y = m.norm(m.conv(x)).flatten(2)[0].t()
+    return y[y[:, 0] > 0.1] / 8 - y.new_ones(4)
+
+
+def self_loops(m, x):
+    return torch.cat([torch.nonzero(m.norm(m.conv(x))[0, 0] > 0.5)[:, 0], torch.arange(9)]) * 2.0
+
+
+def voxels(m, x):
+    y = m.norm(m.conv(x)).flatten(2)[0].t()
+    kept = y[y[:, 0] > -0.1]
+    torch._check(kept.shape[0] != 0)
+    kept = m.inner(m.first(kept))
+    return m.second(kept) + m.third(kept).relu() * 3
+
+
+@pytest.mark.parametrize("run", [points, boxes_kept, self_loops, voxels])
+def test_sizes_that_depend_on_data_are_in_no_ones_way(run):
+    linears = {name: nn.Linear(4, 4) for name in ("first", "second", "third")}
+    net = build(run, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4), inner=nn.BatchNorm1d(4), **linears)
+    image = noise(1, 3, 9, 9)
+    folded = bnfold.fold(net, (image,), static=True, equalize=True)
+    assert not folded.ledger.left
+    for x in (image, noise(1, 3, 9, 9, seed=1)):
+        with torch.no_grad():
+            assert_close(folded.module(x), net(x))
+    assert bnfold.inspect(net, (image,)).plan is not None

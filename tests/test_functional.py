@@ -130,6 +130,18 @@ def everything_slice(m, x):
     return y[:], y[:, 1:]
 
 
+def einsum_then_write(m, x):
+    y = torch.einsum("nchw,oc->nohw", m.conv(x), m.conv.weight[:, :, 0, 0])
+    y.relu_()
+    return y
+
+
+def view_by_einsum_then_write(m, x):
+    y = m.conv(x)
+    torch.einsum("nchw->chwn", y).relu_()
+    return y * 2
+
+
 def activation_modules(m, x):
     return nn.Hardswish(inplace=True)(nn.LeakyReLU(inplace=True)(nn.SiLU(inplace=True)(m.conv(x))))
 
@@ -138,11 +150,11 @@ TRAPS = [
     dropout_then_write, write_then_read, read_then_write, chain, write_a_view, write_a_view_and_read_both,
     relu_of_a_view_whose_base_is_read, write_the_base_of_a_view, write_one_part, write_a_view_of_a_view,
     add_that_promotes, index_put, copy_into, dropout_of_the_output, dropout_of_the_input, contiguous_that_aliases,
-    to_that_aliases, everything_slice, activation_modules,
+    to_that_aliases, everything_slice, einsum_then_write, view_by_einsum_then_write, activation_modules,
 ]  # fmt: skip
 #: Those in which no other value that shares the storage is read later.
 SAFE = {dropout_then_write, write_then_read, read_then_write, chain, dropout_of_the_output, dropout_of_the_input,
-        activation_modules}  # fmt: skip
+        einsum_then_write, activation_modules}  # fmt: skip
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda f: f.__name__)

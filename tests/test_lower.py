@@ -270,13 +270,22 @@ def test_a_bias_of_zeros_is_no_operator(bias: float, adds: int) -> None:
     assert [node.op_type for node in lower(program).model.graph].count("Add") == adds
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "alone": lambda x: x,
+    "channels last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "transposed": lambda x: x.transpose(2, 3),
+    "an axis more": lambda x: x.unsqueeze(1).squeeze(1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_maximum_behind_padded_zeros_survives_onnx_runtime(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_maximum_behind_padded_zeros_survives_onnx_runtime(dtype: torch.dtype, layout: str, tmp_path: Path) -> None:
     """ONNX Runtime's Pad_Fusion gives a MaxPool the pads of a Pad before it, and that one pads with -inf."""
 
     class Padded(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.max_pool2d(nn.functional.pad(x, (1, 1, 1, 1)), 3, 2)
+            return nn.functional.max_pool2d(LAYOUTS[layout](nn.functional.pad(x, (1, 2, 1, 1))), 3, 2)
 
     below = -torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype) - 1
     save(lower(capture(Padded(), (below,)).program), tmp_path / "net.onnx")

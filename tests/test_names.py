@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bnfold.graph.names import output_names
 
@@ -56,3 +58,36 @@ def test_numbered_names_avoid_inputs() -> None:
             return output + 1
 
     assert output_names(torch.export.export(Clash(), (torch.zeros(2),))) == ["output_out"]
+
+
+class Keyless(OrderedDict[str, Any]):
+    """As libraries register output classes of their own: without functions for key paths."""
+
+
+class Nameless:
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
+pytree.register_pytree_node(
+    Keyless,
+    pytree._dict_flatten,
+    lambda values, context: Keyless(pytree._dict_unflatten(values, context)),
+    serialized_type_name="tests.Keyless",
+)
+pytree.register_pytree_node(
+    Nameless, lambda v: (list(v.parts), None), lambda parts, _: Nameless(*parts), serialized_type_name="tests.Nameless"
+)
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [
+        (lambda x: Keyless(sample=x + 1), ["sample"]),
+        (lambda x: Keyless(sample=x + 1, more=Keyless(a=x, b=[x - 1])), ["sample", "more.a", "more.b.0"]),
+        (lambda x: Nameless(x + 1, x - 1), ["output_0", "output_1"]),
+        (lambda x: {"a": Nameless(x + 1, x - 1)}, ["a.0", "a.1"]),
+    ],
+)
+def test_output_classes_that_are_registered_without_keys(run: Callable[[Tensor], Any], names: list[str]) -> None:
+    assert output_names(torch.export.export(Returns(run), (torch.zeros(2),))) == names

@@ -7,7 +7,6 @@ A row is the operator's name and a function from a call to its semantics. To add
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from bnfold.aten.common import OPAQUE, Row
 from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul
@@ -44,10 +43,8 @@ from bnfold.aten.scaling import (
     per_channel,
     rsub,
 )
+from bnfold.graph.call import Call, UnknownSizeError
 from bnfold.semantics import Refused, Semantics, ShapeOnly, Unknown
-
-if TYPE_CHECKING:
-    from bnfold.graph.call import Call
 
 
 def _row(semantics: Semantics) -> Row:
@@ -136,9 +133,12 @@ TABLE: dict[str, Row] = dict(
 
 def semantics(call: Call) -> Semantics:
     """What the operator of a call does to an Affine."""
+    # A BatchNorm among what is refused is still one that stays, and the ledger says so.
+    kind = "batch_norm" if call.operator.endswith(("batch_norm", "instance_norm")) else ""
     if call.graph.is_frozen(call.value):
-        # A BatchNorm among them is still one that stays, and the ledger says so.
-        kind = "batch_norm" if call.operator.endswith(("batch_norm", "instance_norm")) else "in-place"
         return Refused("in-place", "an in-place operator shares its storage", kind)
     row = TABLE.get(call.operator)
-    return Unknown() if row is None else row(call)
+    try:
+        return Unknown() if row is None else row(call)
+    except UnknownSizeError as error:
+        return Refused("dynamic-size", str(error), kind)

@@ -54,7 +54,7 @@ def _contraction(
             return None
         if bias_axis is None:
             return {bias: value / bias_scale}
-        channels = call.out_shape[bias_axis]
+        channels = call.size(bias_axis)
         if any(n > 1 for axis, n in enumerate(value.shape) if axis != bias_axis):
             return None
         return {bias: value.flatten().expand(channels).clone()}
@@ -125,7 +125,7 @@ def linear(call: Call) -> Semantics:
     """``x @ W.T + b``: weight (out_features, in_features), the last axis of x."""
     if not constant_operands(call, "weight", "bias") or len(call.shape("weight")) != 2:
         return OPAQUE
-    lead = ("",) * (len(call.out_shape) - 1)
+    lead = ("",) * (call.rank - 1)
     return _contraction(
         call, "input", "weight", view=call.shape("weight"), letters="oi", out=(*lead, "o"), inp=(*lead, "i"),
         bias="bias", bias_axis=len(lead), geometry=Geometry(),

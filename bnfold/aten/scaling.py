@@ -33,7 +33,7 @@ def _normalisation(call: Call, axis_params: Sequence[str], batch_statistics: boo
         return Refused("batch-statistics", "it normalises with the statistics of the batch it sees", "batch_norm")
     if not all(call.graph.is_constant(value) for value in (gamma, beta, mean, var)):
         return Refused("not-constant", "its parameters are computed from the model's inputs", "batch_norm")
-    ndim, eps = len(call.out_shape), float(call["eps"])
+    ndim, eps = call.rank, float(call["eps"])
     params = {n: call.constant(n) if call[n] is not None else None for n in axis_params}
     weight, bias, running_mean, running_var = params.values()
     assert running_mean is not None

@@ -246,7 +246,7 @@ def watched_batch(captured: Captured, batches: Sequence[Batch], names: Collectio
     for node in captured.program.graph.nodes:
         value = node.meta.get("val")
         if node.name in names and isinstance(value, Tensor):
-            elements += prod(n if isinstance(n, int) else max(int(n.node.hint), 1) for n in value.shape)
+            elements += prod(n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in value.shape)
     example = captured.flat[0] if captured.flat else None
     per_sample = max(elements // max(example.shape[0] if isinstance(example, Tensor) and example.ndim else 1, 1), 1)
     fitting = [b for b in batches if not b.sizes or b.sizes == batches[0].sizes]

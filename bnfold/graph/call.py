@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Node = fx.Node
 
 
+class UnknownSizeError(ValueError):
+    """A size that depends on the data that runs through the graph."""
+
+
 class Call:
     """One operator application, its arguments by their names in the operator's schema."""
 
@@ -71,6 +75,15 @@ class Call:
     def out_shape(self) -> Shape:
         """The concrete shape of the output."""
         return self.graph.shape(self.value)
+
+    @property
+    def rank(self) -> int:
+        """The number of axes of the output, whatever their sizes depend on."""
+        return self.graph.rank(self.value)
+
+    def size(self, axis: int) -> int:
+        """The concrete size of the output along one axis."""
+        return self.graph.size(self.value, axis)
 
     def concrete(self, name: str) -> Any:
         """An argument with its symbolic sizes made concrete."""

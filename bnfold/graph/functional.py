@@ -142,9 +142,12 @@ def _aliased(node: fx.Node) -> Iterator[fx.Node]:
     if node.op == "call_function" and not isinstance(node.target, OpOverload):
         yield from node.all_input_nodes  # getitem, or a higher-order operator: assume the most
         return
-    silent = isinstance(node.target, OpOverload) and node.target._opname in _SILENT_ALIASES
-    if silent and node.target._opname == "pad" and any(isinstance(n, fx.Node) or n for n in node.args[1]):  # type: ignore
+    name = node.target._opname if isinstance(node.target, OpOverload) else ""
+    silent = name in _SILENT_ALIASES
+    if name == "pad" and any(isinstance(n, fx.Node) or n for n in node.args[1]):  # type: ignore
         return  # only a padding of nothing returns its operand
+    if name == "einsum" and len(_nodes_in(node.args[1])) > 1:
+        return  # a product is new; of one operand alone it is a view
     for argument, value in _arguments(node):
         if silent or argument.alias_info is not None:
             yield from _nodes_in(value)

@@ -26,6 +26,7 @@ from torch.export.graph_signature import (
 
 from bnfold.errors import FoldError
 from bnfold.graph.call import Call
+from bnfold.graph.call import UnknownSizeError as UnknownSizeError
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name, free_name, with_modules
@@ -169,6 +170,19 @@ class Graph:
         if value not in self._shapes:
             self._shapes[value] = tuple(self._concrete(n) for n in value.meta["val"].shape)
         return self._shapes[value]
+
+    def size(self, value: Node, axis: int) -> int:
+        """The size of a value along one axis at the current sizes; the others may depend on data."""
+        return self._concrete(value.meta["val"].shape[axis])
+
+    def is_sized(self, value: Node) -> bool:
+        """Whether no size of a value depends on data."""
+        sizes = getattr(value.meta.get("val"), "shape", ())
+        return all(isinstance(size, int) or size.node.has_hint() for size in sizes)
+
+    def rank(self, value: Node) -> int:
+        """The number of axes of a value, whatever its sizes depend on."""
+        return len(value.meta["val"].shape)
 
     def dynamic_axes(self, value: Node) -> tuple[int, ...]:
         """The axes whose size differs from call to call."""
@@ -404,10 +418,6 @@ class Graph:
             return rebuild(old, self.graph, ExportGraphSignature(keep, output_specs(old, self.graph)), state, constants)
         except Exception as error:
             raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
-
-
-class UnknownSizeError(ValueError):
-    """A size that depends on the data that runs through the graph."""
 
 
 def _solved(size: torch.SymInt) -> dict[Any, int]:

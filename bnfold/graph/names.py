@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import fx
@@ -18,8 +18,7 @@ def output_names(program: ExportedProgram) -> list[str]:
     fallback = list(names)
     structured = spec is not None and spec.num_leaves == count
     tree = pytree.tree_unflatten(list(range(count)), spec) if structured else []
-    for path, index in pytree.tree_flatten_with_path(tree)[0]:
-        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    for keys, index in _leaves(tree):
         if any(not key.isdigit() for key in keys):
             names[index] = ".".join(keys)
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs}
@@ -28,6 +27,27 @@ def output_names(program: ExportedProgram) -> list[str]:
             while clashing[i] in inputs:
                 clashing[i] += "_out"
     return names if len(set(names)) == count else fallback
+
+
+def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf with the keys on the way to it; a class may be registered without, and often keeps them all the same.
+
+    torch's own ``tree_flatten_with_path`` raises for such a class.
+    """
+    kind = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
+    if kind is None:
+        yield (), tree
+        return
+    children: list[tuple[Any, Any]]
+    if kind.flatten_with_keys_fn is not None:
+        children = list(kind.flatten_with_keys_fn(tree)[0])
+    else:
+        values, context = kind.flatten_fn(tree)
+        named = isinstance(context, (list, tuple)) and len(context) == len(values)
+        children = list(zip(context if named else range(len(values)), values))
+    for key, child in children:
+        word = str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+        yield from (((word, *keys), leaf) for keys, leaf in _leaves(child))
 
 
 def number_names(program: ExportedProgram) -> list[str]:

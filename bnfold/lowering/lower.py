@@ -31,6 +31,8 @@ from bnfold.lowering.translate import quiet, translate
 SKELETON_BYTES = 1024
 #: Files above this many bytes keep their weights in a file beside them.
 EXTERNAL_BYTES = 1 << 30
+#: What ONNX Runtime's layout optimisation moves past a Pad, or takes away.
+_MOVABLE = {"Transpose", "Identity", "Squeeze", "Unsqueeze", "Reshape"}
 
 
 @dataclass(frozen=True)
@@ -250,10 +252,12 @@ def _keep_pads(graph: ir.Graph) -> None:
     """Pads with -0.0 in front of a maximum.
 
     ONNX Runtime (1.31) lets a MaxPool do what a Pad before it does, and pads with -inf where that one padded with zeros
-    (its ``Pad_Fusion``); it takes no -0.0 for a zero.
+    (its ``Pad_Fusion``); it takes no -0.0 for a zero. Transpositions in between it moves out of the way first.
     """
     for node in graph:
         data = node.inputs[0] if node.op_type == "MaxPool" else None
+        while data is not None and data.producer() is not None and data.producer().op_type in _MOVABLE:
+            data = data.producer().inputs[0]
         pad = data.producer() if data is not None else None
         if pad is None or pad.op_type != "Pad" or data is None or data.dtype is None:
             continue

@@ -67,7 +67,8 @@ def equalize(graph: Graph, ledger: Ledger) -> Ledger:
 def _step(folder: Folder, value: Node) -> tuple[Tensor, Plan] | None:
     """Equalises one contraction with what reads it: the scale taken from its channels; None where there is none."""
     graph, semantics = folder.graph, folder.semantics(value)
-    if not isinstance(semantics, Contraction) or semantics.geometry is None or graph.is_frozen(value):
+    fixed = graph.is_frozen(value) or not graph.is_sized(value)
+    if not isinstance(semantics, Contraction) or semantics.geometry is None or fixed:
         return None
     axis = next(i for i, letters in enumerate(semantics.out) if letters)
     shape = graph.shape(value)
@@ -101,7 +102,7 @@ def _step(folder: Folder, value: Node) -> tuple[Tensor, Plan] | None:
 
 def _is_linear(folder: Folder, value: Node, plan: Plan) -> bool:
     """Whether readers get the scale itself, and no product of it with itself (``y*y``): then channels can be told."""
-    twice = folder.carried(value, Affine.per_channel(2.0, 0.0, len(folder.graph.shape(value))))
+    twice = folder.carried(value, Affine.per_channel(2.0, 0.0, folder.graph.rank(value)))
     assert isinstance(twice, Plan)
     weights = [folder.graph.call(reader).constant(slot) for reader, slot, _ in twice.constants]
     return len(twice.constants) == len(plan.constants) and all(

@@ -225,7 +225,7 @@ class Folder:
 
     def _unchanged(self, reader: Node, value: Node) -> Affine | None:
         """The identity on what ``reader`` reads of ``value``, the rest free; None where it reads only the shape."""
-        identity = Affine.identity(len(self.graph.shape(value)))
+        identity = Affine.identity(self.graph.rank(value))
         if reader.op == "output" or self.graph.is_list(reader):
             return identity
         semantics = self.semantics(reader)
@@ -235,7 +235,7 @@ class Folder:
         if isinstance(semantics, Movement) and len(slots) == 1:
             # Every affine on one of many slices asks this of all the others, so the answer is kept.
             if (reader, value) not in self._parts:
-                answer = self._ask(reader, lambda s: s.pull(Affine.identity(len(self.graph.shape(reader)))))
+                answer = self._ask(reader, lambda s: s.pull(Affine.identity(self.graph.rank(reader))))
                 self._parts[reader, value] = identity if isinstance(answer, No) else answer.operands[slots[0]]
             return self._parts[reader, value]
         return identity

@@ -13,7 +13,7 @@ import torch
 from bnfold import aten
 from bnfold.graph.graph import Graph, Node
 from bnfold.passes.kernels import Kernel, added, average, composed, depthwise, embedded, may_fit
-from bnfold.semantics import Average, Contraction, Same, Scaling, Semantics, Sum
+from bnfold.semantics import Average, Contraction, Opaque, Same, Scaling, Semantics, Sum
 
 #: A branch of more operators than this is not looked through.
 LONGEST = 16
@@ -38,7 +38,8 @@ class LinearMaps:
     def at(self, value: Node) -> Semantics:
         """What the operator that makes a value does."""
         if value not in self._semantics:
-            self._semantics[value] = aten.semantics(self.graph.call(value))
+            known = self.graph.is_sized(value)
+            self._semantics[value] = aten.semantics(self.graph.call(value)) if known else Opaque()
         return self._semantics[value]
 
     def forget(self, *values: Node) -> None:

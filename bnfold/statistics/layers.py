@@ -150,7 +150,7 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
             layer=graph.module_class(value) or norm.kind,
             kind=norm.kind,
             functional="Norm" not in graph.module_class(value),
-            channels=next((tensor.numel() for tensor in stored.values()), None) or graph.shape(norm.data)[1],
+            channels=next((tensor.numel() for tensor in stored.values()), None) or norm.data.meta["val"].shape[1],
             eps=norm.eps,
             momentum=norm.momentum,
             affine="weight" in norm.tensors or "bias" in norm.tensors,
