@@ -5,31 +5,32 @@ import pytest
 import torch
 
 from bnfold.errors import InputError, UsageError
-from bnfold.loading import inputs
-from bnfold.loading.inputs import InputSpec, example, parse_dynamic, parse_input, widen_batch
+from bnfold.loading import specs
+from bnfold.loading.inputs import example, widen_batch
+from bnfold.loading.specs import DTYPES, InputSpec, parse_dynamic, parse_input
 
 torch.set_num_threads(1)
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(inputs).failed == 0
+    assert doctest.testmod(specs).failed == 0
 
 
 @pytest.mark.parametrize(
     ("text", "name", "dtype", "dims"),
     [
-        ("x:float32[N,3,224,224]", "x", torch.float32, ("N", 3, 224, 224)),
-        ("float32[N,10]", None, torch.float32, ("N", 10)),
-        ("ids:int64[N,T]", "ids", torch.int64, ("N", "T")),
-        ("x[N,3,8,8]", "x", torch.float32, ("N", 3, 8, 8)),
-        ("[4,5]", None, torch.float32, (4, 5)),
-        ("x:float32[]", "x", torch.float32, ()),
-        ("bool[2]", None, torch.bool, (2,)),
-        ("bool:bool[2]", "bool", torch.bool, (2,)),
-        (" x : bfloat16 [ batch , 1 ] ", "x", torch.bfloat16, ("batch", 1)),
+        ("x:float32[N,3,224,224]", "x", "float32", ("N", 3, 224, 224)),
+        ("float32[N,10]", None, "float32", ("N", 10)),
+        ("ids:int64[N,T]", "ids", "int64", ("N", "T")),
+        ("x[N,3,8,8]", "x", "float32", ("N", 3, 8, 8)),
+        ("[4,5]", None, "float32", (4, 5)),
+        ("x:float32[]", "x", "float32", ()),
+        ("bool[2]", None, "bool", (2,)),
+        ("bool:bool[2]", "bool", "bool", (2,)),
+        (" x : bfloat16 [ batch , 1 ] ", "x", "bfloat16", ("batch", 1)),
     ],
 )
-def test_parse_input(text: str, name: str | None, dtype: torch.dtype, dims: tuple[int | str, ...]) -> None:
+def test_parse_input(text: str, name: str | None, dtype: str, dims: tuple[int | str, ...]) -> None:
     assert parse_input(text) == InputSpec(name, dtype, dims)
 
 
@@ -52,6 +53,11 @@ def test_parse_input(text: str, name: str | None, dtype: torch.dtype, dims: tupl
         ("x:float32[2N]", "'2N' is neither"),
         ("x:float32[for]", "'for' is neither"),
         ("x:float32[N,0]", "size 0"),
+        ("x:float32[N,000]", "size 0"),
+        ("x:float32[N,99999999999999999999999999]", "26 digits"),
+        (f"x:float32[{2**63}]", "19 digits"),
+        (f"x:float32[{'9' * 5000}]", "5000 digits"),
+        (f"x:float32[{','.join(['1'] * 65)}]", "65 dimensions"),
     ],
 )
 def test_parse_input_rejects(text: str, says: str) -> None:
@@ -79,6 +85,13 @@ def test_parse_dynamic(text: str, expected: tuple[str, int, int | None]) -> None
 def test_parse_dynamic_rejects(text: str) -> None:
     with pytest.raises(UsageError, match=r"--dynamic N=1\.\.64"):
         parse_dynamic(text)
+
+
+@pytest.mark.parametrize("text", ["N=1..99999999999999999999999999", f"N={'9' * 5000}..", f"N=1..{2**63}"])
+def test_a_range_of_sizes_that_no_tensor_has(text: str) -> None:
+    with pytest.raises(UsageError, match="digits is larger than any tensor"):
+        parse_dynamic(text)
+    assert parse_dynamic(f"N=1..{2**63 - 1}") == ("N", 1, 2**63 - 1)
 
 
 def shapes(tensors: Any) -> Any:
@@ -122,7 +135,7 @@ def test_example_rejects_inputs_that_the_model_lacks(texts: list[str], says: str
     ("ranges", "says"),
     [({"M": (1, 4)}, "They have N"), ({"N": (1, 1)}, "no size of 2 or more")],
 )
-def test_example_rejects_ranges_that_cannot_be(ranges: dict[str, inputs.Range], says: str) -> None:
+def test_example_rejects_ranges_that_cannot_be(ranges: dict[str, specs.Range], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         example([parse_input("x[N]")], ["x"], ranges=ranges)
 
@@ -139,7 +152,7 @@ def test_example_rejects_ranges_that_cannot_be(ranges: dict[str, inputs.Range], 
         ("x[N,7]", {"N": (8, None)}, (8, 7)),
     ],
 )
-def test_example_sizes(text: str, ranges: dict[str, inputs.Range], expected: tuple[int, ...]) -> None:
+def test_example_sizes(text: str, ranges: dict[str, specs.Range], expected: tuple[int, ...]) -> None:
     (x,), _, dynamic = example([parse_input(text)], ["x"], ranges=ranges)
     assert x.shape == expected
     for axis, dim in dynamic["x"].items():
@@ -153,13 +166,13 @@ def test_one_letter_is_one_dimension() -> None:
     assert dynamic["a"][0] is dynamic["b"][0]
 
 
-@pytest.mark.parametrize("dtype", inputs.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_example_values(dtype: str) -> None:
     spec = parse_input(f"{dtype}[4000]")
     (first,), _, _ = example([spec], ["x"], ranges={}, seed=3)
     (again,), _, _ = example([spec], ["x"], ranges={}, seed=3)
     (other,), _, _ = example([spec], ["x"], ranges={}, seed=4)
-    assert first.dtype == inputs.DTYPES[dtype]
+    assert first.dtype == getattr(torch, dtype)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     values = first.double()

@@ -15,7 +15,8 @@ from torch import nn
 
 from bnfold.errors import InputError, UsageError
 from bnfold.loading import checkpoint
-from bnfold.loading.load import load, parse_factory_arg
+from bnfold.loading.load import load
+from bnfold.loading.specs import parse_factory_arg
 
 torch.set_num_threads(1)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from bnfold.errors import UsageError
+
+if TYPE_CHECKING:
+    from bnfold.loading.specs import InputSpec, Range
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Row = tuple[Sequence[str], dict[str, Any]]
@@ -241,6 +244,8 @@ class Job:
     given: dict[str, Any]
     reads: tuple[Path, ...]
     factory_args: dict[str, Any]
+    specs: tuple[InputSpec, ...] = ()
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: str, given: dict[str, Any], *, suffix: str = "", reads: Sequence[Path] = ()) -> Job:
@@ -256,7 +261,7 @@ class Job:
             from bnfold.gate.baseline import expect_baseline
 
             expect_baseline(given["baseline"], update=given["update_baseline"], sources=read)
-        return cls(source, given, tuple(read), _factory_args(given["args"]))
+        return cls(source, given, tuple(read), _factory_args(given["args"]), *_inputs(given))
 
 
 def _check_reports(given: dict[str, Any], read: Sequence[Path]) -> None:
@@ -302,10 +307,23 @@ def _check_contradictions(given: dict[str, Any]) -> None:
             raise UsageError(f"{a} and {b} contradict each other", hint="Leave one of them out")
 
 
+def _inputs(given: dict[str, Any]) -> tuple[tuple[InputSpec, ...], dict[str, Range]]:
+    """What --input and --dynamic say."""
+    texts, dynamic = given.get("inputs", ()), given.get("dynamic", ())
+    if not texts and not dynamic:
+        return (), {}
+    from bnfold.loading.specs import parse_dynamic, parse_input
+
+    specs = tuple(map(parse_input, texts))
+    if given.get("static") and any(isinstance(dim, str) for spec in specs for dim in spec.dims):
+        raise UsageError("--static and an --input with letters contradict each other", hint="Write numbers")
+    return specs, {name: (low, high) for name, low, high in map(parse_dynamic, dynamic)}
+
+
 def _factory_args(texts: Sequence[str]) -> dict[str, Any]:
     if not texts:
         return {}
-    from bnfold.loading.load import parse_factory_arg
+    from bnfold.loading.specs import parse_factory_arg
 
     found: dict[str, Any] = {}
     for name, value in map(parse_factory_arg, texts):

@@ -80,7 +80,7 @@ def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The shapes that the user gave, by input."""
     if not texts:
         return {}
-    from bnfold.loading.inputs import parse_input
+    from bnfold.loading.specs import parse_input
 
     found: dict[str, tuple[int, ...]] = {}
     for text in texts:

@@ -37,13 +37,9 @@ def load_model(job: Job, *, optional: bool = False) -> tuple[Loaded, dict[str, A
     """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any."""
     import torch
 
-    from bnfold.loading.inputs import model_inputs, parse_dynamic, parse_input
+    from bnfold.loading.inputs import model_inputs
 
-    given = job.given
-    specs = [parse_input(text) for text in given["inputs"]]
-    ranges = {name: (low, high) for name, low, high in map(parse_dynamic, given["dynamic"])}
-    if given["static"] and any(isinstance(dim, str) for spec in specs for dim in spec.dims):
-        raise UsageError("--static and an --input with letters contradict each other", hint="Write numbers")
+    given, specs, ranges = job.given, job.specs, job.ranges
     loaded = load_source(job)
     if given["static"] and not isinstance(loaded.model, torch.nn.Module):
         raise UsageError("--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file")

@@ -1,104 +1,22 @@
-"""What a model is fed: input specifications, example tensors for capture, and data from a file."""
+"""What a model is fed: example tensors for capture, of the user's specifications or the model's own."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import itertools
-import keyword
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import InputError, UsageError
+from bnfold.loading.specs import RANGE_SYNTAX, InputSpec, Range
 
-#: Smallest and largest size of a dynamic dimension; None where there is no largest.
-Range = tuple[int, int | None]
-
-DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
-_SYNTAX = "Write NAME:DTYPE[N,3,224,224], for example --input x:float32[N,3,224,224]; letters are dynamic sizes"
-_RANGE_SYNTAX = "Write --dynamic N=1..64, N=1.. or N"
 _ANY: Range = (1, None)
 #: Example sizes of dynamic dimensions other than the batch: networks that halve images five times need these.
 _SPATIAL_START, _SPATIAL_STEP = 64, 32
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One input of a model.
-
-    Attributes:
-        name: the parameter of ``forward``, or None to take the next free one.
-        dtype: of the tensor.
-        dims: one entry per axis, a number where the size is fixed and a name where it is dynamic.
-    """
-
-    name: str | None
-    dtype: torch.dtype
-    dims: tuple[int | str, ...]
-
-
-def parse_input(text: str) -> InputSpec:
-    """Read one input specification.
-
-    >>> parse_input("x:float32[N,3,224,224]")
-    InputSpec(name='x', dtype=torch.float32, dims=('N', 3, 224, 224))
-    >>> parse_input("int64[N,T]").name is None  # a dtype alone: the next input in order
-    True
-    >>> parse_input("x[8,3]").dtype  # a name alone: float32
-    torch.float32
-
-    Raises:
-        UsageError: the text is no specification; the message shows one.
-    """
-    match = re.fullmatch(r"\s*(?:([^\W\d]\w*)\s*(:\s*(\w+)\s*)?)?\[([^\[\]]*)\]\s*", text)
-    if match is None:
-        raise UsageError("this is no input specification", where=f"--input {text}", hint=_SYNTAX)
-    name, typed, dtype, dims = match.groups()
-    if not typed and name in DTYPES:
-        name, dtype = None, name
-    if dtype is not None and dtype not in DTYPES:
-        near = difflib.get_close_matches(dtype, DTYPES, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(DTYPES)}"
-        raise UsageError(f"there is no dtype {dtype!r}", where=f"--input {text}", hint=hint)
-    axes = tuple(_parse_dim(dim.strip(), text) for dim in dims.split(",")) if dims.strip() else ()
-    return InputSpec(name, DTYPES[dtype or "float32"], axes)
-
-
-def _parse_dim(dim: str, text: str) -> int | str:
-    if re.fullmatch(r"[0-9]+", dim):
-        if int(dim) == 0:
-            raise UsageError("a dimension of size 0 leaves nothing to compute", where=f"--input {text}", hint=_SYNTAX)
-        return int(dim)
-    if not dim.isidentifier() or keyword.iskeyword(dim):
-        raise UsageError(f"{dim!r} is neither a size nor a name", where=f"--input {text}", hint=_SYNTAX)
-    return dim
-
-
-def parse_dynamic(text: str) -> tuple[str, int, int | None]:
-    """``"N=1..64"`` -> ``("N", 1, 64)``; ``"N=1.."`` and ``"N"`` -> ``("N", 1, None)``.
-
-    Raises:
-        UsageError: the text is no range, or the range holds fewer than two sizes.
-    """
-    match = re.fullmatch(r"\s*([^\W\d]\w*)\s*(?:=\s*([0-9]+)\s*\.\.\s*([0-9]+)?)?\s*", text)
-    if match is None or keyword.iskeyword(match[1]):
-        raise UsageError("this is no range of a dynamic dimension", where=f"--dynamic {text}", hint=_RANGE_SYNTAX)
-    low, high = int(match[2] or 1), int(match[3]) if match[3] else None
-    if low < 1 or (high is not None and high <= low):
-        hint = f"The first size is at least 1 and the last is larger. {_RANGE_SYNTAX}; a fixed size is a number"
-        raise UsageError("the range is empty or a single size", where=f"--dynamic {text}", hint=hint)
-    return match[1], low, high
 
 
 def model_inputs(
@@ -227,7 +145,7 @@ def _sizes(specs: Sequence[InputSpec], ranges: Mapping[str, Range]) -> dict[str,
     for letter in sorted(letters, key=lambda letter: ranges.get(letter, _ANY)[1] or float("inf")):
         low, high = ranges.get(letter, _ANY)
         if high is not None and high < 2:
-            raise UsageError("the range holds no size of 2 or more", where=f"--dynamic {letter}", hint=_RANGE_SYNTAX)
+            raise UsageError("the range holds no size of 2 or more", where=f"--dynamic {letter}", hint=RANGE_SYNTAX)
         choices = _choices(low, high, batch=letter in batches)
         sizes[letter] = next((size for size in choices if size not in sizes.values()), max(2, low))
     return {letter: sizes[letter] for letter in letters}
@@ -243,9 +161,10 @@ def _choices(low: int, high: int | None, *, batch: bool) -> Iterator[int]:
 def _random(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
     try:
-        if spec.dtype.is_floating_point:
-            return torch.randn(shape, generator=generator).to(spec.dtype)
-        return torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
     except RuntimeError as error:
         what = f"an input of shape {list(shape)} does not fit into memory"
         raise InputError(what, where=f"--input {spec.name or ''}".strip()) from error

@@ -5,7 +5,6 @@ Every kind of source is one row of ``_SOURCES``.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import importlib.util
@@ -121,22 +120,6 @@ def load(
         raise UsageError("--weights-key and --strip-prefix need --weights", where=source)
     loaded = row.read(request)
     return _normalized(loaded, source, normalize) if normalize else loaded
-
-
-def parse_factory_arg(text: str) -> tuple[str, Any]:
-    """``"width=32"`` -> ``("width", 32)``: a Python literal, else the text itself.
-
-    Raises:
-        UsageError: there is no name, or no "=".
-    """
-    name, equals, value = text.partition("=")
-    name, value = name.strip(), value.strip()
-    if not equals or not name.isidentifier():
-        raise UsageError(f"{text!r} is no argument", where="--arg", hint="Write NAME=VALUE, for example --arg width=32")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return name, value
 
 
 # ---- whole models in a file ------------------------------------------------------------------------------------------
