@@ -89,7 +89,7 @@ class Options:
     adversarial: bool = False
     limit: float = LIMIT
     opset: int | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     static: bool = False
     fold: bool = True
     merge: bool = True

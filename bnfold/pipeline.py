@@ -64,7 +64,7 @@ def fold(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     static: bool = False,
     merge: bool = True,
     equalize: bool = False,
@@ -77,7 +77,7 @@ def fold(
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
-        dtype: convert to this floating-point dtype; folding still starts from the stored constants.
+        dtype: convert to this floating-point dtype, a name will do; folding still starts from the stored constants.
         static: make no dimension dynamic by default.
         merge: make one contraction of parallel and sequential ones.
         equalize: let scales move between consecutive layers so that their channels have like ranges.

@@ -25,6 +25,7 @@ from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
 from bnfold.loading.inputs import widen_batch
 from bnfold.loading.load import Provenance
+from bnfold.loading.specs import dtype_name
 from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
 from bnfold.options import Clock, Folded, Model, Options, Progress, silent
 from bnfold.passes.equalize import equalize as equalize_graph
@@ -90,7 +91,7 @@ def make_report(
 
 
 def capture_model(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | None, static: bool
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | str | None, static: bool
 ) -> Captured:
     """Captures the model, with a batch that torch.export does not take for a constant."""
     if args is not None and not isinstance(args, tuple):
@@ -102,7 +103,8 @@ def capture_model(
     if not isinstance(model, ExportedProgram) and not static:
         # Whatever batch the user shows, a batch of 1 would be captured as a constant.
         args, kwargs = widen_batch(args or (), kwargs or {})
-    return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, dtype=dtype, static=static)
+    wanted = None if dtype is None else getattr(torch, dtype_name(dtype))
+    return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, dtype=wanted, static=static)
 
 
 def fold_captured(captured: Captured, *, merge: bool, equalize: bool = False) -> Folded:

@@ -34,6 +34,8 @@ if sys.platform != "win32":
     import fcntl
 
 _SUFFIX = ".bnfold-tmp"
+#: How the name of external data ends.
+_DATA = re.compile(r"\.[0-9a-f]{16}\.data$")
 _DAY = 86_400.0
 _LOCK_WAIT = 60.0
 
@@ -222,22 +224,26 @@ def _place_data(source: Path, placed: Path, *, keep: bool, commit: Path, to: Pat
 
 
 def _drop_stale_data(target: Path) -> None:
-    """Remove data files of this stem that no model in the folder mentions, the new one included."""
-    pattern = re.compile(re.escape(target.stem) + r"\.[0-9a-f]{16}\.data")
+    """Remove data files of this stem that no file in the folder mentions, the new model included.
+
+    A model may be called anything by now, so every file is asked that is no such data itself; one that cannot be read
+    may mention them all.
+    """
+    pattern = re.compile(re.escape(target.stem) + _DATA.pattern)
     # The commit is done: a failure to tidy up is not a failure to store.
     with suppress(OSError):
         entries = list(target.parent.iterdir())
         stale = [entry for entry in entries if pattern.fullmatch(entry.name) and not entry.is_symlink()]
-        models = [entry for entry in entries if ".onnx" in entry.name and entry.is_file()]
+        others = [entry for entry in entries if entry.is_file() and not _DATA.search(entry.name)]
         for entry in stale:
-            if not any(_mentions(model, entry.name) for model in models):
+            if not any(_mentions(other, entry.name) for other in others):
                 entry.unlink()
 
 
-def _mentions(model: Path, name: str) -> bool:
-    if model.stat().st_size == 0:
+def _mentions(file: Path, name: str) -> bool:
+    if file.stat().st_size == 0:
         return False
-    with model.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(os.fsencode(name)) >= 0
 
 

@@ -276,6 +276,15 @@ REFUSED = {
     "pad: another constant, before": (
         lambda m, x: m.conv(F.pad(x * m.c, (1, 1), value=-1.0)), conv() | {"c": noise(4, 1, 1)},
         {"model-input", "nonlinear"}),
+    "view: the bits of it as integers": (
+        lambda m, x: (m.conv(x).view(torch.int64) & -65536).view(torch.float64) * m.c, conv() | {"c": noise(4, 1, 1)},
+        {"nonlinear", "model-output"}),
+    "view: the bits of it as integers, before": (
+        lambda m, x: m.conv(((x * m.c).view(torch.int64) & -65536).view(torch.float64)),
+        conv() | {"c": noise(4, 1, 1)}, {"model-input", "nonlinear"}),
+    "view: the bits of it as another float": (
+        lambda m, x: m.conv(x).view(torch.float32).view(torch.float64) * m.c, conv() | {"c": noise(4, 1, 1)},
+        {"nonlinear", "model-output"}),
     "to: a cast that rounds": (
         lambda m, x: m.conv(x).to(torch.float32).double() * m.c, conv() | {"c": noise(4, 1, 1)},
         {"nonlinear", "model-output"}),

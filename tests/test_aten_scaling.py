@@ -266,6 +266,25 @@ def test_axes_of_one_size_are_told_apart(shape, reasons):
     fold_exactly(net, noise(4, 4, 4, 4), left=reasons, dynamic=False)
 
 
+WHOLE = torch.tensor([3, 7, 9, 11]).reshape(4, 1, 1)
+BY_INTEGERS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
+    "x / n": (lambda x, n: x / n, lambda n: 1 / n),
+    "x * (1 / n)": (lambda x, n: x * (1 / n), lambda n: 1 / n),
+    "x * n": (lambda x, n: x * n, lambda n: n),
+    "x * n.sqrt()": (lambda x, n: x * n.sqrt(), torch.sqrt),
+    "x * (n * 0.1)": (lambda x, n: x * (n * 0.1), lambda n: n * 0.1),
+}
+
+
+@pytest.mark.parametrize("case", BY_INTEGERS)
+def test_a_constant_of_integers_is_computed_in_float64(case):
+    run, scale = BY_INTEGERS[case]
+    net = build(lambda m, x: run(m.conv(x), m.n), conv=conv(), n=WHOLE).float()
+    folded = bnfold.fold(net, (noise(*IMAGE).float(),))
+    wanted = net.conv.weight.detach().double() * scale(WHOLE.double())[..., None]
+    assert torch.equal(folded.program.state_dict["conv.weight"], wanted.float())
+
+
 # -- sums and products of values ---------------------------------------------------------------------------------------
 
 

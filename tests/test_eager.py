@@ -841,12 +841,17 @@ def test_a_module_under_two_names_is_replaced_under_both() -> None:
 
 
 def test_the_ledger_survives_json() -> None:
+    equalised = 0
     for name in ("repvgg", "densenet", "shared_conv"):
         model, args = NETS[name]()
         folded = bnfold.fold(model, args)
         assert Ledger.from_json(folded.ledger.to_json()) == folded.ledger
+        equal = bnfold.fold(model, args, equalize=True).ledger
+        equalised += len(equal.scaled)
+        assert Ledger.from_json(equal.to_json()) == equal
         changed = replace(folded.ledger, changes=(Change("a", "parameter", "bias", (3,)),))
         assert Ledger.from_json(changed.to_json(indent=2)) == changed
+    assert equalised, "no ledger held what was equalised"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

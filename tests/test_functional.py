@@ -146,7 +146,30 @@ def activation_modules(m, x):
     return nn.Hardswish(inplace=True)(nn.LeakyReLU(inplace=True)(nn.SiLU(inplace=True)(m.conv(x))))
 
 
+def unannounced(view):
+    def run(m, x):
+        y = m.conv(x)
+        view(y).mul_(2.0)
+        return y + 0.5
+
+    run.__name__ = next(name for name, known in UNANNOUNCED.items() if known is view)
+    return run
+
+
+#: Views that no schema tells of.
+UNANNOUNCED = {
+    "meshgrid": lambda y: torch.meshgrid(y.flatten(), indexing="ij")[0],
+    "broadcast_tensors": lambda y: torch.broadcast_tensors(y[:, :1], y)[1],
+    "atleast_3d": torch.atleast_3d,
+    "cartesian_prod": lambda y: torch.cartesian_prod(y.flatten()),
+    "unsafe_chunk": lambda y: torch.unsafe_chunk(y, 2, 1)[0],
+    "unsafe_split": lambda y: torch.unsafe_split(y, 2, 1)[1],
+    "conj_physical": torch.conj_physical,
+    "chain_matmul": lambda y: torch.ops.aten.chain_matmul([y[0, 0]]),
+    "einsum": lambda y: torch.einsum("nchw->whcn", y),
+}
 TRAPS = [
+    *(unannounced(view) for view in UNANNOUNCED.values()),
     dropout_then_write, write_then_read, read_then_write, chain, write_a_view, write_a_view_and_read_both,
     relu_of_a_view_whose_base_is_read, write_the_base_of_a_view, write_one_part, write_a_view_of_a_view,
     add_that_promotes, index_put, copy_into, dropout_of_the_output, dropout_of_the_input, contiguous_that_aliases,

@@ -59,6 +59,30 @@ def test_none_among_the_outputs(run, names, tmp_path):
     assert bnfold.check(tmp_path / "net.onnx", net(run), (IMAGE,), device="cpu").passed
 
 
+EMPTY: dict[str, Callable[[Tensor], Any]] = {
+    "no channels": lambda y: (y, y[:, :0]),
+    "none left of the batch": lambda y: (y, y[y.shape[0] :]),
+    "no batch": lambda y: (y, y[0, 0, 0, :0]),
+    "integers": lambda y: (y, torch.zeros(y.shape[0], 0, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_an_output_without_elements_is_compared_by_its_shape(case, tmp_path):
+    path = tmp_path / "net.onnx"
+    report = bnfold.export(net(EMPTY[case]), path, (IMAGE,), device="cpu")
+    assert report.passed, report.check.problems
+    assert {output.output for output in report.check.outputs} == {"output_0", "output_1"}
+    model = net(lambda y: (y, EMPTY[case](y)[1][..., None]))
+    assert any("instead of" in problem for problem in bnfold.check(path, model, (IMAGE,), device="cpu").problems)
+
+
+def test_outputs_without_elements_alone_prove_nothing(tmp_path):
+    report = bnfold.export(net(lambda y: y[:, :0]), tmp_path / "net.onnx", (IMAGE,), device="cpu")
+    assert report.check.verdict == "inconclusive" and not list(tmp_path.iterdir())
+    assert "ONNX Runtime: no output has an element to compare" in " ".join(report.check.problems)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_an_output_of_one_number_is_no_lottery(seed, tmp_path):
     report = bnfold.export(net(torch.mean, 14, seed), tmp_path / "net.onnx", (IMAGE,), device="cpu", seed=seed)

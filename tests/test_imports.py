@@ -30,7 +30,7 @@ ALLOWED: dict[str, str] = {
     "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate lower options"
     " program_file report runtime stages store structure",
     "stages": "_version baseline capture data decisions equalize errors folding graph inputs load lower merge"
-    " names options ranges report store stored",
+    " names options ranges report specs store stored",
     "options": "capture eager gate load report",
     # the stages, each with the parts that are its own
     "load": "capture checkpoint errors hubs normalize program_file structure user_code weights_file",
@@ -124,6 +124,7 @@ KNOWS_ATEN = {
     "graph": "adds a bias where a contraction takes none",
     "functional": "swaps in-place operators for their twins before anything is folded",
     "folding": "takes the prefix off a name that is printed",
+    "interpret": "reads the bits of a value in its own dtype where a run is in float64",
     "lower": "takes unused statistics from a batch_norm that torch.onnx would misread",
     "translate": "writes operators that torch.onnx does not know by those that they stand for",
 }

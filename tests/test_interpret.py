@@ -124,6 +124,14 @@ def test_what_runtimes_approximate_is_disturbed_by_an_absolute_error(name):
     assert 0.9 * most <= (moved - still).abs().max() <= most * (1 + 1e-6) and torch.equal(moved, again)
 
 
+def test_bits_are_those_of_the_values_own_dtype():
+    run = lambda m, x: (x.view(torch.int32) & -65536).view(torch.float32)  # noqa: E731
+    program = capture(Net(run), (noise(4, 5, dtype=torch.float32),)).program
+    x = noise(4, 5)
+    (found,) = Runner(program, precise=True)([x])
+    assert found.dtype == torch.float64 and torch.equal(found.float(), run(None, x.float()))
+
+
 def test_values_are_kept_as_they_were():
     def run(m, x):
         y = m.conv(x)

@@ -91,3 +91,10 @@ pytree.register_pytree_node(
 )
 def test_output_classes_that_are_registered_without_keys(run: Callable[[Tensor], Any], names: list[str]) -> None:
     assert output_names(torch.export.export(Returns(run), (torch.zeros(2),))) == names
+
+
+def test_the_package_lists_its_public_names() -> None:
+    import bnfold
+
+    assert set(bnfold.__all__) <= set(dir(bnfold)) and "__version__" in dir(bnfold)
+    assert all(getattr(bnfold, name) is not None for name in bnfold.__all__)

@@ -46,6 +46,29 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "torch.float16", torch.float16])
+def test_a_dtype_may_be_given_by_name(dtype: str | torch.dtype, tmp_path: Path) -> None:
+    module, args = victim()
+    assert bnfold.fold(module, args, dtype=dtype).program.state_dict["body.weight"].dtype == torch.float16
+    assert export(tmp_path / "net.onnx", dtype=dtype).passed
+    assert bnfold.check(tmp_path / "net.onnx", module, args, dtype=dtype, device="cpu").passed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        ("flaot16", r"dtype: there is no dtype 'flaot16'\. Did you mean float16\?"),
+        ("half", r"There are float32, float64, float16, bfloat16"),
+        ("int8", "int8 is no floating-point dtype"),
+        (torch.int64, "int64 is no floating-point dtype"),
+        (7, "there is no dtype '7'"),
+    ],
+)
+def test_a_dtype_that_is_none(dtype: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        export(tmp_path / "net.onnx", dtype=dtype)
+
+
 def test_a_pass_is_written(tmp_path: Path) -> None:
     report = export(tmp_path / "net.onnx")
     assert report.passed and report.file is not None and report.file.path == str(tmp_path / "net.onnx")

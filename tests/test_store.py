@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -216,7 +217,7 @@ def test_a_link_of_that_name_is_nobody_elses_either(tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
-@pytest.mark.parametrize("backup", ["backup.onnx", "net.onnx.bak"])
+@pytest.mark.parametrize("backup", ["backup.onnx", "net.onnx.bak", "net_v1.model", "net", ".hidden", "net.data", "a b"])
 def test_data_that_a_copy_of_the_model_needs_is_kept(tmp_path: Path, backup: str) -> None:
     path = tmp_path / "net.onnx"
     export(path, b"first")
@@ -227,6 +228,28 @@ def test_data_that_a_copy_of_the_model_needs_is_kept(tmp_path: Path, backup: str
     (tmp_path / backup).unlink()
     export(path, b"third")
     assert len(names(tmp_path)) == 3
+
+
+def test_a_model_that_was_renamed_keeps_its_data(tmp_path: Path) -> None:
+    export(tmp_path / "net.onnx", b"first")
+    (tmp_path / "net.onnx").rename(tmp_path / "net_v1.model")
+    export(tmp_path / "net.onnx", b"second")
+    assert read_model(tmp_path / "net_v1.model") == b"first" and read_model(tmp_path / "net.onnx") == b"second"
+
+
+def test_what_cannot_be_read_may_need_any_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = export(tmp_path / "net.onnx", b"first")
+    (tmp_path / "secret").write_bytes(b"model")
+    opened = Path.open
+
+    def refused(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    second = export(tmp_path / "net.onnx", b"second")
+    assert names(tmp_path) == {"net.onnx", "secret", first, second} and read_model(tmp_path / "net.onnx") == b"second"
 
 
 def test_another_kind_of_output_leaves_the_model_of_the_same_stem_alone(tmp_path: Path) -> None:

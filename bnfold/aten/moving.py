@@ -126,6 +126,8 @@ def upsample(call: Call) -> Semantics:
 
 def move(call: Call) -> Semantics:
     """Runs the operator itself on indices; operands that it reads only for their shape do not move."""
+    if call.arguments.get("dtype") is not None:
+        return OPAQUE  # view(dtype) reads the bits as other numbers
     ignored = tuple(slot for slot in ("other", "tensors") if slot == "other" and "other" in call)
     slots = tuple(slot for slot, _ in call.slots() if slot not in ignored and call.graph.is_float(call.at(slot)))
     others = [value for slot, value in call.slots() if slot not in (*slots, *ignored)]

@@ -113,6 +113,7 @@ def _constant_affine(
     assert constant is not None
     if constant.is_complex():
         return OPAQUE  # scales and shifts are real
+    constant = constant.double()  # that of an integer buffer is one: torch divides it in float32
     ndim = len(call.out_shape)
     if len(call.shape(slot)) != ndim or call.shape(slot) != call.out_shape:
         return OPAQUE  # the constant broadcasts the value: its elements are copied

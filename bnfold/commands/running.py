@@ -67,8 +67,6 @@ def load_source(job: Job) -> Loaded:
 
 def pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
     """What the command line asks of the pipeline."""
-    import torch
-
     from bnfold.options import Options
 
     given = job.given
@@ -76,7 +74,7 @@ def pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
     same += ("allow_nonfinite", "keep_failed", "dry_run", "adversarial", "baseline", "update_baseline")
     return Options(
         **{name: given[name] for name in same if name in given},
-        dtype=getattr(torch, given["dtype"]) if given["dtype"] else None,
+        dtype=given["dtype"],
         fold=not given.get("no_fold"),
         merge=not given.get("no_merge"),
         eager=bool(given.get("eager")),

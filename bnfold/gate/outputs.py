@@ -46,6 +46,13 @@ class _Tallies:
 
     floats: dict[int, Tally] = field(default_factory=dict)
     integers: dict[int, _Integers] = field(default_factory=dict)
+    #: Without an element on some batch.
+    empty: set[int] = field(default_factory=set)
+
+    @property
+    def exact(self) -> list[int]:
+        """Outputs that are right or wrong and no more: integers, and those that were empty on every batch."""
+        return [*self.integers, *sorted(self.empty - self.floats.keys() - self.integers.keys())]
 
 
 class OutputJudge:
@@ -92,8 +99,10 @@ class OutputJudge:
                 )
                 floats, name = exact, precise.name
         results = [self._judge_tally(name, i, tally) for i, tally in floats.items()]
+        if not results and not tallies.integers and tallies.empty:
+            self._findings.doubts.append(f"{name}: no output has an element to compare; give real inputs (--data)")
         ran = self._references.samples
-        return results + [OutputResult(name, self._name(i), 0.0, 0.0, 0.0, 0.0, ran) for i in tallies.integers]
+        return results + [OutputResult(name, self._name(i), 0.0, 0.0, 0.0, 0.0, ran) for i in tallies.exact]
 
     def _run(self, candidate: Candidate) -> _Tallies:
         """Runs a candidate on every batch and counts; problems are what cannot be counted."""
@@ -121,7 +130,9 @@ class OutputJudge:
                     searched = f" on {batch.origin} inputs" if batch.origin else ""
                     self.worst_found = float("inf") if searched else self.worst_found
                     problems.append(f"{where}: {problem}{searched}")
-                if own.is_floating_point():
+                if not own.numel():
+                    found.empty.add(i)  # its shape was all there is to compare
+                elif own.is_floating_point():
                     tally = found.floats.setdefault(i, Tally(epsilon(own.dtype)))
                     tally.add(value, own, true, batched=batched(batch, own), run=run, followed=right)
                 else:

@@ -21,11 +21,15 @@ from bnfold.errors import CaptureError
 
 FROZEN = "bnfold_frozen"
 
-#: Operators that may return their operand although their schema does not say so.
-_SILENT_ALIASES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "einsum", "pad"}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+#: Operators that may return their operand, or views of it, although their schema does not say so: torch's own sample
+#: inputs show it of the 624 operators that they reach.
+_SILENT_ALIASES = {
+    *_DROPOUTS, "einsum", "pad", "conj_physical", "broadcast_tensors", "meshgrid", "cartesian_prod", "chain_matmul",
+    "atleast_1d", "atleast_2d", "atleast_3d", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "histogramdd",
+}  # fmt: skip
 #: Where a slice ends that has no end.
 _END = 2**63 - 1
-_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 
 
 def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, str]) -> int:

@@ -39,6 +39,8 @@ _FACTORIES = {
     "randn",
 }
 
+_BITS = torch.ops.aten.view.dtype
+
 #: Activations that runtimes approximate to an absolute error, far beyond rounding in their tails: of an epsilon, or of
 #: one of their input where they multiply it. (ONNX Runtime on 20,001 inputs in [-8, 8], at most: sigmoid 0.9 epsilons,
 #: GELU 0.8, SiLU 1.3, mish 2.3 epsilons of the input.)
@@ -63,7 +65,22 @@ def call_precise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         floats = any(isinstance(arg, float) for arg in args)
         if floats or target._opname not in ("arange", "full", "scalar_tensor"):
             kwargs["dtype"] = torch.float64
-    return pytree.tree_map(raise_tensor, target(*args, **kwargs))
+    result = target(*args, **kwargs)
+    if isinstance(result, Tensor) and result.dtype in _RAISED and torch.Tag.pointwise in getattr(target, "tags", ()):
+        # No operand was a floating-point tensor: torch computes 1 / n of integers in its default dtype.
+        args, kwargs = pytree.tree_map(_of_integers, (args, kwargs))
+        result = target(*args, **kwargs)
+    return pytree.tree_map(raise_tensor, result)
+
+
+def _of_integers(value: Any) -> Any:
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return value.double() if whole else value
+
+
+def _bits(node: Any, value: Any) -> Any:
+    """``view(dtype)`` of a value that is in float64: the bits are those of its own dtype."""
+    return raise_tensor(value.to(node.args[0].meta["val"].dtype).view(node.args[1]))
 
 
 class Runner(fx.Interpreter):
@@ -152,7 +169,10 @@ class Runner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node; steers it, and keeps its value, where asked to."""
-        value = super().run_node(n)
+        if self.precise and n.target is _BITS:
+            value = _bits(n, self.fetch_args_kwargs_from_env(n)[0][0])
+        else:
+            value = super().run_node(n)
         name = getattr(n.target, "_opname", "") if self._jitter else ""
         if name in _BOUNDED | _GATED:
             size = self.fetch_args_kwargs_from_env(n)[0][0].abs() if name in _GATED else torch.ones_like(value)
@@ -218,6 +238,8 @@ def evaluate_constant(node: fx.Node, known: Mapping[fx.Node, Any], *, precise: b
     """The value of a node whose inputs are all ``known``."""
     args = fx.node.map_arg(node.args, lambda n: known[n])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n])
+    if precise and node.target is _BITS:
+        return _bits(node, args[0])
     if precise and isinstance(node.target, torch._ops.OpOverload):
         return call_precise(node.target, args, kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -6,6 +6,7 @@ import ast
 import difflib
 import keyword
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +56,28 @@ def parse_input(text: str) -> InputSpec:
     name, typed, dtype, dims = match.groups()
     if not typed and name in DTYPES:
         name, dtype = None, name
-    if dtype is not None and dtype not in DTYPES:
-        near = difflib.get_close_matches(dtype, DTYPES, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(DTYPES)}"
-        raise UsageError(f"there is no dtype {dtype!r}", where=f"--input {text}", hint=hint)
+    dtype = dtype_name(dtype or "float32", DTYPES, where=f"--input {text}")
     axes = tuple(_parse_dim(dim.strip(), text) for dim in dims.split(",")) if dims.strip() else ()
     if len(axes) > _AXES:
         what = f"{len(axes)} dimensions are more than the {_AXES} that an array can have"
         raise UsageError(what, where=f"--input {name or ''}".strip(), hint=_SYNTAX)
-    return InputSpec(name, dtype or "float32", axes)
+    return InputSpec(name, dtype, axes)
+
+
+def dtype_name(dtype: object, known: Sequence[str] = DTYPES[:4], *, where: str = "dtype") -> str:
+    """``"float16"``, ``"torch.float16"`` or ``torch.float16`` -> ``"float16"``.
+
+    Raises:
+        UsageError: it is none of the ``known`` ones, by default the floating-point dtypes; the message shows the
+            nearest.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}"
+        fact = f"{name} is no floating-point dtype" if name in DTYPES else f"there is no dtype {name!r}"
+        raise UsageError(fact, where=where, hint=hint)
+    return name
 
 
 def _parse_dim(dim: str, text: str) -> int | str:

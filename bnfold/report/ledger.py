@@ -245,6 +245,7 @@ class Ledger:
                 tuple(_entry(entry) for entry in found["entries"]),
                 tuple(Merge(**_tupled(merge)) for merge in found["merges"]),
                 None if changes is None else tuple(Change(**_tupled(change)) for change in changes),
+                tuple(Scaled(**_tupled(scaled)) for scaled in found.get("scaled", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no ledger ({type(error).__name__}: {error})") from error
