@@ -21,7 +21,9 @@ ALLOWED: dict[str, str] = {
     "__main__": "cli",
     "cli": "_version commands errors",
     "pytest_plugin": "commands render report",
-    "commands": "baseline bench doctor errors inputs load normalize options pipeline render report specs stages store",
+    "commands": "baseline bench doctor errors fleet inputs load normalize options pipeline render report specs stages"
+    " store",
+    "fleet": "_version errors lower pipeline render report store threads",
     "render": "_version doctor errors report",
     "doctor": "_version runtime",
     "bench": "contestants report runtime threads",
@@ -135,6 +137,7 @@ NO_TORCH_AT_IMPORT = {
     "pytest_plugin",
     "baseline",
     "commands",
+    "fleet",
     "render",
     "report",
     "errors",

@@ -194,6 +194,22 @@ report_options = _options(
     _QUIET,
 )
 json_option = _options("The report", _JSON)
+_WORKERS: tuple[_Row, ...] = (
+    _row("--scheduler", metavar="ADDRESS", help="Of Dask's distributed, as tcp://host:8786. Default: this machine."),
+    _row("--workers", type=click.IntRange(1), metavar="N", help="Of this machine. Default: as many as fit."),
+)
+workers_options = _options("The workers", *_WORKERS)
+fleet_options = _options(
+    "The workers",
+    *_WORKERS,
+    _row("--memory", metavar="SIZE", help="Limit of each, and so of a model's process: '4 GB'. Default: its share."),
+    _number(
+        "--timeout", type=float, default=3600.0, callback=_finite, help="Seconds until a model's process is ended."
+    ),
+    _row("-o", "--output", required=True, metavar="FOLDER", help="Where results go: a folder, or a URL for fsspec."),
+    _flag("--retry", help="Export again what failed in an earlier run, though nothing has changed."),
+)
+fleet_report_options = _options("The report", _JSON, _QUIET)
 bench_options = _options(
     "The measurement",
     _row("--source", metavar="SOURCE", help="Measure this torch model as well, on the same inputs."),
@@ -218,7 +234,9 @@ debug_option = _options(
 )  # fmt: skip
 
 #: Options of which a run can have one.
-_CLASHES = (
+CLASHES = (
+    ("scheduler", "workers"),
+    ("scheduler", "memory"),
     ("static", "dynamic"),
     ("dry_run", "keep_failed"),
     ("dry_run", "update_baseline"),
@@ -251,7 +269,7 @@ class Job:
     def of(cls, source: str, given: dict[str, Any], *, suffix: str = "", reads: Sequence[Path] = ()) -> Job:
         """Raises UsageError where options contradict one another."""
         _check_output(given, suffix)
-        _check_contradictions(given)
+        check_contradictions(given)
         file = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
         if source.startswith("hf:"):
             file = Path(source[len("hf:") :]).expanduser() / "model.safetensors"
@@ -298,10 +316,11 @@ def _check_output(given: dict[str, Any], suffix: str) -> None:
         raise UsageError(f"the output must be a {suffix} file", where=f"-o {output}", hint=hint)
 
 
-def _check_contradictions(given: dict[str, Any]) -> None:
+def check_contradictions(given: dict[str, Any]) -> None:
+    """Raises UsageError where options that were given contradict one another."""
     context = click.get_current_context()
     said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    for one, other in _CLASHES:
+    for one, other in CLASHES:
         if {one, other} <= said:
             a, b = (f"--{name.replace('_', '-')}" for name in (one, other))
             raise UsageError(f"{a} and {b} contradict each other", hint="Leave one of them out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bnfold.render.bisection import bisection, found
 from bnfold.render.files import document
 from bnfold.render.findings import findings
+from bnfold.render.fleet import fleet_line, fleet_report
 from bnfold.render.health import calibration, diagnosis
 from bnfold.render.latency import latency_report
 from bnfold.render.page import Page, text
@@ -22,6 +23,8 @@ __all__ = [
     "document",
     "export_report",
     "findings",
+    "fleet_line",
+    "fleet_report",
     "found",
     "latency_report",
     "problems",

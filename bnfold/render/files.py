@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, LatencyReport
+from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FleetReport, LatencyReport
 
-Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport
+Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport
 
 
 def document(report: Report | Bisection, suffix: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bnfold.render import words
+from bnfold.render.fleet import fleet_sections, fleet_summary
 from bnfold.render.health_files import calibration_sections, counted, health_sections
 from bnfold.render.plots import require_matplotlib
 from bnfold.render.sections import (
@@ -18,9 +19,9 @@ from bnfold.render.sections import (
     site_sections,
 )
 from bnfold.render.tables import Section, Table, section
-from bnfold.report import CalibrationReport, CheckReport, Diagnosis, ExportReport, LatencyReport
+from bnfold.report import CalibrationReport, CheckReport, Diagnosis, ExportReport, FleetReport, LatencyReport
 
-Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport
+Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ def page(report: Report) -> str:
         content = _judged(report)
     elif isinstance(report, Diagnosis):
         content = _diagnosis(report)
+    elif isinstance(report, FleetReport):
+        word, tone = ("failed", "fail") if report.exit_code else ("every model passed", "pass")
+        content = Content("Fleet", report.source, word, tone, fleet_summary(report), [*fleet_sections(report)])
     else:
         content = _latency(report) if isinstance(report, LatencyReport) else _calibration(report)
     return environment.get_template("report.html.j2").render(content=content, signs=SIGNS) + "\n"

@@ -11,14 +11,24 @@ from typing import Literal
 
 from bnfold.render import words
 from bnfold.render.advice import judged, next_steps, problem_of
+from bnfold.render.fleet import fleet_cases
 from bnfold.render.health_files import junit_cases, plan_of
-from bnfold.report import BaselineRow, CalibrationReport, CheckReport, Diagnosis, Entry, ExportReport, LatencyReport
+from bnfold.report import (
+    BaselineRow,
+    CalibrationReport,
+    CheckReport,
+    Diagnosis,
+    Entry,
+    ExportReport,
+    FleetReport,
+    LatencyReport,
+)
 
 #: What XML 1.0 has no way to write, not even escaped.
 _UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(report: ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport) -> str:
+def junit(report: ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport) -> str:
     """The report as XML. Only a pass passes: *inconclusive* is a failure of that type, what was not judged is skipped.
 
     Suites: ``verdict`` (the gate as a whole, with every problem in words), ``outputs`` and ``fold sites`` of every
@@ -29,6 +39,8 @@ def junit(report: ExportReport | CheckReport | LatencyReport | Diagnosis | Calib
         _suite(root, "health" if isinstance(report, Diagnosis) else "statistics", starmap(_case, junit_cases(report)))
         if (plan := plan_of(report)) is not None:
             _suite(root, "folds", (_fold(group) for group in plan.ledger.grouped()))
+    elif isinstance(report, FleetReport):
+        _suite(root, "fleet", (_model(*case) for case in fleet_cases(report)), report.seconds)
     elif isinstance(report, LatencyReport):
         _suite(root, "latency", (_latency(c.name, c.median) for c in report.contestants))
     else:
@@ -89,6 +101,12 @@ def _fold(group: list[Entry]) -> ET.Element:
     reasons = dict.fromkeys(r.reason for entry in group if entry.outcome == "left" for r in entry.refusals)
     stays = any(entry.outcome == "left" for entry in group)
     return _case(name, "skipped" if stays else "pass", f"stays: {', '.join(reasons)}")
+
+
+def _model(name: str, verdict: str, why: str, seconds: float) -> ET.Element:
+    case = _case(name, verdict, why, why)
+    case.set("time", f"{seconds:.3f}")
+    return case
 
 
 def _latency(name: str, seconds: float) -> ET.Element:

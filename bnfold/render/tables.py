@@ -11,6 +11,18 @@ from typing import Any
 _LABELS = {"before": "top-1 before", "after": "top-1 after", "data": "SHA-256 of the data", "sqnr": "SQNR, dB"}
 
 
+class Link(str):
+    """A cell that leads to another page."""
+
+    href: str
+
+    def __new__(cls, text: str, href: str) -> Link:
+        """The text, and where it leads."""
+        link = super().__new__(cls, text)
+        link.href = href
+        return link
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of the page; the first cell of a row names it. Cells of ``code`` columns are names, the rest text."""

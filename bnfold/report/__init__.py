@@ -7,6 +7,7 @@ from bnfold.report.baseline import BaselineReport, BaselineRow
 from bnfold.report.bisection import Bisection, Culprit
 from bnfold.report.calibration import CalibratedLayer, CalibrationReport
 from bnfold.report.export import ExportReport, FileReport
+from bnfold.report.fleet import FleetReport, ModelRow
 from bnfold.report.health import FINDINGS, Diagnosis, Finding, NormHealth, NormKind, Severity, Spread
 from bnfold.report.latency import Latency, LatencyReport
 from bnfold.report.ledger import REASONS, Change, Entry, Ledger, Merge, Outcome, Refusal, Scaled
@@ -32,12 +33,14 @@ __all__ = [
     "ExportReport",
     "FileReport",
     "Finding",
+    "FleetReport",
     "Flip",
     "Latency",
     "LatencyReport",
     "LayerRange",
     "Ledger",
     "Merge",
+    "ModelRow",
     "NormHealth",
     "NormKind",
     "NormRange",

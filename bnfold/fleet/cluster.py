@@ -1,0 +1,163 @@
+"""The workers: those of this machine, started for one run, or those of a scheduler that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bnfold.errors import BnfoldError, ProviderError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+#: Workers that may die under a task before it is given up.
+DEATHS = 3
+#: Memory that a worker of this machine is to have at least, in bytes.
+_ROOM = 2 * 10**9
+_WAIT = 60.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """On which workers: those of ``scheduler``, or that many of this machine, each with ``memory`` bytes."""
+
+    scheduler: str | None = None
+    workers: int | None = None
+    memory: int | None = None
+
+
+class SchedulerGoneError(ProviderError):
+    """The scheduler went away while tasks were under way."""
+
+
+@contextmanager
+def connected(where: Where, *, tasks: int, gpus: bool = False) -> Iterator[Client]:
+    """A client of the workers.
+
+    Args:
+        where: which.
+        tasks: how many there will be; more workers than that are not started.
+        gpus: whether some need a GPU: of this machine's, each worker is then given one while there are any.
+
+    Raises:
+        ProviderError: distributed is not installed, or there is no scheduler or no worker there.
+    """
+    try:
+        import dask
+        import distributed
+    except ImportError as error:
+        hint = "pip install 'bnfold[fleet]'"
+        raise ProviderError("workers are those of Dask's distributed, which is missing", hint=hint) from error
+    with ExitStack() as stack:
+        settings: dict[str, Any] = {
+            "distributed.scheduler.allowed-failures": DEATHS - 1,
+            "distributed.scheduler.worker-saturation": 1.0,  # what waits for a worker does not die with it
+            "distributed.comm.timeouts.connect": "10s",
+            "distributed.worker.daemon": False,
+            "distributed.diagnostics.nvml": False,
+            "logging.distributed": "critical",
+        }
+        stack.enter_context(dask.config.set(settings))
+        try:
+            address: Any = where.scheduler or stack.enter_context(_machine(where, tasks, gpus))
+            client = stack.enter_context(distributed.Client(address, timeout=10))
+            client.wait_for_workers(1, timeout=_WAIT)
+        except (OSError, TimeoutError, ValueError) as error:
+            what = f"no scheduler with workers answers: {error}" if where.scheduler else f"no worker started: {error}"
+            hint = "Start one with 'dask scheduler', and workers with 'dask worker ADDRESS --nthreads 1'"
+            raise ProviderError(what, where=where.scheduler, hint=hint if where.scheduler else None) from error
+        yield client
+
+
+@contextmanager
+def _machine(where: Where, tasks: int, gpus: bool) -> Iterator[Any]:
+    """A cluster of this machine, whose cores and memory its workers share."""
+    import psutil
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    total = psutil.virtual_memory().total
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    count = where.workers or max(1, min(cores, tasks, int(total // (where.memory or _ROOM))))
+    there = _gpu_count() if gpus else 0
+    threads = str(max(1, cores // count))
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    with tempfile.TemporaryDirectory(prefix="bnfold-workers-") as folder:
+        options: dict[str, Any] = {
+            "nthreads": 1, "memory_limit": where.memory or total // count, "env": environment,
+            "local_directory": folder, "silence_logs": logging.CRITICAL, "dashboard_address": None,
+        }  # fmt: skip
+        specification = {
+            i: {"cls": Nanny, "options": options | ({"resources": {"GPU": 1}} if i < there else {})}
+            for i in range(count)
+        }
+        scheduler = {"cls": Scheduler, "options": {"dashboard_address": None, "host": "127.0.0.1"}}
+        with SpecCluster(specification, scheduler, silence_logs=logging.CRITICAL) as cluster:
+            yield cluster
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def spread(
+    client: Client,
+    function: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    resources: Callable[[_Item], Mapping[str, float]] = lambda item: {},
+) -> Iterator[tuple[int, _Result | BnfoldError]]:
+    """What ``function`` makes of every item, each with the item's index, in the order in which they end.
+
+    A worker that dies under an item costs a retry; after ``DEATHS`` of them the result is an error.
+
+    Raises:
+        SchedulerGoneError: the scheduler went away.
+    """
+    from distributed import as_completed
+
+    offered = [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+    index: dict[str, int] = {}
+    alike: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for i, item in enumerate(items):
+        alike.setdefault(tuple(sorted(resources(item).items())), []).append(i)
+    futures: list[Any] = []
+    for needed, which in alike.items():
+        if not any(all(has.get(name, 0) >= much for name, much in needed) for has in offered):
+            words = ", ".join(f"{much:g} {name}" for name, much in needed)
+            error = ProviderError(f"no worker has {words}", hint="Start one: dask worker --resources")
+            yield from ((i, error) for i in which)
+            continue
+        some = client.map(function, [items[i] for i in which], pure=False, resources=dict(needed) or None)
+        index |= {future.key: i for future, i in zip(some, which)}
+        futures += some
+    for batch in as_completed(futures).batches():
+        for future in batch:
+            yield index[future.key], _outcome(future)
+            future.release()
+
+
+def _outcome(future: Any) -> Any:
+    from distributed import KilledWorker
+    from distributed.client import FutureCancelledError
+
+    try:
+        return future.result()
+    except BnfoldError as error:
+        return error
+    except KilledWorker as error:
+        died = f"{error.allowed_failures + 1} workers died while they ran it"
+        return ProviderError(died, hint="They were out of memory, or their machines went away")
+    except FutureCancelledError as error:
+        hint = "What is done is stored: run the same command again"
+        raise SchedulerGoneError("the scheduler went away", hint=hint) from error
+    except Exception as error:
+        return BnfoldError(f"internal: {type(error).__name__}: {error}")
