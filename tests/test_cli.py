@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 DIGITS = f"{MODELS / 'digits.py'}"
-COMMANDS = ("bench", "bisect", "calibrate", "check", "doctor", "export", "fold", "inspect")
+COMMANDS = ("bench", "bisect", "calibrate", "check", "doctor", "export", "fold", "fleet", "inspect")
 
 NETS = """
 import torch
