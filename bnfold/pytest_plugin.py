@@ -13,6 +13,7 @@ pytest imports this module in every run of the environment, so it imports nothin
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("bnfold").addoption(
         "--bnfold-update", action="store_true", help=f"write the baselines of onnx_gate, in {FOLDER} beside each test"
     )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Keeps torch's log out of what a failing test of ``onnx_gate`` shows; ``caplog`` and log files have all of it."""
+    plugin = session.config.pluginmanager.get_plugin("logging-plugin")
+    if plugin is not None:
+        plugin.report_handler.addFilter(_shown)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Notes whether the test uses ``onnx_gate``."""
+    _shown.gated = "onnx_gate" in getattr(item, "fixturenames", ())
+
+
+class _Shown(logging.Filter):
+    gated = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # torch.__trace writes records without a message, for a handler of its own, whatever is disabled.
+        return not record.name.startswith(("torch.", "onnx_ir", "onnxscript") if self.gated else "torch.__trace")
+
+
+_shown = _Shown()
 
 
 @pytest.fixture

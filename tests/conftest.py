@@ -1,8 +1,10 @@
-"""Two test processes share two cores, so each keeps to one thread; and every test draws the same numbers every time."""
+"""Two test processes share two cores, so each keeps to one thread, unless OMP_NUM_THREADS says how many; and every test
+draws the same numbers every time."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["COLUMNS"] = "120"  # reports wrap at the terminal's width, which a test worker may not have
@@ -10,10 +12,21 @@ os.environ["COLUMNS"] = "120"  # reports wrap at the terminal's width, which a t
 import pytest
 import torch
 
-torch.set_num_threads(1)
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
 torch.manual_seed(0)  # for what test modules draw as they are imported
+
+#: Before a command: permissions bind it, though root runs it.
+BOUND = [] if sys.platform == "win32" or os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # What torch logs is no part of a failure.
+    shown = session.config.pluginmanager.get_plugin("logging-plugin").report_handler
+    shown.addFilter(lambda record: not record.name.startswith("torch"))
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)

@@ -739,8 +739,8 @@ def digits() -> nn.Module:
 
 
 def right(model: nn.Module, heldout: tuple[Tensor, Tensor], batch: int) -> int:
-    x, labels = heldout
-    model = copy.deepcopy(model).eval()
+    x, labels = heldout[0].double(), heldout[1]
+    model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         return int(sum((model(a).argmax(1) == b).sum() for a, b in zip(x.split(batch), labels.split(batch))))
 

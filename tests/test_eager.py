@@ -876,7 +876,7 @@ def test_the_file_of_the_command_line_loads_in_a_fresh_process(tmp_path: Path) -
         f"net.load_state_dict(load_file({str(path)!r}), strict=True)\n"
         "print(net.eval()(torch.linspace(0, 1, 128).reshape(2, 1, 8, 8)).flatten().tolist(), type(net.norm).__name__)"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert process.returncode == 0 and process.stdout.endswith("Identity\n"), process.stderr
     (there,) = outputs(
         written(trained("digits_mlp"), (torch.zeros(2, 1, 8, 8),)).module,

@@ -236,7 +236,7 @@ def browse(folder: Path, report: Any, width: int, *more: str) -> tuple[dict[str,
          f"--user-data-dir={folder / 'profile'}", "--allow-file-access-from-files", "--virtual-time-budget=5000",
          "--disable-background-networking", "--disable-component-update", "--no-first-run", f"--log-net-log={log}",
          *more, "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     found = re.search(r"<body>(\{.*\})\s*</body>", done.stdout, re.DOTALL)
     assert found, done.stdout[-500:] + done.stderr[-2000:]

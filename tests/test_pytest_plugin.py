@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +53,10 @@ def test_wrong_inputs(onnx_gate):
 )
 
 
-@pytest.fixture
-def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A folder with the tests above, data, and an exported file."""
-    monkeypatch.delenv("SEED", raising=False)
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    folder = pytester.mkdir("tests")
-    (folder / "test_net.py").write_text(TESTS)
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and an exported file; made first, as a pytester unloads in the end what is imported later."""
+    folder = tmp_path_factory.mktemp("kept")
     space: dict[str, object] = {}
     exec(NETS, space)
     import numpy as np
@@ -72,18 +70,28 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
         labels = model.eval()(torch.from_numpy(data)).argmax(1).numpy()
     np.savez(folder / "heldout.npz", input=data, labels=labels)
     bnfold.export(model, folder / "kept.onnx", (torch.randn(2, 6),), device="cpu")
+    return folder
+
+
+@pytest.fixture
+def suite(kept: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A folder with the tests above, data, and an exported file."""
+    monkeypatch.delenv("SEED", raising=False)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    shutil.copytree(kept, pytester.path / "tests")
+    (pytester.path / "tests" / "test_net.py").write_text(TESTS)
     return pytester
 
 
 def test_a_suite_from_no_baselines_to_a_regression(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = suite.path / "tests" / "bnfold-baselines" / "test_net"
 
-    first = suite.runpytest_inprocess(*LOADED, "tests/test_net.py::test_net")
+    first = suite.runpytest_subprocess(*LOADED, "tests/test_net.py::test_net")
     first.assert_outcomes(failed=1)
     first.stdout.fnmatch_lines(["*test_net.json: there is no baseline yet. Create it once with*--bnfold-update*"])
     assert not folder.exists()
 
-    update = suite.runpytest_inprocess(*LOADED, "--bnfold-update")
+    update = suite.runpytest_subprocess(*LOADED, "--bnfold-update")
     update.assert_outcomes(passed=4, failed=2)
     # What fails is rendered for people, without bnfold's own traceback.
     update.stdout.fnmatch_lines(
@@ -98,13 +106,40 @@ def test_a_suite_from_no_baselines_to_a_regression(suite: pytest.Pytester, monke
     assert json.loads((folder / "test_net.json").read_text())["accuracy"]["top1"] == 1
 
     stored = {path: path.read_bytes() for path in folder.iterdir()}
-    held = suite.runpytest_inprocess(*LOADED, "-k", "not wrong")
+    held = suite.runpytest_subprocess(*LOADED, "-k", "not wrong")
     held.assert_outcomes(passed=4)
     monkeypatch.setenv("SEED", "1")
-    worse = suite.runpytest_inprocess(*LOADED, "tests/test_net.py::test_net")
+    worse = suite.runpytest_subprocess(*LOADED, "tests/test_net.py::test_net")
     worse.assert_outcomes(failed=1)
     worse.stdout.fnmatch_lines(["the gate failed: baseline *: top-1 100.00% then, *", "*WORSE"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == stored
+
+
+LOGS = """
+def speak():
+    for name in ("torch.onnx", "torch.__trace", "mine"):
+        log = logging.getLogger(name)
+        log.handle(log.makeRecord(name, logging.WARNING, "f", 1, f"a line of {name}", (), None))
+
+def test_of_the_gate(onnx_gate, caplog):
+    onnx_gate(torch.export.export(net().eval(), (x,)), baseline=False)
+    speak()
+    assert "a line of torch.onnx" in caplog.text, "the fixture sees what it saw before"
+    assert False
+
+def test_of_something_else():
+    speak()
+    assert False
+"""
+
+
+def test_a_red_test_shows_nothing_of_torchs_log(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import logging" + NETS + LOGS)
+    result = pytester.runpytest_subprocess(*LOADED)
+    result.assert_outcomes(failed=2)
+    gated, other = result.stdout.str().partition("_ test_of_something_else _")[::2]
+    assert "a line of mine" in gated and "torch.onnx:" not in gated and "torch.__trace:" not in gated
+    assert "a line of mine" in other and "a line of torch.onnx" in other and "torch.__trace:" not in other
 
 
 def test_the_plugin_is_light_and_named_in_the_help() -> None:

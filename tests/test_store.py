@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import BOUND
 
 from bnfold import store
 from bnfold.errors import BnfoldError, LowerError, ResourceError, UsageError
@@ -617,14 +618,21 @@ def test_an_unwritable_folder_or_file_is_refused_by_its_mode(tmp_path: Path) -> 
     (tmp_path / "kept.onnx").write_bytes(OLD)
     (tmp_path / "kept.onnx").chmod(0o444)
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    if os.access(folder, os.W_OK):
-        pytest.skip("permission bits do not bind this user (root)")
-    with pytest.raises(ResourceError, match="Permission denied"):
-        check_destination(folder / "net.onnx")
-    with pytest.raises(ResourceError, match="Permission denied"), atomic(folder / "net.onnx"):
-        pass
-    with pytest.raises(ResourceError, match="write-protected"):
-        check_destination(tmp_path / "kept.onnx")
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from bnfold.store import atomic, check_destination
+def enter(path):
+    with atomic(path): pass
+for act, path in ((check_destination, "locked/net.onnx"), (enter, "locked/net.onnx"), (check_destination, "kept.onnx")):
+    try: act(Path({str(tmp_path)!r}, path))
+    except Exception as error: print(type(error).__name__, error)
+"""
+    told = subprocess.check_output([*BOUND, sys.executable, "-c", script], text=True).splitlines()
+    says = ("Permission denied", "Permission denied", "write-protected")
+    assert [line.split()[0] for line in told] == ["ResourceError"] * 3, told
+    assert all(words in line for words, line in zip(says, told, strict=True))
 
 
 def test_an_unwritable_folder_or_file_is_refused_for_root_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
