@@ -40,7 +40,7 @@ from bnfold.statistics.batchnorms import (
     without_numbers,
 )
 from bnfold.statistics.moments import Moments
-from bnfold.statistics.schemes import Progress, one_pass, sequential, write
+from bnfold.statistics.schemes import Pass, Progress, Read, Seen, Spread, observe, one_pass, sequential, write
 
 Scheme = Literal["sequential", "one-pass"]
 
@@ -125,6 +125,53 @@ class Measured:
                 counter.fill_(self.batches)
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """A copy of a model in which statistics are measured.
+
+    Attributes:
+        model: in eval mode.
+        asked: the BatchNorms to measure.
+        owner: those and all that share their statistics, each with the one it goes by.
+        targets: the modules that go by one, by its name.
+        like: of those that had no statistics, a tensor of the dtype and device for them.
+        before: the statistics that were there.
+    """
+
+    model: nn.Module
+    asked: tuple[str, ...]
+    owner: Mapping[str, str]
+    targets: Mapping[str, Sequence[nn.Module]]
+    like: Mapping[str, Tensor]
+    before: Mapping[str, tuple[Tensor, Tensor] | None]
+
+    @classmethod
+    def of(cls, model: nn.Module, only: str | Sequence[str] | None) -> Scratch:
+        """A copy of ``model``, and what ``only`` names of it.
+
+        Raises:
+            InputError, CaptureError, UsageError: see ``calibrate``.
+        """
+        asked = chosen(model, only)
+        owner = _owners(model, asked)
+        scratch = eval_copy(model)
+        modules = dict(scratch.named_modules())
+        targets: dict[str, list[nn.Module]] = {}
+        for name, first in owner.items():
+            targets.setdefault(first, []).append(modules[name])
+        before = {name: _statistics(norms[0]) for name, norms in targets.items()}
+        like: dict[str, Tensor] = {}
+        for name, (norm, *_) in targets.items():
+            if lacks_statistics(norm):
+                like[name] = _like(norm, scratch)
+                keep_statistics(norm, like[name])
+        return cls(scratch, asked, owner, targets, like, before)
+
+    def observe(self, turn: Pass, read: Read, progress: Progress) -> Seen:
+        """What one part of the data shows in one pass."""
+        return observe(self.model, self.targets, read, turn, progress)
+
+
 def measure(
     model: nn.Module,
     batches: Batches,
@@ -132,42 +179,35 @@ def measure(
     only: str | Sequence[str] | None = None,
     scheme: Scheme = "sequential",
     progress: Progress = lambda stage, done, total: None,
+    spread: Spread | None = None,
 ) -> Measured:
-    """What ``calibrate`` writes, and raises; ``progress`` is told how many batches are done, and of how many."""
+    """What ``calibrate`` writes, and raises.
+
+    Args:
+        model, batches, only, scheme: as for ``calibrate``.
+        progress: is told how many batches are done, and of how many.
+        spread: makes the passes, over data that ``batches`` knows nothing of.
+    """
     if scheme not in ("sequential", "one-pass"):
         raise UsageError(f"there is no scheme {scheme!r}", hint="There are 'sequential' and 'one-pass'")
     why = "the sequential scheme reads them once per level of BatchNorms"
     # One reading is all that one pass needs, so a generator will do.
     read = (lambda: iter(batches)) if scheme == "one-pass" and isinstance(batches, Iterator) else None
     read = read or rereadable(batches, why)
-    asked = chosen(model, only)
-    owner = _owners(model, asked)
-    scratch = eval_copy(model)
-    modules = dict(scratch.named_modules())
-    targets: dict[str, list[nn.Module]] = {}
-    for name, first in owner.items():
-        targets.setdefault(first, []).append(modules[name])
-    before = {name: _statistics(norms[0]) for name, norms in targets.items()}
-    like: dict[str, Tensor] = {}
-    for name, (norm, *_) in targets.items():
-        if lacks_statistics(norm):
-            like[name] = _like(norm, scratch)
-            keep_statistics(norm, like[name])
-    with torch.no_grad():
-        if scheme == "sequential":
-            plan, moments, count = sequential(scratch, targets, read, progress)
-        else:
-            plan, moments, count = one_pass(scratch, targets, read, progress)
+    scratch = Scratch.of(model, only)
+    passes = {"sequential": sequential, "one-pass": one_pass}[scheme]
+    plan, moments, count = passes(spread or (lambda turn: [scratch.observe(turn, read, progress)]))
     if not moments:
         hint = "bnfold inspect lists them. Calls of torch.nn.functional with a module's tensors are not measured"
         raise InputError("the data reaches no BatchNorm", hint=hint)
+    owner, targets = scratch.owner, scratch.targets
     turns = {site.module: turn for turn, wave in enumerate(plan.waves, 1) for site in wave}
     layers = tuple(
-        _layer(name, targets[name][0], moments[name], plan.calls(name), turns[name], before[name])
+        _layer(name, targets[name][0], moments[name], plan.calls(name), turns[name], scratch.before[name])
         for name in sorted(moments, key=turns.__getitem__)
     )
-    unreached = tuple(name for name in asked if owner[name] not in moments)
-    gained = {name: tensor for name, tensor in like.items() if name in moments}
+    unreached = tuple(name for name in scratch.asked if owner[name] not in moments)
+    gained = {name: tensor for name, tensor in scratch.like.items() if name in moments}
     every = {name: moments[first] for name, first in owner.items() if first in moments}
     return Measured(every, layers, len(plan.waves), count, unreached, plan.circular, gained)
 

@@ -1,16 +1,20 @@
 """The two schemes by which the inputs of BatchNorms are measured, and how one input is; see ``calibration``.
 
-The first pass of the sequential scheme follows the data through the model. In a later one the layers that it measures
-must be called exactly as often as in the first, or else their statistics would be those of a part of the data.
+Either is made of passes, and a pass over the data of passes over its parts, wherever those run: what a part shows is
+added up in the order of the parts. The first pass of the sequential scheme follows the data through the model. In a
+later one the layers that it measures must be called exactly as often as in the first, or else their statistics would be
+those of a part of the data.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import add
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,101 +38,193 @@ class _Enough(BaseException):
 
 
 @dataclass(frozen=True)
-class _First:
-    """What the first pass over the data found.
+class Pass:
+    """What is to be measured in one pass over the data.
 
     Attributes:
-        plan: what the passes measure, this one among them.
-        times: in how many batches every call took place.
-        free: moments at the sites that wait for none.
-        batches: how many there are.
-        stops: whether a pass may stop at the last layer that it measures. Not where batches call differently, or where
-            Python learns something of a normalised tensor, by which it may decide what is called: then every pass
+        kind: ``first`` of the sequential scheme, a ``later`` one of it, or the only one of the other.
+        known: the statistics measured before, by name, which are to be in the model.
+        wanted: what a later one measures.
+        stops: whether a later one may stop at the last layer that it measures. Not where batches call differently, or
+            where Python learns something of a normalised tensor, by which it may decide what is called: then every pass
             counts all calls.
+        done: batches of the passes before.
+        total: batches of all passes; 0 where that is not known yet.
     """
 
-    plan: Schedule
-    times: Counter[Site]
-    free: Mapping[Site, Moments]
-    batches: int
-    stops: bool
+    kind: Literal["first", "later", "one-pass"]
+    known: Mapping[str, Moments] = field(default_factory=dict)
+    wanted: frozenset[Site] = frozenset()
+    stops: bool = False
+    done: int = 0
+    total: int = 0
 
 
-def sequential(model: nn.Module, targets: Targets, read: Read, progress: Progress) -> Found:
-    """Measures every BatchNorm behind measured ones, and writes what it measures into ``targets``.
+@dataclass
+class Seen:
+    """What a pass over some of the data has shown.
+
+    Attributes:
+        moments: of the inputs at sites: in the first pass those that wait for none.
+        times: in how many batches every call took place.
+        before: in the first pass, which sites every site waits for.
+        told: whether Python has learnt something of a normalised tensor.
+        batches: how many there were.
+    """
+
+    moments: dict[Site, Moments] = field(default_factory=dict)
+    times: Counter[Site] = field(default_factory=Counter)
+    before: dict[Site, frozenset[Site]] = field(default_factory=dict)
+    told: bool = False
+    batches: int = 0
+
+    def __add__(self, other: Seen) -> Seen:
+        """What both have shown, this one first."""
+        moments, before = dict(self.moments), dict(self.before)
+        for site, more in other.moments.items():
+            moments[site] = _pooled(moments.get(site), more)
+        for site, sources in other.before.items():
+            before[site] = before.get(site, frozenset()) | sources
+        told, batches = self.told or other.told, self.batches + other.batches
+        return Seen(moments, self.times + other.times, before, told, batches)
+
+
+#: Makes a pass over all the data: what every part of it shows, in their order.
+Spread = Callable[[Pass], Iterable[Seen]]
+
+
+def sequential(spread: Spread) -> Found:
+    """Measures every BatchNorm behind measured ones.
 
     Raises:
         InputError: see ``calibrate``.
     """
-    first = _first_pass(model, targets, read, progress)
+    seen = first = _whole(spread(Pass("first")))
+    plan = schedule(first.before)
+    stops = not first.told and set(first.times.values()) <= {first.batches}
     total: dict[str, Moments] = {}
-    for turn, wave in enumerate(first.plan.waves):
-        found = _later_pass(model, targets, turn, first, read, progress) if turn else first.free
+    for turn, wave in enumerate(plan.waves):
+        if turn:
+            done, of = turn * first.batches, len(plan.waves) * first.batches + 1
+            seen = _whole(spread(Pass("later", dict(total), frozenset(wave), stops, done, of)))
+            _check_calls(first, seen, wave if stops else {*first.times, *seen.times})
         for site in wave:
-            total[site.module] = _pooled(total.get(site.module), found[site])
+            total[site.module] = _pooled(total.get(site.module), seen.moments[site])
         for name in {site.module for site in wave}:
             _check_count(name, total[name])
-            for norm in targets[name]:
-                write(norm, total[name])
-    return first.plan, total, first.batches
+    return plan, total, first.batches
 
 
-def _first_pass(model: nn.Module, targets: Targets, read: Read, progress: Progress) -> _First:
-    before: dict[Site, frozenset[Site]] = {}
-    free: dict[Site, Moments] = {}
-    times, told, batches, waves = Counter[Site](), False, 0, 0
+def one_pass(spread: Spread) -> Found:
+    """Measures every BatchNorm behind the batch's own statistics.
+
+    Raises:
+        InputError: see ``calibrate``.
+    """
+    seen = _whole(spread(Pass("one-pass")))
+    found = {site.module: moments for site, moments in seen.moments.items()}
+    for name, moments in found.items():
+        _check_count(name, moments)
+    return Schedule((tuple(seen.times),) if seen.times else (), ()), found, seen.batches
+
+
+def _whole(parts: Iterable[Seen]) -> Seen:
+    seen = reduce(add, parts, Seen())
+    if not seen.batches:
+        raise InputError("there are no batches", hint="Calibration needs data")
+    return seen
+
+
+def _check_calls(first: Seen, seen: Seen, sites: Iterable[Site]) -> None:
+    for site in sites:
+        if seen.times[site] != first.times[site]:
+            raise InputError(
+                f"layer '{site.module}' is not called alike in every pass over the data "
+                f"(call {site.call + 1} in {first.times[site]} batches, then in {seen.times[site]})",
+                hint="Its calls depend on the statistics themselves, or the batches differ from pass to pass: "
+                "the one-pass scheme (scheme='one-pass', --scheme one-pass) reads them once",
+            )
+
+
+# -- one pass over one part --------------------------------------------------------------------------------------------
+
+
+def observe(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
+    """Runs the model on every batch, with the statistics that are known, and measures what is wanted.
+
+    Raises:
+        InputError: the model fails on a batch, or the input of a BatchNorm cannot be measured.
+    """
+    for name, moments in turn.known.items():
+        for norm in targets[name]:
+            write(norm, moments)
+    run = {"first": _follow, "later": _measure, "one-pass": _normalise}[turn.kind]
+    with torch.no_grad():
+        return run(model, targets, read, turn, progress)
+
+
+def _follow(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
+    seen, waves = Seen(), 0
 
     def measure_free(site: Site, norm: nn.Module, x: Tensor) -> None:
-        free[site] = _pooled(free.get(site), _moments(site.module, norm, x))
+        seen.moments[site] = _pooled(seen.moments.get(site), _moments(site.module, norm, x))
 
     for batch in read():
-        seen = trace(partial(call, model, batch), _pairs(targets), measure_free)
-        for site, sources in seen.before.items():
-            before[site] = before.get(site, frozenset()) | sources
-        times.update(seen.before.keys())
-        told = told or bool(seen.told)
-        batches += 1
-        waves = waves or len(schedule(before).waves)
-        progress("calibrate", batches, waves * batches + 1)
-    if not batches:
-        raise InputError("there are no batches", hint="Calibration needs data")
-    return _First(schedule(before), times, free, batches, not told and set(times.values()) <= {batches})
+        found = trace(partial(call, model, batch), _pairs(targets), measure_free)
+        for site, sources in found.before.items():
+            seen.before[site] = seen.before.get(site, frozenset()) | sources
+        seen.times.update(found.before.keys())
+        seen.told = seen.told or bool(found.told)
+        seen.batches += 1
+        waves = waves or len(schedule(seen.before).waves)
+        progress("calibrate", seen.batches, waves * seen.batches + 1)
+    return seen
 
 
-def _later_pass(
-    model: nn.Module, targets: Targets, turn: int, first: _First, read: Read, progress: Progress
-) -> dict[Site, Moments]:
-    found: dict[Site, Moments] = {}
-    times, calls, wanted = Counter[Site](), Counter[str](), set(first.plan.waves[turn])
-    left = set[Site]()
+def _measure(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
+    seen, calls, left = Seen(), Counter[str](), set[Site]()
 
     def measure_wanted(name: str, norm: nn.Module, x: Tensor) -> None:
         site = Site(name, calls[name])
         calls[name] += 1
-        times[site] += 1
-        if site in wanted:
-            found[site] = _pooled(found.get(site), _moments(name, norm, x))
+        seen.times[site] += 1
+        if site in turn.wanted:
+            seen.moments[site] = _pooled(seen.moments.get(site), _moments(name, norm, x))
             left.discard(site)
-            if first.stops and not left:
+            if turn.stops and not left:
                 raise _Enough
 
-    of = len(first.plan.waves) * first.batches + 1
     with watching_inputs(_pairs(targets), measure_wanted):
-        for done, batch in enumerate(read(), turn * first.batches + 1):
+        for batch in read():
             calls.clear()
-            left |= wanted
+            left |= turn.wanted
             with suppress(_Enough):
                 call(model, batch)
-            progress("calibrate", min(done, of - 1), of)
-    for site in wanted if first.stops else {*first.times, *times}:
-        if times[site] != first.times[site]:
-            raise InputError(
-                f"layer '{site.module}' is not called alike in every pass over the data "
-                f"(call {site.call + 1} in {first.times[site]} batches, then in {times[site]})",
-                hint="Its calls depend on the statistics themselves, or the batches differ from pass to pass: "
-                "the one-pass scheme (scheme='one-pass', --scheme one-pass) reads them once",
-            )
-    return found
+            seen.batches += 1
+            progress("calibrate", min(turn.done + seen.batches, turn.total - 1), turn.total)
+    return seen
+
+
+def _normalise(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
+    seen, calls = Seen(), Counter[str]()
+
+    def normalise_with_batch(name: str, norm: nn.Module, x: Tensor) -> None:
+        moments = _moments(name, norm, x)
+        if moments.count:
+            _check_count(name, moments)
+            write(norm, moments)  # eval mode with these statistics is what training mode computes
+        first = Site(name, 0)
+        seen.moments[first] = _pooled(seen.moments.get(first), moments)
+        seen.times[Site(name, calls[name])] += 1
+        calls[name] += 1
+
+    with watching_inputs(_pairs(targets), normalise_with_batch):
+        for batch in read():
+            calls.clear()
+            call(model, batch)
+            seen.batches += 1
+            progress("calibrate", seen.batches, seen.batches + 1)
+    return seen
 
 
 def _pairs(targets: Targets) -> list[tuple[str, nn.Module]]:
@@ -137,40 +233,6 @@ def _pairs(targets: Targets) -> list[tuple[str, nn.Module]]:
 
 def _pooled(known: Moments | None, more: Moments) -> Moments:
     return more if known is None else known + more
-
-
-def one_pass(model: nn.Module, targets: Targets, read: Read, progress: Progress) -> Found:
-    """Measures every BatchNorm behind the batch's own statistics, which are in ``targets`` afterwards.
-
-    Raises:
-        InputError: see ``calibrate``.
-    """
-    found: dict[str, Moments] = {}
-    calls: dict[str, int] = {}
-    now: dict[str, int] = {}
-
-    def normalise_with_batch(name: str, norm: nn.Module, x: Tensor) -> None:
-        moments = _moments(name, norm, x)
-        if moments.count:
-            _check_count(name, moments)
-            write(norm, moments)  # eval mode with these statistics is what training mode computes
-        found[name] = _pooled(found.get(name), moments)
-        now[name] = now.get(name, 0) + 1
-
-    count = 0
-    with watching_inputs(_pairs(targets), normalise_with_batch):
-        for batch in read():
-            now.clear()
-            call(model, batch)
-            count += 1
-            calls |= {name: max(times, calls.get(name, 0)) for name, times in now.items()}
-            progress("calibrate", count, count + 1)
-    if not count:
-        raise InputError("there are no batches", hint="Calibration needs data")
-    for name, moments in found.items():
-        _check_count(name, moments)
-    sites = tuple(Site(name, i) for name, times in calls.items() for i in range(times))
-    return Schedule((sites,) if sites else (), ()), found, count
 
 
 # -- one layer ---------------------------------------------------------------------------------------------------------
