@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bnfold"
 #: Packages that only sort modules by what they are for: each module has its own row.
-SHELVES = {"loading", "graph", "passes", "lowering", "gate", "runtime", "statistics", "eager"}
+SHELVES = {"loading", "graph", "passes", "lowering", "gate", "runtime", "statistics", "eager", "evaluate"}
 
 #: Module -> what it may import of bnfold. cli -> pipeline -> stages -> shared vocabulary; stages do not import one
 #: another. A package stands for all of its modules, which may import one another.
@@ -90,6 +90,16 @@ ALLOWED: dict[str, str] = {
     "samples": "draw stored",
     "draw": "",
     "store": "errors",
+    # ONNX files in float64
+    "evaluator": "aten attributes deciding errors nodes subject",
+    "nodes": "attributes operators subject",
+    "operators": "attributes recurrent resize windows",
+    "windows": "attributes",
+    "recurrent": "attributes",
+    "resize": "attributes",
+    "deciding": "aten attributes",
+    "attributes": "",
+    "subject": "session",
     "runtime": "errors providers session",
     "placement": "report runtime",
     "providers": "errors session",
@@ -120,7 +130,18 @@ ALLOWED: dict[str, str] = {
     "_version": "",
 }
 ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim"}
-KNOWS_ONNX = {"file_graph", "lower", "translate", "session", "providers", "candidates", "gate"}
+KNOWS_ONNX = {
+    "file_graph",
+    "lower",
+    "translate",
+    "session",
+    "providers",
+    "candidates",
+    "gate",
+    "evaluator",
+    "nodes",
+    "deciding",
+}
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {
     "graph": "adds a bias where a contraction takes none",

@@ -1,0 +1,295 @@
+"""An ONNX file in float64: onnx's own reference evaluator, on float64 constants and inputs, torch for what is heavy.
+
+Nothing of the file is rounded on the way but what it stores: its constants and attributes are what they are, casts to
+narrower floats keep float64. Values go as soon as nobody reads them any more, weights are raised where they are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch import Tensor
+
+from bnfold.aten.deciding import Deciding
+from bnfold.errors import BnfoldError, InputError, ResourceError
+from bnfold.evaluate.attributes import Attributes
+from bnfold.evaluate.deciding import deciding
+from bnfold.evaluate.nodes import OPERATORS, raised, tensor
+from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
+
+#: Operators that move elements alone: their weights are raised after the move, not before it.
+_PICKING = {"Gather", "GatherElements", "GatherND", "Slice", "Constant", "Identity", "Shape", "Size"}
+
+
+class MissingOperatorError(InputError):
+    """The file holds an operator that cannot be computed in float64; ``operator`` is its name with its domain."""
+
+    def __init__(self, operator: str, node: str, where: str) -> None:
+        super().__init__(
+            f"its operator {operator} (node '{node}') cannot be computed in float64: onnx has no reference for it",
+            where=where,
+            hint="Check the file without it, or write it as a function of standard operators",
+        )
+        self.operator = operator
+
+
+@dataclass
+class _Watch:
+    """What one run is asked for beyond its outputs."""
+
+    keep: Collection[str] = ()
+    follow: Mapping[str, Array] = field(default_factory=dict)
+    decide: bool = False
+    kept: dict[str, Array] = field(default_factory=dict)
+    decided: dict[str, Array] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+
+
+class File64:
+    """A file as a witness: flat inputs by name -> outputs, every float of them float64.
+
+    Args:
+        model: path of an ONNX file, or a model; it is not changed.
+        beside: the folder of a model's external data.
+
+    Attributes:
+        inputs: those that a run needs; an initializer that is an input as well has its own value unless one is given.
+        outputs: in the file's order.
+
+    Raises:
+        InputError: it is no ONNX file, or its external data are missing or outside its folder.
+        MissingOperatorError: an operator has no implementation.
+    """
+
+    def __init__(self, model: onnx.ModelProto | str | os.PathLike[str], *, beside: Path | None = None) -> None:
+        self.name = "the file in float64"
+        self._where = "the model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
+        if not isinstance(model, onnx.ModelProto):
+            path, beside = Path(model), Path(model).parent
+            try:
+                model = onnx.load_model(path, load_external_data=False)
+            except OSError:
+                raise
+            except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
+                raise InputError("this is no ONNX file, or a damaged one", where=self._where) from error
+        held = {tensor.name for tensor in model.graph.initializer}
+        self.inputs = tuple(_value_info(v) for v in model.graph.input if v.name not in held)
+        self.outputs = tuple(_value_info(v) for v in model.graph.output)
+        self._weights = {t.name: _Weight(t, beside) for t in model.graph.initializer}
+        self._evaluator = _Evaluator(_weightless(model), where=self._where)
+        self._evaluator.rt_inits_.update(self._weights)
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        keep: Collection[str] = (),
+        *,
+        follow: Mapping[str, Array] | None = None,
+        decide: bool = False,
+    ) -> Run:
+        """One run.
+
+        Args:
+            inputs: arrays by name; floats of any width.
+            keep: names of values, of the main graph, to return as well.
+            follow: what somebody else's run decided, by the names of the values that hold decisions (indices, truth
+                values, rounded numbers): forced into this run where its shape fits, and told in ``turns`` where this
+                run would have decided otherwise.
+            decide: return every decision on floats in ``decided``.
+
+        Raises:
+            InputError: an input is missing, or an operator fails on these, which is named.
+            ResourceError: the memory does not suffice.
+        """
+        if missing := [value.name for value in self.inputs if value.name not in inputs]:
+            raise InputError(f"nothing is given for input {', '.join(missing)}", where=self._where)
+        watch = _Watch(set(keep), follow or {}, decide)
+        with np.errstate(all="ignore"), torch.no_grad():
+            outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
+        return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns))
+
+
+class _Weight:
+    """An initializer, read and raised where it is used: there is never a second model in memory."""
+
+    def __init__(self, tensor: onnx.TensorProto, beside: Path | None) -> None:
+        self._beside, self._tensor, self._array = beside, None, None
+        if onnx.external_data_helper.uses_external_data(tensor):
+            self._tensor = tensor
+        else:
+            self._array = onnx.numpy_helper.to_array(tensor)
+
+    def array(self) -> Array:
+        """Its value, as it is stored."""
+        if self._array is not None:
+            return self._array
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self._tensor)
+        try:  # refuses what lies outside of the folder
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, os.fspath(self._beside or os.devnull))
+            return onnx.numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise InputError(
+                f"the external data of '{tensor.name}' cannot be read: {' '.join(str(error).split())[:200]}",
+                hint="Keep the model's own .data file beside it, in the same folder",
+            ) from error
+
+
+def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    if model.functions:
+        # Functions in any order, and their values visible by name.
+        light.functions.extend(model.functions)
+    graph = light.graph
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    for part in (*light.opset_import, *graph.node):
+        part.domain = "" if part.domain == "ai.onnx" else part.domain  # two names of one domain
+    return onnx.inliner.inline_local_functions(light) if model.functions else light
+
+
+def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
+    kind = value.type.tensor_type
+    dims = kind.shape.dim
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims)
+    known = kind.elem_type and kind.elem_type != onnx.TensorProto.STRING
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type) if known else np.dtype(object)
+    return ValueInfo(value.name, dtype, shape)
+
+
+# ---- the evaluator ---------------------------------------------------------------------------------------------------
+
+
+class _Evaluator(ReferenceEvaluator):
+    """A graph, the body of a control flow operator or a function."""
+
+    def __init__(self, proto: Any, *, new_ops: Any = None, where: str = "", **options: Any) -> None:
+        self._where = where
+        super().__init__(proto, new_ops=new_ops or OPERATORS, **options)
+        reads = [(*node.input, *_implicit(node)) for node in self.nodes_]
+        last = {name: i for i, names in enumerate(reads) for name in names}
+        outputs = set(self.output_names)
+        self._dead: list[list[str]] = [[] for _ in reads]
+        for name, i in last.items():
+            if name and name not in outputs:
+                self._dead[i].append(name)
+        self._read = set(last) | outputs
+
+    def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
+        try:
+            return super()._load_impl(node, input_types)
+        except (NotImplementedError, RuntimeError) as error:
+            if type(error).__name__ == "RuntimeContextError":
+                raise
+            operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            raise MissingOperatorError(operator, node.name or next(iter(node.output), ""), self._where) from error
+
+    def run(  # type: ignore[override]
+        self, output_names: Any, feed_inputs: Mapping[str, Any], attributes: Any = None, *, watch: _Watch | None = None,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        """The outputs; values that enclosing graphs have computed are among the inputs."""
+        watch = watch or _Watch()
+        values: dict[str, Any] = {"": None}
+        values.update(feed_inputs)
+        own = set(self.input_names)
+        values.update((name, value) for name, value in self.rt_inits_.items() if name not in own or name not in values)
+        for node, dead in zip(self.rt_nodes_, self._dead):
+            results = self._compute(node, values, attributes)
+            if watch.follow or watch.decide:
+                results = _decided(node, values, results, watch)
+            for name, value in zip(node.output, results):
+                if name in self._read or name in watch.keep:
+                    values[name] = value
+                if name in watch.keep:
+                    watch.kept[name] = value
+            for name in dead:
+                values.pop(name, None)
+        return [_stored(values[name]) for name in output_names or self.output_names]
+
+    def _compute(self, node: OpRun, values: Mapping[str, Any], attributes: Any) -> Sequence[Any]:
+        more = {"linked_attributes": attributes} if node.has_linked_attribute and attributes else {}
+        if node.need_context():
+            more["context"] = values
+        label = f"{node.op_type} '{node.onnx_node.name or next(iter(node.output), '')}'"
+        try:
+            read = [_stored(values[name]) for name in node.input]
+            if node.op_type not in _PICKING:
+                read = [raised(x) for x in read]
+            results: Sequence[Any] = [raised(x) for x in node.run(*read, **more)]  # type: ignore[no-untyped-call]
+        except BnfoldError:
+            raise
+        except MemoryError as error:
+            raise ResourceError(f"the memory does not suffice for {label}", where=self._where) from error
+        except KeyError as error:
+            raise InputError(f"{label} reads {error}, which nothing computes", where=self._where) from error
+        except Exception as error:
+            # The reference wraps what really happened.
+            inner = error.__cause__ or error
+            text = " ".join(str(inner).split())[:200]
+            if "can't allocate memory" in text:
+                raise ResourceError(f"the memory does not suffice for {label}", where=self._where) from error
+            raise InputError(f"{label} fails in float64: {text or type(inner).__name__}", where=self._where) from error
+        return results
+
+
+def _stored(value: Any) -> Any:
+    return value.array() if isinstance(value, _Weight) else value
+
+
+def _implicit(node: onnx.NodeProto) -> set[str]:
+    """What the bodies of a node may read from outside."""
+    found: set[str] = set()
+    stack = list(node.attribute)
+    while stack:
+        attribute = stack.pop()
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            found.update(name for inner in graph.node for name in inner.input)
+            found.update(value.name for value in graph.output)
+            stack += [a for inner in graph.node for a in inner.attribute]
+    return found
+
+
+def _decided(node: OpRun, values: Mapping[str, Any], results: Sequence[Any], watch: _Watch) -> Sequence[Any]:
+    """The results of a node that decides on floats, after somebody else's decision where one is to be followed."""
+    attributes = Attributes({a: getattr(node, a) for a in node.attributes_names_}, 0, len(node.output))
+    read = [raised(_stored(values[name])) for name in node.input]
+    found = deciding(node.op_type if not node.domain else "", attributes, read)
+    if found is None:
+        return results
+    rule, at = found
+    item = rule.item or 0
+    if item >= len(node.output) or not node.output[item]:
+        return results
+    name, own = node.output[item], [tensor(x) for x in results]
+    theirs = watch.follow.get(name)
+    if theirs is not None and theirs.shape == own[item].shape:
+        results = _followed(node, name, rule, at, own, tensor(theirs), watch)
+    if watch.decide:
+        watch.decided[name] = results[item]
+    return results
+
+
+def _followed(
+    node: OpRun, name: str, rule: Deciding, at: Mapping[str, Any], own: list[Tensor], theirs: Tensor, watch: _Watch
+) -> Sequence[Any]:
+    mine = own[rule.item or 0]
+    differs = rule.differs(mine, theirs)
+    if not bool(differs.any()):
+        return [x.numpy() for x in own]
+    gap, compared = rule.gap(at, mine, theirs), rule.compared(at)
+    watch.turns.append(Turn(name, node.op_type, gap.numpy(), int(differs.sum()), compared.numpy()))
+    result = rule.result(at, own[0] if rule.item is None else own, theirs)
+    return [x.numpy() for x in (result if isinstance(result, tuple) else (result,))]
