@@ -76,8 +76,9 @@ ALLOWED: dict[str, str] = {
     "decisions": "aten interpret judge samples",
     "sites": "candidates interpret judge reference report samples",
     "reference": "capture decisions errors functional interpret judge samples",
-    "accuracy": "candidates capture data errors following interpret judge metrics names reference report samples"
+    "accuracy": "candidates capture data errors following interpret judge metrics names parts reference report samples"
     " stored",
+    "parts": "metrics",
     "metrics": "report",
     "data": "errors stored",
     "stored": "errors",

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -23,7 +25,17 @@ from bnfold.gate.data import IGNORED, VOID, Labels, stored_batches
 from bnfold.gate.following import Follower
 from bnfold.gate.judge import Tally, epsilon, finite_problem
 from bnfold.gate.metrics import Classification, Errors, Regression, rms
-from bnfold.gate.reference import RUN_FACTOR, SAMPLE_FACTOR, Findings, References, batched, first_line, numbers
+from bnfold.gate.parts import Facts, Part, Spread
+from bnfold.gate.reference import (
+    RUN_FACTOR,
+    SAMPLE_FACTOR,
+    Findings,
+    Progress,
+    References,
+    batched,
+    first_line,
+    numbers,
+)
 from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.gate.stored import Rows, in_order
 from bnfold.graph.capture import Captured, tensor_inputs
@@ -45,6 +57,7 @@ def judge_accuracy(
     *,
     pinned: Mapping[str, int] | None = None,
     before: Candidate | None = None,
+    spread: Spread | None = None,
 ) -> Accuracy | None:
     """Runs all of ``data``; None where the candidate fails on it, which is a problem.
 
@@ -59,14 +72,71 @@ def judge_accuracy(
         labels: what is known about them, after ``data.assign``.
         pinned: sizes that the file fixes, by symbol.
         before: another candidate, that probably decides alike and shows its decisions.
+        spread: goes through all the parts of the data, where ``data`` is the first of them.
 
     Raises:
         InputError: the labels do not fit the output that they belong to.
     """
-    size, fixed = _batch_size(references.captured, data, pinned or {}), bool(pinned) or not references.batches[0].size
-    run = _Run(references, candidate, before, data, labels or Labels(), size, fixed=fixed)
+    captured, findings, labels = references.captured, references.findings, labels or Labels()
+    facts = _facts(references, data, labels, pinned or {})
+    if spread is None:
+        parts: Iterable[Part] = [look(captured, candidate, before, data, labels, facts, references.progress)]
+    else:
+        parts = spread(facts)
+    part = reduce(add, parts)
+    findings.problems += part.problems
+    findings.doubts += part.doubts
+    return None if part.ended else _result(part, facts, candidate, findings)
+
+
+def _facts(references: References, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int]) -> Facts:
+    names, first = number_names(references.captured.program), references.unfolded[0]
+    size = _batch_size(references.captured, data, pinned)
+    # What has no samples along its first axis cannot be told apart by them.
+    outputs = [
+        i
+        for i, value in enumerate(first)
+        if value.is_floating_point()
+        and value.ndim
+        and value.numel()
+        and all(
+            values[i].shape[0] == (batch.size or size) for values, batch in zip(references.unfolded, references.batches)
+        )
+    ]
+    targets = frozenset(i for i in outputs if names[i] in labels.targets)
+    # Classes are where the labels belong, else along axis 1 of the first (samples, classes).
+    if labels.output:
+        classes = {i: labels.axis for i in outputs if names[i] == labels.output}
+        if not classes:
+            raise InputError(f"output '{labels.output}' has no sample axis for the labels")
+    else:
+        plain = [i for i in outputs if first[i].ndim == 2 and first[i].shape[1] > 1 and i not in targets]
+        classes = dict.fromkeys(plain[:1], 1)
+    batched = bool(references.batches[0].size)
+    fixed = bool(pinned) or not batched
+    noise = {i: _typical_noise(references, i) for i in outputs}
+    return Facts(noise, classes, targets, labels.classes is not None, size, fixed, batched, references.limit)
+
+
+def look(
+    captured: Captured,
+    candidate: Candidate,
+    before: Candidate | None,
+    data: Mapping[str, Rows],
+    labels: Labels,
+    facts: Facts,
+    progress: Progress,
+) -> Part:
+    """Runs some data, and closes the candidates.
+
+    Raises:
+        InputError: the labels do not fit the output that they belong to, or are not those that all the data have.
+    """
+    run = _Run(captured, candidate, before, data, labels, facts, progress)
+    if (labels.classes is not None, set(labels.targets)) != (facts.labelled, {run.names[i] for i in facts.targets}):
+        raise InputError("these data have not the labels and targets that the first have", where=labels.where)
     try:
-        return run.judge()
+        return run.go()
     finally:
         for used in (candidate, before):
             if isinstance(used, OnnxCandidate):
@@ -74,90 +144,72 @@ def judge_accuracy(
 
 
 class _Run:
-    """One pass over the data."""
+    """One pass over some data."""
 
     def __init__(
-        self, references: References, candidate: Candidate, before: Candidate | None, data: Mapping[str, Rows],
-        labels: Labels, size: int, *, fixed: bool,
+        self, captured: Captured, candidate: Candidate, before: Candidate | None, data: Mapping[str, Rows],
+        labels: Labels, facts: Facts, progress: Progress,
     ) -> None:  # fmt: skip
-        self.references, self.candidate, self.before, self.labels = references, candidate, before, labels
-        self.data, self.size, self.fixed = data, size, fixed
-        captured, self.findings = references.captured, references.findings
+        self.captured, self.candidate, self.before, self.labels = captured, candidate, before, labels
+        self.data, self.facts, self.progress = data, facts, progress
         self.names = number_names(captured.program)
         self.unfolded = Runner(captured.program)
         self.truths = 0
-        first = references.unfolded[0]
-        # What has no samples along its first axis cannot be told apart by them.
-        self.outputs = [
-            i
-            for i, value in enumerate(first)
-            if value.is_floating_point()
-            and value.ndim
-            and value.numel()
-            and all(
-                values[i].shape[0] == (batch.size or size)
-                for values, batch in zip(references.unfolded, references.batches)
-            )
-        ]
-        self.noise = {i: _typical_noise(references, i) for i in self.outputs}
-        self.errors = {i: Errors(self.names[i]) for i in self.outputs}
-        self.targets = {i: Regression(self.names[i]) for i in self.outputs if self.names[i] in labels.targets}
-        self.classes = self._classes(first)
+        near = facts.limit * RUN_FACTOR
+        self.part = Part(
+            0, {i: Errors(self.names[i]) for i in facts.noise}, {i: Regression(self.names[i]) for i in facts.targets},
+            {i: Classification(self.names[i], axis, near) for i, axis in facts.classes.items()},
+            digest=labels.digest, unused=labels.unused,
+        )  # fmt: skip
         self.worst: dict[int, tuple[float, int, int]] = {}
 
-    def _classes(self, first: list[Tensor]) -> dict[int, Classification]:
-        """Where classes are: where the labels belong, else along axis 1 of the first (samples, classes)."""
-        near = self.references.limit * RUN_FACTOR
-        if self.labels.output:
-            wanted = [i for i in self.outputs if self.names[i] == self.labels.output]
-            if not wanted:
-                raise InputError(f"output '{self.labels.output}' has no sample axis for the labels")
-            return {wanted[0]: Classification(self.names[wanted[0]], self.labels.axis, near)}
-        plain = [i for i in self.outputs if first[i].ndim == 2 and first[i].shape[1] > 1 and i not in self.targets]
-        return {i: Classification(self.names[i], 1, near) for i in plain[:1]}
-
-    def judge(self) -> Accuracy | None:
+    def go(self) -> Part:
         """Runs the data, ``size`` samples at a time."""
-        captured, total = self.references.captured, len(next(iter(self.data.values())))
-        known = {i: in_order(self.labels.targets[self.names[i]], self.size) for i in self.targets}
-        classes = in_order(self.labels.classes, self.size) if self.labels.classes is not None else None
-        done = 0
-        for flat, count in stored_batches(captured.names, captured.flat, self.data, size=self.size, fixed=self.fixed):
-            self.references.progress("accuracy", done, total)
+        captured, part, size = self.captured, self.part, self.facts.size
+        total = len(next(iter(self.data.values())))
+        known = {i: in_order(self.labels.targets[self.names[i]], size) for i in part.targets}
+        classes = in_order(self.labels.classes, size) if self.labels.classes is not None else None
+        flats = stored_batches(captured.names, captured.flat, self.data, size=size, fixed=self.facts.fixed)
+        for flat, count in flats:
+            self.progress("accuracy", part.samples, total)
             try:
                 before, after = numbers(self.unfolded(flat)), numbers(self.candidate.run(flat))
             except Exception as error:
-                self.findings.problems.append(
-                    f"{self.candidate.name}: fails on the data, samples {done} to {done + count - 1}: "
+                part.problems.append(
+                    f"{self.candidate.name}: fails on the data, samples {part.samples} to {part.samples + count - 1}: "
                     f"{first_line(error)}"
                 )
-                return None
+                part.ended = True
+                return part
             right = torch.from_numpy(next(classes)) if classes is not None else None
             targets = {i: torch.from_numpy(next(rows)) for i, rows in known.items()}
-            if not self._add(flat, before, after, count, done, right, targets):
-                return None
-            done += count
-        self.references.progress("accuracy", total, total)
-        return self._result(done)
+            if not self._add(flat, before, after, count, part.samples, right, targets):
+                part.ended = True
+                return part
+            part.samples += count
+        self.progress("accuracy", total, total)
+        for i in self.worst:
+            part.worst[i] = (self.worst[i][0], *self._judge_worst(i))
+        return part
 
     def _add(
         self, flat: tuple[Any, ...], before: list[Tensor], after: list[Tensor], count: int, start: int,
         right: Tensor | None, targets: dict[int, Tensor],
     ) -> bool:  # fmt: skip
-        for i in self.outputs:
+        for i in self.facts.noise:
             own, new = before[i], after[i] if i < len(after) else before[i][:0]
             where = f"{self.candidate.name}, output '{self.names[i]}'"
             if own.shape != new.shape:
-                self.findings.problems.append(
+                self.part.problems.append(
                     f"{where}: {tuple(new.shape)} instead of {tuple(own.shape)} on the data, sample {start} and on"
                 )
                 return False
             own, new = own[:count], new[:count]
             if problem := finite_problem(new, own):
-                self.findings.problems.append(
+                self.part.problems.append(
                     f"{where}: on the data, samples {start} to {start + count - 1}, {problem} (of the unfolded model)"
                 )
-            relative = self.errors[i].add(own, new)
+            relative = self.part.errors[i].add(own, new)
             worst = int(relative.argmax())
             if i not in self.worst or float(relative[worst]) > self.worst[i][0]:
                 self.worst[i] = float(relative[worst]), start, worst
@@ -166,8 +218,8 @@ class _Run:
                     raise InputError(
                         f"targets {tuple(targets[i].shape)} for output '{self.names[i]}' {tuple(own.shape)}"
                     )
-                self.targets[i].add(own, new, targets[i])
-            if i in self.classes:
+                self.part.targets[i].add(own, new, targets[i])
+            if i in self.facts.classes:
                 self._classify(i, flat, own, new, right, start)
         return True
 
@@ -175,20 +227,20 @@ class _Run:
         self, index: int, flat: tuple[Any, ...], own: Tensor, new: Tensor, right: Tensor | None, start: int
     ) -> None:
         good = own.isfinite()
-        noise = self.noise[index] * rms(own, good)
-        if right is not None and right.shape != (shape := own.movedim(self.classes[index].axis, -1).shape[:-1]):
+        noise = self.facts.noise[index] * rms(own, good)
+        if right is not None and right.shape != (shape := own.movedim(self.facts.classes[index], -1).shape[:-1]):
             raise InputError(
                 f"labels of samples {tuple(right.shape[1:])}, classes of output '{self.names[index]}' for "
                 f"{tuple(shape[1:])}",
                 where=self.labels.where,
             )
-        void = right is not None and right.ndim > 1 and own.shape[self.classes[index].axis] <= VOID
+        void = right is not None and right.ndim > 1 and own.shape[self.facts.classes[index]] <= VOID
         ignored = (IGNORED, VOID) if void else (IGNORED,)
 
         def truth() -> Tensor:
             return self._true_noise(index, flat, own) if self.truths < TRUTHS else noise
 
-        self.classes[index].add(own, new, right, ignored, noise, start, truth)
+        self.part.classes[index].add(own, new, right, ignored, noise, start, truth)
 
     def _true_noise(self, index: int, flat: tuple[Any, ...], own: Tensor) -> Tensor:
         self.truths += 1
@@ -206,8 +258,8 @@ class _Run:
         Raises:
             Exception: there is no truth, or one of them does not run.
         """
-        captured, limit = replace(self.references.captured, eager=None), self.references.limit
-        rows = flat[captured.names.index(next(iter(self.data)))].shape[0] if self.references.batches[0].size else 0
+        captured, limit = replace(self.captured, eager=None), self.facts.limit
+        rows = flat[captured.names.index(next(iter(self.data)))].shape[0] if self.facts.batched else 0
         alone = References(captured, [Batch(flat, rows, "")], Findings(), limit, lambda stage, done, total: None)
         alone.run()
         if alone.blind:
@@ -220,60 +272,64 @@ class _Run:
         follower = Follower(alone, self.candidate, known, findings)
         outputs, followed = follower.run(0)
         follower.report()
-        self.findings.problems += findings.problems
-        self.findings.doubts += findings.doubts
+        self.part.problems += findings.problems
+        self.part.doubts += findings.doubts
         return alone.unfolded[0], numbers(outputs), alone.truth[0], followed
-
-    def _result(self, samples: int) -> Accuracy:
-        agreement = tuple(errors.result(self.noise[i], *self._judge_worst(i)) for i, errors in self.errors.items())
-        found = next((c.result() for c in self.classes.values()), {"before": None, "after": None, "flips": 0})
-        for classification in self.classes.values():
-            self._judge_flips(classification, samples)
-        if samples < MIN_SAMPLES:
-            self.findings.notes.append(
-                f"the data hold only {samples} of the {MIN_SAMPLES} samples that make a verdict: each is used again"
-            )
-        if self.labels.unused:
-            listed = ", ".join(repr(name) for name in self.labels.unused)
-            self.findings.notes.append(f"the data's {listed}: no input, output, labels or targets, and not used")
-        targets = tuple(regression.result() for regression in self.targets.values())
-        return Accuracy(
-            samples=samples, candidate=self.candidate.name, agreement=agreement, targets=targets,
-            data=self.labels.digest, **{"smallest_margin": None, **found},
-        )  # fmt: skip
 
     def _judge_worst(self, index: int) -> tuple[int, float]:
         """The sample that differs most, and its error against float64 in multiples of the noise."""
-        captured, (_, start, row) = self.references.captured, self.worst[index]
+        captured, (_, start, row) = self.captured, self.worst[index]
         sample = start + row
-        again = {name: rows[start : start + self.size] for name, rows in self.data.items()}
-        flat, _ = next(stored_batches(captured.names, captured.flat, again, size=self.size, fixed=self.fixed))
+        again = {name: rows[start : start + self.facts.size] for name, rows in self.data.items()}
+        flat, _ = next(
+            stored_batches(captured.names, captured.flat, again, size=self.facts.size, fixed=self.facts.fixed)
+        )
         try:
             own, new, true, followed = (values[index][row : row + 1] for values in self._follow(flat))
             good = own.isfinite() & new.isfinite() & true.isfinite() & followed.isfinite()
         except Exception:
             return sample, math.nan
-        noise = max(float(rms(own.double() - true, good)), self.noise[index] * float(rms(true, good)))
+        noise = max(float(rms(own.double() - true, good)), self.facts.noise[index] * float(rms(true, good)))
         error = float(rms(new.double() - followed, good))
         ratio = error / noise if noise else (math.inf if error else 0.0)
-        if not ratio <= self.references.limit * SAMPLE_FACTOR:
-            self.findings.doubts.append(
+        if not ratio <= self.facts.limit * SAMPLE_FACTOR:
+            self.part.doubts.append(
                 f"{self.candidate.name}, output '{self.names[index]}': sample {sample} of the data is off by "
                 f"{ratio:.3g} times the noise: wrong for some inputs, or a decision (top-k, rounding) that fell the "
                 "other way"
             )
         return sample, ratio
 
-    def _judge_flips(self, found: Classification, samples: int) -> None:
-        if not found.far:
-            return
-        flip = found.flipped[0]
-        many = "1 class changes" if found.far == 1 else f"{found.far} classes change"
-        self.findings.problems.append(
-            f"{self.candidate.name}, output '{found.output}': {many} in {samples} samples and not by noise: sample "
-            f"{flip.sample} goes from {flip.before} to {flip.after} although they are {flip.units:.3g} times the noise "
-            f"apart (a near-tie is up to {found.near:g})"
+
+def _result(part: Part, facts: Facts, candidate: Candidate, findings: Findings) -> Accuracy:
+    agreement = tuple(errors.result(facts.noise[i], *part.worst[i][1:]) for i, errors in part.errors.items())
+    found = next((c.result() for c in part.classes.values()), {"before": None, "after": None, "flips": 0})
+    for classification in part.classes.values():
+        _judge_flips(classification, part.samples, candidate, findings)
+    if part.samples < MIN_SAMPLES:
+        findings.notes.append(
+            f"the data hold only {part.samples} of the {MIN_SAMPLES} samples that make a verdict: each is used again"
         )
+    if part.unused:
+        listed = ", ".join(repr(name) for name in part.unused)
+        findings.notes.append(f"the data's {listed}: no input, output, labels or targets, and not used")
+    targets = tuple(regression.result() for regression in part.targets.values())
+    return Accuracy(
+        samples=part.samples, candidate=candidate.name, agreement=agreement, targets=targets, data=part.digest,
+        **{"smallest_margin": None, **found},
+    )  # fmt: skip
+
+
+def _judge_flips(found: Classification, samples: int, candidate: Candidate, findings: Findings) -> None:
+    if not found.far:
+        return
+    flip = found.flipped[0]
+    many = "1 class changes" if found.far == 1 else f"{found.far} classes change"
+    findings.problems.append(
+        f"{candidate.name}, output '{found.output}': {many} in {samples} samples and not by noise: sample "
+        f"{flip.sample} goes from {flip.before} to {flip.after} although they are {flip.units:.3g} times the noise "
+        f"apart (a near-tie is up to {found.near:g})"
+    )
 
 
 def _typical_noise(references: References, index: int) -> float:

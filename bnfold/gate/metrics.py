@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,14 @@ class Errors:
         self._elements += int(good.sum())
         self._largest = max(self._largest, float(self._scale[-1].max()))
         return self._relative(self._off[-1], self._scale[-1])
+
+    def absorb(self, other: Errors) -> None:
+        """Adds what other samples have shown, which come after these."""
+        self._off += other._off
+        self._scale += other._scale
+        self._squares = [mine + more for mine, more in zip(self._squares, other._squares)]
+        self._elements += other._elements
+        self._largest = max(self._largest, other._largest)
 
     def _relative(self, off: Tensor, scale: Tensor) -> Tensor:
         # Samples next to zero are measured by the largest one, as in the gate.
@@ -138,6 +146,18 @@ class Classification:
             told = [*self.flipped, *(Flip(*flip) for flip in found)]
             self.flipped = sorted(told, key=lambda flip: -flip.units)[:TOLD]
 
+    def absorb(self, other: Classification, samples: int) -> None:
+        """Adds what others have shown, which come after the ``samples`` of this one."""
+        later = [replace(flip, sample=flip.sample + samples) for flip in other.flipped]
+        self.flipped = sorted([*self.flipped, *later], key=lambda flip: -flip.units)[:TOLD]
+        self.flips += other.flips
+        self.far += other.far
+        self._labelled += other._labelled
+        self._right = [mine + more for mine, more in zip(self._right, other._right)]
+        self._undecided += other._undecided
+        self._smallest = min(self._smallest, other._smallest)
+        self._classes = max(self._classes, other._classes)
+
     def _score(self, old: Tensor, new: Tensor, classes: Tensor, ignored: Sequence[int]) -> None:
         known = ~torch.isin(classes, torch.tensor(list(ignored), dtype=classes.dtype))
         right = classes[known].long()
@@ -176,6 +196,12 @@ class Regression:
             off = value.double() - targets
             self._squares[i] += float(off.square().sum())
             self._absolute[i] += float(off.abs().sum())
+
+    def absorb(self, other: Regression) -> None:
+        """Adds what other samples have shown."""
+        self._squares = [mine + more for mine, more in zip(self._squares, other._squares)]
+        self._absolute = [mine + more for mine, more in zip(self._absolute, other._absolute)]
+        self._elements += other._elements
 
     def result(self) -> TargetFit:
         """Root mean square and mean absolute errors."""
