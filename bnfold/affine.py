@@ -95,6 +95,17 @@ class Affine:
         scale, shift = _compressed(self.scale, fill=True), _compressed(self.shift, fill=True)
         return Affine(torch.nan_to_num(scale, nan=1.0), torch.nan_to_num(shift, nan=0.0))
 
+    def uniform(self, axes: Collection[int]) -> Affine | None:
+        """The same affine with size 1 along ``axes``, free elements as the others; None where it varies there."""
+        parts = [self.scale, self.shift]
+        for i, axis in ((i, axis) for axis in axes for i in (0, 1)):
+            free = parts[i].isnan()
+            low = parts[i].masked_fill(free, torch.inf).amin(axis, keepdim=True)
+            if bool((low < parts[i].masked_fill(free, -torch.inf).amax(axis, keepdim=True)).any()):
+                return None
+            parts[i] = torch.where(free.all(axis, keepdim=True), torch.nan, low)
+        return Affine(*parts)
+
     def agree(self, other: Affine) -> Affine | None:
         """The affine that serves both readers of a value, or None where they ask for different things."""
         scale, shift = _agree(self.scale, other.scale), _agree(self.shift, other.shift)

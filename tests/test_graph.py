@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 import bnfold
 from bnfold.graph.capture import capture
 from bnfold.graph.graph import Graph
+from bnfold.graph.sizes import WAYS
 
 IMAGE = (2, 4, 5, 6)
 
@@ -68,15 +69,20 @@ def test_bypass_drops_what_nobody_reads_any_more():
     assert not finished.state_dict and len(finished.graph_signature.input_specs) == 1
 
 
-def test_sizes_follow_the_dynamic_dimension():
+def test_sizes_are_generic_ones_and_not_the_examples():
     net = build(lambda m, x: m.conv(x).flatten(0, 1), conv=nn.Conv2d(4, 4, 3))
     graph = Graph(capture(net, (noise(*IMAGE),)).program)
-    *_, flat = graph.values()
-    assert graph.shape(flat) == (8, 3, 4) and graph.dynamic_axes(flat) == (0,)
-    graph.resize(3)
-    assert graph.shape(flat) == (24, 3, 4)
-    graph.resize(1)
-    assert graph.shape(flat) == (8, 3, 4)
+    conv, flat = graph.values()
+    assert graph.example_shape(flat) == (8, 3, 4) and graph.dynamic_axes(flat) == (0,)
+    batches = []
+    for way in range(WAYS):
+        graph.resize(way)
+        batches.append(graph.shape(conv)[0])
+        assert graph.shape(flat) == (4 * batches[-1], 3, 4)
+    graph.resize(0)
+    assert graph.shape(conv)[0] == batches[0]
+    # Neither one of 3, 4, 5 and 6, nor a multiple or a divisor of one.
+    assert batches[0] == 7
 
 
 def test_a_constant_that_overflows_says_where():

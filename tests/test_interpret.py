@@ -117,10 +117,10 @@ ACTIVATIONS = {"sigmoid": 1.0, "hardsigmoid": 1.0, "elu": 1.0, "gelu": 8.0, "sil
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "relu", "tanh"])
 def test_what_runtimes_approximate_is_disturbed_by_an_absolute_error(name):
-    program = capture(Net(lambda m, x: getattr(F, name)(x)), (noise(4, 500),)).program
-    x = torch.full((4, 500), -8.0, dtype=torch.float64)
-    (still,), (moved,), (again,) = (Runner(program, precise=True, jitter=j)([x]) for j in (0.0, 1e-7, 1e-7))
-    most = 0.5e-7 * ACTIVATIONS.get(name, 0.0)
+    program = capture(Net(lambda m, x: getattr(F, name)(x)), (noise(4, 500, dtype=torch.float32),)).program
+    x = torch.full((4, 500), -8.0)
+    (still,), (moved,), (again,) = (Runner(program, precise=True, jitter=j)([x]) for j in (False, True, True))
+    most = 0.5 * torch.finfo(torch.float32).eps * ACTIVATIONS.get(name, 0.0)
     assert 0.9 * most <= (moved - still).abs().max() <= most * (1 + 1e-6) and torch.equal(moved, again)
 
 
@@ -130,6 +130,17 @@ def test_bits_are_those_of_the_values_own_dtype():
     x = noise(4, 5)
     (found,) = Runner(program, precise=True)([x])
     assert found.dtype == torch.float64 and torch.equal(found.float(), run(None, x.float()))
+
+
+def test_a_constant_is_disturbed_by_the_epsilon_of_its_own_dtype():
+    parts = {name: torch.full((2000,), 3.0, dtype=getattr(torch, name)) for name in ("float16", "float32", "float64")}
+    program = capture(Net(lambda m, x: [x.double() * getattr(m, n).double() for n in parts], **parts),
+                      (noise(2, 2000, dtype=torch.float32),)).program  # fmt: skip
+    x = torch.ones(2, 2000)
+    for moved, still in zip(*(Runner(program, precise=True, jitter=j)([x]) for j in (True, False))):
+        name = next(iter(parts))
+        most = 0.5 * torch.finfo(parts.pop(name).dtype).eps
+        assert 0.9 * most <= (moved / still - 1).abs().max() <= most * (1 + 1e-6) + 1e-16, name
 
 
 def test_values_are_kept_as_they_were():

@@ -7,6 +7,9 @@ A row is the operator's name and a function from a call to its semantics. To add
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+
+from torch._ops import OpOverload
 
 from bnfold.aten.common import OPAQUE, Row
 from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul
@@ -43,8 +46,21 @@ from bnfold.aten.scaling import (
     per_channel,
     rsub,
 )
-from bnfold.graph.call import Call, UnknownSizeError
-from bnfold.semantics import Refused, Semantics, ShapeOnly, Unknown
+from bnfold.graph.call import Call
+from bnfold.graph.sizes import UnknownSizeError
+from bnfold.semantics import (
+    Average,
+    Homogeneous,
+    Movement,
+    No,
+    Product,
+    Refused,
+    Scaling,
+    Semantics,
+    ShapeOnly,
+    Sum,
+    Unknown,
+)
 
 
 def _row(semantics: Semantics) -> Row:
@@ -138,7 +154,41 @@ def semantics(call: Call) -> Semantics:
     if call.graph.is_frozen(call.value):
         return Refused("in-place", "an in-place operator shares its storage", kind)
     row = TABLE.get(call.operator)
+    if row is None:
+        return Unknown()
     try:
-        return Unknown() if row is None else row(call)
+        if isinstance(call.node.target, OpOverload) and (numbers := call.takes_number()):
+            return _by_number(call, numbers)
+        found = row(call)
     except UnknownSizeError as error:
         return Refused("dynamic-size", str(error), kind)
+    if isinstance(found, ShapeOnly):
+        return found
+    return _of_one_dtype(call, found) if call.graph.is_float(call.value) else OPAQUE
+
+
+def _by_number(call: Call, slots: list[str]) -> Semantics:
+    """An operator with a symbolic number for a tensor or a factor: a scale passes multiples, nothing the rest."""
+    name = call.operator.removeprefix("aten.")
+    multiple = name in ("mul", "multiply") or (name in ("div", "divide", "true_divide") and slots == ["other"])
+    data = next((slot for slot in ("self", "other") if slot not in slots), None)
+    if not multiple or data is None or call.arguments.get("rounding_mode") is not None:
+        return OPAQUE
+    return _of_one_dtype(call, Homogeneous((data,), any_sign=True))
+
+
+def _of_one_dtype(call: Call, found: Semantics) -> Semantics:
+    """What holds of operands of the result's dtype; of another it can be rounded to, no rule does but a cast's."""
+    graph = call.graph
+    if isinstance(found, Scaling):
+        data = call.at(found.slot)
+        if graph.is_frozen(data):
+            return replace(found, stays=No("in-place", "what it reads is written to later"))
+        if graph.dtype(data) != graph.dtype(call.value):
+            why = f"{graph.dtype(data)} becomes {graph.dtype(call.value)}"
+            return replace(found, stays=No("dtype", why))
+    elif isinstance(found, Movement | Average | Sum | Product | Homogeneous):
+        slots = (found.slot,) if isinstance(found, Average) else found.slots
+        if any(graph.dtype(call.at(slot)) != graph.dtype(call.value) for slot in slots):
+            return Refused("dtype", "its operands are of several dtypes", "")
+    return found

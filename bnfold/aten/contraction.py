@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bnfold.aten.common import OPAQUE, constant_operands, per_axis
+from bnfold.aten.common import OPAQUE, constant_operands, geometry, per_axis
 from bnfold.semantics import Bilinear, Contraction, Geometry, Semantics
 
 if TYPE_CHECKING:
@@ -88,17 +88,17 @@ def convolution(call: Call) -> Semantics:
     stride, dilation = per_axis(call, "stride", spatial), per_axis(call, "dilation", spatial)
     padding = call["padding"]
     if isinstance(padding, str):
-        total = [0 if padding == "valid" else d * (k - 1) for d, k in zip(dilation, kernel)]
+        total = [0 if padding == "valid" else (d or 1) * (k - 1) for d, k in zip(dilation, kernel)]
         padded, even = any(total), all(n % 2 == 0 for n in total)
-        geometry = Geometry(stride, tuple(n // 2 for n in total), dilation) if even else None
+        walk = geometry(stride, tuple(n // 2 for n in total), dilation) if even else None
     else:
-        geometry = Geometry(stride, per_axis(call, "padding", spatial), dilation)
-        padded = any(geometry.padding)
+        amounts = per_axis(call, "padding", spatial)
+        padded, walk = any(n != 0 for n in amounts), geometry(stride, amounts, dilation)
     return _contraction(
         call, "input", "weight",
         view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
         out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
-        bias="bias", bias_axis=batched, no_shift="zero-padding" if padded else None, geometry=geometry,
+        bias="bias", bias_axis=batched, no_shift="zero-padding" if padded else None, geometry=walk,
     )  # fmt: skip
 
 
@@ -112,12 +112,12 @@ def conv_transpose(call: Call) -> Semantics:
     stride, padding, dilation, more = (
         per_axis(call, name, len(kernel)) for name in ("stride", "padding", "dilation", "output_padding")
     )
-    geometry = Geometry(stride, padding, dilation, transposed=True, output_padding=more)
+    walk = geometry(stride, padding, dilation, transposed=True, output_padding=more)
     return _contraction(
         call, "input", "weight",
         view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
         out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
-        bias="bias", bias_axis=batched, no_shift="zero-padding", geometry=geometry,
+        bias="bias", bias_axis=batched, no_shift="zero-padding", geometry=walk,
     )  # fmt: skip
 
 

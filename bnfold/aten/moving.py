@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from bnfold.aten.common import OPAQUE, constant_operands, per_axis
+from bnfold.aten.common import OPAQUE, constant_operands, geometry, per_axis
 from bnfold.semantics import (
     Average,
-    Geometry,
     Homogeneous,
     Lookup,
     Movement,
@@ -47,6 +48,8 @@ def _row_stochastic(call: Call, value: Any) -> bool:
     while True:
         made = call.graph.call(value)
         name = made.operator
+        if call.graph.is_frozen(value):
+            return False  # a row that was written to sums to anything
         if name in ("aten.softmax", "aten._softmax"):
             return bool(made["dim"] % len(made.out_shape) == len(made.out_shape) - 1)
         if name not in _ROW_KEEPING or not made.shape("self") or made.shape("self")[-1] != made.out_shape[-1]:
@@ -80,17 +83,20 @@ def pool(call: Call) -> Semantics:
     ndim = len(call.out_shape)
     dims = int(call.operator[-2])
     axes = tuple(range(ndim - dims, ndim))
-    window, padding = per_axis(call, "kernel_size", dims), per_axis(call, "padding", dims)
-    if not window:  # adaptive
+    given, padding = per_axis(call, "kernel_size", dims), per_axis(call, "padding", dims)
+    if not given:  # adaptive
         return Average("self", axes, ndim)
-    padded, divisor = any(padding), call.arguments.get("divisor_override")
+    window = tuple(n for n in given if n is not None)
+    if len(window) < len(given):
+        return OPAQUE
+    padded, divisor = any(n != 0 for n in padding), call.arguments.get("divisor_override")
     counts, ceil = bool(call.arguments.get("count_include_pad")), bool(call.arguments.get("ceil_mode"))
     one = not (padded and counts) if divisor is None else (divisor == prod(window) and not padded and not ceil)
     equal = (counts or not padded) and not ceil and divisor in (None, prod(window))
     stride = per_axis(call, "stride", dims) or window
-    geometry = Geometry(stride, padding, (1,) * dims) if equal else None
+    walk = geometry(stride, padding, (1,) * dims) if equal else None
     no_shift = None if one else "zero-padding"
-    return Average("self", axes, ndim, no_shift=no_shift, window=window, geometry=geometry)
+    return Average("self", axes, ndim, no_shift=no_shift, window=window, geometry=walk)
 
 
 def mean(call: Call) -> Semantics:
@@ -113,7 +119,7 @@ def _reduced(call: Call) -> tuple[tuple[int, ...], int, bool]:
     ndim = len(call.shape("self"))
     dims = call.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
-    axes = tuple(d % ndim for d in dims) if dims else tuple(range(ndim))
+    axes = tuple(d % ndim for d in dims) if dims and ndim else tuple(range(ndim))  # a number has dims 0 and -1 too
     return axes, ndim, bool(call.arguments.get("keepdim", False))
 
 
@@ -136,15 +142,49 @@ def move(call: Call) -> Semantics:
     shapes = tuple(call.shape(slot) for slot in slots)
     if not slots or any(size == 0 for shape in shapes for size in shape):
         return OPAQUE
+    if "tensors" in call and not all(call.graph.is_float(value) for value in call["tensors"]):
+        return OPAQUE  # an integer that is joined to the rest is no position
     joins = call.arguments.get("dim", 0) % len(call.out_shape) if call.operator == "aten.cat" else None
-    return Movement(slots, shapes, lambda parts: call.run(dict(zip(slots, parts))), ignored, joins)
+    loose = _loose(call, len(shapes[0]), shapes[0])
+    return Movement(slots, shapes, lambda parts: call.run(dict(zip(slots, parts))), ignored, joins, loose)
+
+
+#: Operators whose numbers are sizes of the result: where elements go then follows from the shapes.
+_SIZES = {"view", "reshape", "_unsafe_view", "unflatten", "flatten", "expand", "broadcast_to"}
+#: Those whose numbers are positions along the axes named by one of these arguments.
+_POSITIONS = {
+    "dim": {"slice", "select", "narrow", "split", "split_with_sizes", "unsafe_split", "tensor_split"},
+    "dims": {"roll"}, "dimension": {"unfold"},
+}  # fmt: skip
+
+
+def _loose(call: Call, ndim: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes along which a number that is not the same at every size says where elements come from."""
+    name = call.operator.removeprefix("aten.")
+    everywhere = tuple(range(ndim))
+    if name in _SIZES or not any(call.is_open(value) for _, value in call.slots()):
+        return ()
+    for argument, names in _POSITIONS.items():
+        if name in names:
+            axes = call[argument] if isinstance(call[argument], (list, tuple)) else [call[argument]]
+            return tuple({axis % ndim for axis in axes}) or everywhere  # roll without dims
+    if name in ("pad", "constant_pad_nd"):
+        return tuple({ndim - 1 - i // 2 for i, amount in enumerate(call["pad"]) if call.is_open(amount)})
+    if name in ("repeat", "tile"):
+        times = call["repeats" if name == "repeat" else "dims"]
+        last = dict(zip(reversed(everywhere), reversed(times)))
+        return tuple(axis for axis, number in last.items() if call.is_open(number) and shape[axis] > 1)
+    return everywhere
 
 
 def pad(call: Call) -> Semantics:
     """Constant zero, reflect, replicate and circular padding; another constant is no movement."""
     constant = call.operator == "aten.constant_pad_nd" or call.arguments.get("mode", "constant") == "constant"
-    value = call.arguments.get("value")
-    return OPAQUE if constant and value not in (None, 0, 0.0) else move(call)
+    if constant and call.arguments.get("value") not in (None, 0, 0.0):
+        return OPAQUE
+    found = move(call)
+    may_pad = constant and any(call.is_open(amount) for amount in call["pad"])
+    return replace(found, may_pad=True) if may_pad and isinstance(found, Movement) else found
 
 
 def cast(call: Call) -> Semantics:
@@ -154,7 +194,7 @@ def cast(call: Call) -> Semantics:
         return OPAQUE
     wide, narrow = call.graph.dtype(call.value), call.graph.dtype(call[slot])
     exact = torch.promote_types(wide, narrow) == wide
-    return Same(slot) if exact else OPAQUE
+    return Same(slot, widens=wide != narrow) if exact else OPAQUE
 
 
 def same(call: Call) -> Semantics:

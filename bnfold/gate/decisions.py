@@ -236,10 +236,10 @@ class Decisions:
             runner(batch.flat, steering=steering)
             return seen
 
-        program, masters, jitter = self._program, self._masters, coarsest_epsilon(self._program)
+        program, masters, floor = self._program, self._masters, coarsest_epsilon(self._program)
         mine = run(Runner(program), follow=False)
         true = run(Runner(program, precise=True, masters=masters), follow=True)
-        moved = run(Runner(program, precise=True, masters=masters, jitter=jitter), follow=True)
+        moved = run(Runner(program, precise=True, masters=masters, jitter=True), follow=True)
         for place in new:
             values = [found[place.node] for found in (true, mine, moved)]
             good = torch.stack([value.isfinite() for value in values]).all(0)
@@ -256,7 +256,7 @@ class Decisions:
             lost = (values[0].isfinite() & ~good).reshape(rows, -1).any(1)
             noise = torch.where(lost, torch.inf, noise)
             typical = median(noise / scale.clamp(min=TINY)) if rows else 0.0
-            self._noise[batch, place.node] = torch.maximum(noise, max(typical, jitter) * scale), scale
+            self._noise[batch, place.node] = torch.maximum(noise, max(typical, floor) * scale), scale
 
 
 def _differ(rule: Deciding, own: Tensor, chosen: Tensor) -> bool:

@@ -16,7 +16,7 @@ from bnfold.gate.judge import Tally, epsilon, finite_problem, median
 from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
-from bnfold.graph.interpret import Runner, coarsest_epsilon
+from bnfold.graph.interpret import Runner
 
 #: Median ratio of any one run (one batch size, one shape), in limits.
 RUN_FACTOR = 16.0
@@ -157,7 +157,7 @@ class References:
         """Truth of a batch where every constant is rounded once, drawn ``ROUNDINGS`` times."""
         program, masters = self.captured.program, self.captured.masters
         for seed in range(ROUNDINGS):
-            moved = Runner(program, precise=True, masters=masters, jitter=coarsest_epsilon(program), seed=seed)
+            moved = Runner(program, precise=True, masters=masters, jitter=True, seed=seed)
             yield self.decisions.follow(moved, batch, keep=keep)
 
     def rounding(self, run: int) -> list[Tensor]:

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 Node = fx.Node
 
 
-class UnknownSizeError(ValueError):
-    """A size that depends on the data that runs through the graph."""
-
-
 class Call:
     """One operator application, its arguments by their names in the operator's schema."""
 
@@ -85,9 +81,16 @@ class Call:
         """The concrete size of the output along one axis."""
         return self.graph.size(self.value, axis)
 
-    def concrete(self, name: str) -> Any:
-        """An argument with its symbolic sizes made concrete."""
-        return fx.node.map_arg(self.arguments[name], self.graph.number)
+    def is_open(self, value: Any) -> bool:
+        """Whether a value is a symbolic number that is not the same at every size: it can be anything."""
+        return self.graph.is_number(value) and self.graph.settled(value) is None
+
+    def takes_number(self) -> list[str]:
+        """The slots of tensors and factors that hold a symbolic number."""
+        assert isinstance(self.node.target, OpOverload)
+        kinds = {argument.name: str(argument.type) for argument in self.node.target._schema.arguments}
+        numbers = (slot for slot, value in self.slots() if self.graph.is_number(value))
+        return [slot for slot in numbers if any(kind in kinds[slot.split(".")[0]] for kind in ("Tensor", "number"))]
 
     def constant(self, slot: str) -> Tensor | None:
         """The float64 value of a slot that depends on no input, a number included; else None."""

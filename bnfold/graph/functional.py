@@ -27,6 +27,7 @@ _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropo
 _SILENT_ALIASES = {
     *_DROPOUTS, "einsum", "pad", "conj_physical", "broadcast_tensors", "meshgrid", "cartesian_prod", "chain_matmul",
     "atleast_1d", "atleast_2d", "atleast_3d", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "histogramdd",
+    "_unsafe_view",
 }  # fmt: skip
 #: Where a slice ends that has no end.
 _END = 2**63 - 1

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -26,14 +25,15 @@ from torch.export.graph_signature import (
 
 from bnfold.errors import FoldError
 from bnfold.graph.call import Call
-from bnfold.graph.call import UnknownSizeError as UnknownSizeError
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name, free_name, with_modules
 from bnfold.graph.program import copy_graph, output_specs, rebuild
+from bnfold.graph.sizes import Sizes
 from bnfold.semantics import Shape
 
 Node = fx.Node
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class Graph:
         self._pending: dict[Node, Tensor] = {}
         self._origin: dict[Node, str] = {}
         self._constants: dict[Node, Tensor | None] = {}
-        self._sizes = self._example_sizes()
-        self._numbers: dict[Any, int] = {}
+        self._sizes = Sizes(self.graph)
         self._shapes: dict[Node, Shape] = {}
         placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
         self._targets: dict[Node, str] = {
@@ -166,14 +165,14 @@ class Graph:
         return isinstance(val, Tensor) and val.dtype.is_floating_point
 
     def shape(self, value: Node) -> Shape:
-        """The shape of a value at the current sizes."""
+        """The shape of a value at the current sizes, which are generic ones and not the example's."""
         if value not in self._shapes:
-            self._shapes[value] = tuple(self._concrete(n) for n in value.meta["val"].shape)
+            self._shapes[value] = tuple(self._sizes(n) for n in value.meta["val"].shape)
         return self._shapes[value]
 
     def size(self, value: Node, axis: int) -> int:
         """The size of a value along one axis at the current sizes; the others may depend on data."""
-        return self._concrete(value.meta["val"].shape[axis])
+        return self._sizes(value.meta["val"].shape[axis])
 
     def is_sized(self, value: Node) -> bool:
         """Whether no size of a value depends on data."""
@@ -188,37 +187,27 @@ class Graph:
         """The axes whose size differs from call to call."""
         return tuple(a for a, n in enumerate(value.meta["val"].shape) if not isinstance(n, int))
 
+    def is_number(self, value: Any) -> bool:
+        """Whether the node stands for a number, such as a size, and not for a tensor."""
+        return isinstance(value, Node) and isinstance(value.meta.get("val"), _NUMBERS)
+
     def number(self, value: Node) -> int | None:
         """The number that a symbolic size stands for at the current sizes; None for a tensor."""
         val = value.meta.get("val")
-        return self._concrete(val) if isinstance(val, (int, torch.SymInt)) else None
+        return self._sizes(val) if isinstance(val, (int, torch.SymInt)) else None
 
-    def resize(self, factor: int) -> None:
-        """Makes every dynamic dimension ``factor`` times its example size."""
-        self._sizes = {symbol: n * factor for symbol, n in self._example_sizes().items()}
-        self._numbers, self._shapes = {}, {}
+    def settled(self, value: Node) -> Any:
+        """The number that a node stands for at every size in its range; None where it is not always the same."""
+        return self._sizes.settled(value.meta["val"]) if self.is_number(value) else None
 
-    def _concrete(self, size: Any) -> int:
-        if isinstance(size, int):
-            return size
-        expression = size.node.expr
-        if expression not in self._numbers:
-            found = sympy.sympify(expression).subs(self._sizes)
-            if not found.is_number:
-                raise UnknownSizeError(f"the size {expression} depends on data")
-            self._numbers[expression] = int(found)
-        return self._numbers[expression]
+    def example_shape(self, value: Node) -> Shape:
+        """The shape of a value in the example: to count with, and to conclude nothing from."""
+        return tuple(self._sizes.at_example(n) for n in value.meta["val"].shape)
 
-    def _example_sizes(self) -> dict[Any, int]:
-        sizes: dict[Any, int] = {}
-        for node in self.graph.nodes:
-            if node.op != "placeholder":
-                break
-            val = node.meta.get("val")
-            for size in [*val.shape] if isinstance(val, Tensor) else [val]:
-                if isinstance(size, torch.SymInt) and size.node.has_hint():
-                    sizes.update(_solved(size))
-        return sizes
+    def resize(self, way: int) -> None:
+        """Takes other generic sizes for the dynamic dimensions: one of ``sizes.WAYS``; at first they are of 0."""
+        self._sizes.take(way)
+        self._shapes = {}
 
     def module(self, value: Node) -> str:
         """The qualified name of the module that made a value."""
@@ -347,6 +336,8 @@ class Graph:
 
     def _slot_dtype(self, call: Call, slot: str) -> torch.dtype:
         old = call.at(slot)
+        if slot in ("self", "other"):  # of an operator that promotes: its result must stay of the dtype that it is
+            return self.dtype(call.value)
         if self.is_float(old):
             return self.dtype(old)
         sibling = call.arguments.get("weight")  # a new bias takes the dtype of the weight beside it
@@ -418,13 +409,3 @@ class Graph:
             return rebuild(old, self.graph, ExportGraphSignature(keep, output_specs(old, self.graph)), state, constants)
         except Exception as error:
             raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
-
-
-def _solved(size: torch.SymInt) -> dict[Any, int]:
-    """The example size of the symbol in a size such as ``s`` or ``8*s``."""
-    expression = size.node.expr
-    if len(expression.free_symbols) != 1:
-        return {}
-    (symbol,) = expression.free_symbols
-    found = [int(n) for n in sympy.solve(expression - int(size.node.hint), symbol) if n.is_integer]
-    return {symbol: found[0]} if found else {}

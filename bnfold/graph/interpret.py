@@ -91,10 +91,10 @@ class Runner(fx.Interpreter):
         precise: in float64 instead of the graph's own dtypes.
         masters: constants, by their name in the program, that take the place of the stored ones; lets a float16
             program be judged against the float32 weights that it was rounded from.
-        jitter: disturbs every floating-point constant by up to half of this, relative: what rounding the constants
-            once to a dtype of that epsilon does. Constants that integers or booleans are computed from, and no input
+        jitter: disturbs every floating-point constant by up to half of the epsilon of its own dtype, relative: what
+            rounding the constants once does. Constants that integers or booleans are computed from, and no input
             with them, stay: 3.0 as an index is no rounded number. Activations that runtimes approximate are off by
-            as much.
+            an epsilon of theirs.
         seed: of that disturbance.
     """
 
@@ -104,7 +104,7 @@ class Runner(fx.Interpreter):
         *,
         precise: bool = False,
         masters: Mapping[str, Tensor] | None = None,
-        jitter: float = 0.0,
+        jitter: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
@@ -115,10 +115,12 @@ class Runner(fx.Interpreter):
         self._steering: Mapping[str, Steering] = {}
         self.kept: dict[str, Tensor] = {}
         self._jitter, self._seed = jitter, seed
+        self._epsilon: dict[str, float] = {}
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 continue
             value = constant_of(program, spec.target or "")
+            self._epsilon[spec.arg.name] = _epsilon(value)
             if masters is not None and spec.target in masters:
                 value = masters[spec.target]
             self._constants[spec.arg.name] = value
@@ -159,7 +161,7 @@ class Runner(fx.Interpreter):
         value = raise_tensor(constant)
         rounded = self._jitter and name not in self._exact
         if rounded and isinstance(value, Tensor) and value.is_floating_point():
-            value = value * (1 + self._jitter * self._draw(name, value))
+            value = value * (1 + self._epsilon[name] * self._draw(name, value))
         return value
 
     def _draw(self, name: str, like: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ class Runner(fx.Interpreter):
         name = getattr(n.target, "_opname", "") if self._jitter else ""
         if name in _BOUNDED | _GATED:
             size = self.fetch_args_kwargs_from_env(n)[0][0].abs() if name in _GATED else torch.ones_like(value)
-            value = value + size * self._jitter * self._draw(n.name, value)
+            value = value + size * _epsilon(n.meta["val"]) * self._draw(n.name, value)
         if n.name in self._steering:
             value = self._steering[n.name](*self.fetch_args_kwargs_from_env(n), value)
         if n.name in self._keep:
@@ -227,11 +229,14 @@ def constant_of(program: ExportedProgram, target: str) -> Any:
     return program.state_dict[target] if target in program.state_dict else program.constants.get(target)
 
 
+def _epsilon(value: Any) -> float:
+    return float(torch.finfo(value.dtype).eps) if isinstance(value, Tensor) and value.is_floating_point() else 0.0
+
+
 def coarsest_epsilon(program: ExportedProgram) -> float:
     """The largest epsilon among the dtypes of a program's floating-point constants; float32's where it has none."""
-    constants = [*program.state_dict.values(), *program.constants.values()]
-    floats = [c.dtype for c in constants if isinstance(c, Tensor) and c.is_floating_point()]
-    return max((float(torch.finfo(dtype).eps) for dtype in floats), default=float(torch.finfo(torch.float32).eps))
+    found = max(map(_epsilon, [*program.state_dict.values(), *program.constants.values()]), default=0.0)
+    return found or float(torch.finfo(torch.float32).eps)
 
 
 def evaluate_constant(node: fx.Node, known: Mapping[fx.Node, Any], *, precise: bool = True) -> Any:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bnfold import aten
 from bnfold.affine import Affine
-from bnfold.graph.graph import Graph, Node, UnknownSizeError
+from bnfold.graph.graph import Graph, Node
+from bnfold.graph.sizes import WAYS, UnknownSizeError
 from bnfold.graph.threads import torch_threads
 from bnfold.passes.plan import Edit, Plan, Words, follow
 from bnfold.report import Entry, Ledger, Outcome, Refusal
@@ -128,27 +129,24 @@ class Folder:
         if isinstance(semantics, Refused):
             return self._refuse(site, No(semantics.reason, semantics.detail))
         assert isinstance(semantics, Scaling)
-        data = self.graph.call(site).at(semantics.slot)
-        if self.graph.is_frozen(data) or self.graph.is_frozen(site):
-            return self._refuse(site, No("in-place"))
-        if self.graph.dtype(data) != self.graph.dtype(site):
-            return self._refuse(site, No("dtype", f"{self.graph.dtype(data)} becomes {self.graph.dtype(site)}"))
+        if semantics.stays is not None:
+            return self._refuse(site, semantics.stays)
         plan = self._planned(site, semantics, direction)
         if isinstance(plan, Refusal) or not plan.mixed:
             return plan
         # A dynamic dimension was mixed into an axis that the affine varies along: the edits must not depend on it.
+        kept = self._semantics, self._parts
         try:
-            self.graph.resize(3)
-            kept = self._semantics, self._parts
-            self._semantics, self._parts = {}, {}
-            second = self._planned(site, semantics, direction)
+            for way in range(1, WAYS):
+                self.graph.resize(way)
+                self._semantics, self._parts = {}, {}
+                other = self._planned(site, semantics, direction)
+                if isinstance(other, Refusal) or not plan.equals(other):
+                    why = "its constants would depend on the size of a dynamic dimension"
+                    return self._refuse(site, No("dynamic-size", why))
         finally:
-            self.graph.resize(1)
+            self.graph.resize(0)
             self._semantics, self._parts = kept
-        if isinstance(second, Refusal) or not plan.equals(second):
-            return self._refuse(
-                site, No("dynamic-size", "its constants would depend on the size of a dynamic dimension")
-            )
         return plan
 
     def _planned(self, site: Node, semantics: Scaling, direction: Outcome) -> Plan | Refusal:

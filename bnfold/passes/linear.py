@@ -48,11 +48,13 @@ class LinearMaps:
             self._semantics.pop(value, None)
 
     def kernel(self, value: Node) -> tuple[Kernel, str] | None:
-        """The linear map of one operator, and the slot of its data."""
+        """The linear map of one operator, and the slot of its data; None where that is written to later."""
         if value.op != "call_function" or self.graph.is_frozen(value) or not self.graph.is_float(value):
             return None
         semantics = self.at(value)
         shape = self.graph.shape(value)
+        if isinstance(semantics, Contraction | Average) and self.graph.is_frozen(self._data(value, semantics)):
+            return None
         if isinstance(semantics, Contraction) and semantics.geometry is not None:
             weight = semantics.get_weight()
             if semantics.letters.startswith("gio"):
@@ -85,14 +87,15 @@ class LinearMaps:
         if value.op != "call_function" or self.graph.is_frozen(value) or not self.graph.is_float(value):
             return None
         semantics = self.at(value)
-        if isinstance(semantics, Contraction):
-            slot = semantics.data
-        elif isinstance(semantics, Average | Scaling | Same):
-            slot = semantics.slot
-        else:
+        if not isinstance(semantics, Contraction | Average | Scaling | Same):
             return None
-        operand = self.graph.call(value).at(slot)
+        operand = self._data(value, semantics)
         return operand if isinstance(operand, Node) and not self.graph.is_constant(operand) else None
+
+    def _data(self, value: Node, semantics: Contraction | Average | Scaling | Same) -> Node:
+        slot = semantics.data if isinstance(semantics, Contraction) else semantics.slot
+        operand: Node = self.graph.call(value).at(slot)
+        return operand
 
     def operands(self, value: Node) -> list[Node]:
         """What a linear operator reads: two values of its shape if it is a sum, else one; none if it is not linear."""
@@ -160,17 +163,18 @@ class LinearMaps:
     def cost(self, node: Node, kernel: Kernel) -> int:
         """Multiply-adds of one sample or position; the batch is common to all that are compared."""
         spatial = len(kernel.size)
-        shape = self.graph.shape(node)
+        shape = self.graph.example_shape(node)
         positions = prod(shape[len(shape) - spatial :]) if spatial else 1
         if kernel.geometry.transposed:
-            source = self.graph.shape(self.graph.call(node).at("input"))
+            source = self.graph.example_shape(self.graph.call(node).at("input"))
             positions = prod(source[len(source) - spatial :])
         return positions * kernel.multiply_adds if isinstance(self.at(node), Contraction) else 0
 
     def through_same(self, value: Node, *, alone: bool = False) -> Node:
         """What a value is a copy of; with ``alone``, only as far as nobody else reads the copies."""
         while value.op == "call_function" and isinstance(self.at(value), Same):
-            if alone and len(list(self.graph.readers(value))) != 1:
+            operand = self.graph.call(value).at(self.at(value).slot)  # type: ignore[attr-defined]
+            if self.graph.is_frozen(operand) or (alone and len(list(self.graph.readers(value))) != 1):
                 break
-            value = self.graph.call(value).at(self.at(value).slot)  # type: ignore[attr-defined]
+            value = operand
         return value

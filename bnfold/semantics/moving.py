@@ -27,6 +27,10 @@ class Movement(Semantics):
     ignored: tuple[str, ...] = ()
     #: For a concatenation, the axis it joins along.
     joins: int | None = None
+    #: Axes of the operands along which a number that is not always the same says where elements come from.
+    loose: tuple[int, ...] = ()
+    #: How many zeros it makes up is such a number.
+    may_pad: bool = False
 
     @property
     def shape_only(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -46,8 +50,11 @@ class Movement(Semantics):
     def pull(self, out: Affine) -> Answer:
         """Scatters what is asked of the outputs to the elements they came from; copies must agree."""
         index, bounds = self._index()
-        if bool((index == 0).any()) and bool((out.shift.expand(index.shape)[index == 0].nan_to_num() != 0).any()):
-            return No("zero-padding", "a shift would have to reach into padded zeros")
+        zeros = index == 0
+        if self.may_pad or bool(zeros.any()):
+            reached = out.shift if self.may_pad else out.shift.expand(index.shape)[zeros]
+            if bool((reached.nan_to_num() != 0).any()):
+                return No("zero-padding", "a shift would have to reach into padded zeros")
         found = []
         for wanted in (out.scale, out.shift):
             buffer = _scattered(index, wanted, bounds[-1])
@@ -58,10 +65,18 @@ class Movement(Semantics):
         for slot, shape, low, high in zip(self.slots, self.shapes, bounds, bounds[1:]):
             scale, shift = (buffer[low:high].reshape(shape) for buffer in found)
             operands[slot] = Affine(scale, shift).compressed()
+            if (part := operands[slot].uniform(self.loose)) is None:
+                return _LOOSE
+            operands[slot] = part
         return Yes(operands=operands)
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
         """Gathers the operands' affines; an operand without one contributes the identity, padding anything."""
+        for affine in given.values():
+            if affine.uniform(self.loose) is None:
+                return _LOOSE
+            if self.may_pad and affine.has_shift:
+                return No("zero-padding", "a shift would have to reach into padded zeros")
         index, bounds = self._index()
         scale = torch.ones(bounds[-1], dtype=torch.float64)
         shift = torch.zeros(bounds[-1], dtype=torch.float64)
@@ -75,6 +90,9 @@ class Movement(Semantics):
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """Where all its operands do."""
         return all(operands[slot] for slot in self.slots)
+
+
+_LOOSE = No("dynamic-size", "which elements it moves depends on a size, along an axis that the affine varies along")
 
 
 def _scattered(index: Tensor, wanted: Tensor, size: int) -> Tensor | None:
@@ -95,12 +113,18 @@ def _scattered(index: Tensor, wanted: Tensor, size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Same(Semantics):
-    """A movement that leaves every element where it is: dropout in eval mode, clone, contiguous, a widening cast."""
+    """A movement that leaves every element where it is: dropout in eval mode, clone, contiguous, a widening cast.
+
+    ``widens``: its operand is of a narrower dtype, to which a shift from behind would be rounded, however large it is.
+    """
 
     slot: str
+    widens: bool = False
 
     def pull(self, out: Affine) -> Answer:
         """Asks the same of its operand."""
+        if self.widens and bool((out.shift.nan_to_num() != 0).any()):
+            return No("dtype", "a shift would be rounded to the dtype that it is cast from")
         return Yes(operands={self.slot: out})
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
@@ -109,7 +133,7 @@ class Same(Semantics):
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """Where its operand does."""
-        return operands[self.slot]
+        return operands[self.slot] and not (shift and self.widens)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class Scaling(Semantics):
     affine: Affine
     kind: str
     write: Callable[[Affine], Mapping[str, Tensor] | None]
+    #: Why its operand cannot take its place, if it cannot: it is of another dtype, or is written to later.
+    stays: No | None = None
 
     def pull(self, out: Affine) -> Answer:
         """``out(affine(x))``: into the own constants; else the scale travels on; else all of it, and the node goes."""
@@ -34,7 +36,7 @@ class Scaling(Semantics):
             constants = self.write(Affine(self.affine.scale, total.shift))
             if constants is not None:
                 return Yes(operands={self.slot: out.only_scale()}, constants=constants)
-        return Yes(operands={self.slot: total}, bypass=self.slot)
+        return self.stays or Yes(operands={self.slot: total}, bypass=self.slot)
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
         """``affine(given(u))``: into the own constants; else all of it travels on, and the node goes."""
@@ -42,7 +44,7 @@ class Scaling(Semantics):
         constants = self.write(total)
         if constants is not None:
             return Yes(constants=constants)
-        return Yes(out=total, bypass=self.slot)
+        return self.stays or Yes(out=total, bypass=self.slot)
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """A scaling that is still there can take either."""

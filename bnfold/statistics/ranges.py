@@ -33,8 +33,9 @@ from bnfold import aten
 from bnfold.affine import Affine
 from bnfold.aten.scaling import STATISTICS
 from bnfold.graph.capture import Captured
-from bnfold.graph.graph import Graph, Node, UnknownSizeError
+from bnfold.graph.graph import Graph, Node
 from bnfold.graph.interpret import constant_of
+from bnfold.graph.sizes import UnknownSizeError
 from bnfold.report import LayerRange, Ledger, NormRange, WeightRange
 from bnfold.semantics import Average, Contraction, Homogeneous, Movement, Refused, Same, Scaling, Semantics
 
