@@ -9,7 +9,7 @@ argument is more than its value at some sizes: ``settled`` says what it is where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -98,9 +98,10 @@ class Sizes:
         taken = {number for chosen in self._chosen for number in chosen.values()}
         for symbol, size in self.example.items():
             low, high = self._range(symbol)
-            target = (size, 2 * size, low)[way]
-            wide = range(low if way == 2 else max(low, size // 2), min(high, max(2 * size + 2, _SMALLEST)) + 1)
-            near = sorted(wide, key=lambda n: (n in taken, _coincidences(n, fixed), abs(n - target)))
+            near: Sequence[int] = range(low, min(high, max(2 * size + 2, _SMALLEST)) + 1)
+            if way < 2:
+                rank = {n: (n in taken, _coincidences(n, fixed), abs(n - (1 + way) * size)) for n in near}
+                near = sorted(near[max(low, size // 2) - low :], key=rank.__getitem__)
             rules.sort(key=lambda rule: -rule.failed)  # what forbids most is asked first
             now[symbol] = next((n for n in near if all(rule.holds(now | {symbol: n}) for rule in rules)), size)
             taken.add(now[symbol])
