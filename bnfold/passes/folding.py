@@ -369,7 +369,7 @@ class Folder:
         replaced: dict[Node, Node] = {}
         for value, slot in plan.bypasses:
             by = graph.call(value).at(slot)
-            stale |= set(graph.readers(value)) | set(value.users)
+            stale |= {by, *graph.readers(value), *value.users}
             graph.bypass(value, by)
             replaced[value] = by
         for value in stale | set(replaced):

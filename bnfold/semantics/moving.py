@@ -92,6 +92,8 @@ class Movement(Semantics):
         return all(operands[slot] for slot in self.slots)
 
 
+#: With twice the size the error is at most sqrt(2**2 + 3**2) = 3.6 times the one that rounding the operand makes.
+_LARGEST = 2.0
 _LOOSE = No("dynamic-size", "which elements it moves depends on a size, along an axis that the affine varies along")
 
 
@@ -115,16 +117,20 @@ def _scattered(index: Tensor, wanted: Tensor, size: int) -> Tensor | None:
 class Same(Semantics):
     """A movement that leaves every element where it is: dropout in eval mode, clone, contiguous, a widening cast.
 
-    ``widens``: its operand is of a narrower dtype, to which a shift from behind would be rounded, however large it is.
+    ``widens``: its operand is of a narrower dtype, to which a shift from behind would be rounded. That is noise as the
+    operand has it where the shift is no larger than ``_LARGEST`` times its ``size`` (root mean square, if known).
     """
 
     slot: str
     widens: bool = False
+    size: Tensor | None = None
 
     def pull(self, out: Affine) -> Answer:
         """Asks the same of its operand."""
-        if self.widens and bool((out.shift.nan_to_num() != 0).any()):
-            return No("dtype", "a shift would be rounded to the dtype that it is cast from")
+        if self.widens:
+            usual = 0.0 if self.size is None else float((self.size * out.scale).nan_to_num().square().mean().sqrt())
+            if float(out.shift.nan_to_num().abs().max()) > _LARGEST * usual:
+                return No("dtype", "a shift would be rounded to the dtype that it is cast from")
         return Yes(operands={self.slot: out})
 
     def push(self, given: Mapping[str, Affine]) -> Answer:
@@ -133,7 +139,7 @@ class Same(Semantics):
 
     def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
         """Where its operand does."""
-        return operands[self.slot] and not (shift and self.widens)
+        return operands[self.slot] and not (shift and self.widens and self.size is None)
 
 
 @dataclass(frozen=True)
