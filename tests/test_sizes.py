@@ -149,6 +149,13 @@ def test_what_folds_at_one_size_is_right_at_all(name):
     assert gone(folded) == case.folds, [(e.value, e.refusals) for e in folded.ledger.left]
 
 
+def test_the_reason_names_what_depends_on_a_size():
+    net = build(lambda m, x: m.norm(m.conv(x).roll(half(x, 2), 1)), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4))
+    folded = fold_everywhere(net, CASES["roll channels"])
+    (left,) = folded.ledger.left
+    assert [(r.reason, r.operator) for r in left.refusals] == [("dynamic-size", "aten.roll"), ("model-output", "")]
+
+
 def test_a_table_that_is_cut_to_a_size_takes_the_scale():
     """Every row of the table may be reached, so all of them take it; a part that is read as it is keeps it."""
     parts = {"fc": nn.Linear(4, 4), "norm": nn.Linear(4, 4), "table": noise(40, 4), "c": noise(4)}
