@@ -100,6 +100,7 @@ def cli() -> None:
       timm:NAME                 a model of timm, or torchvision:NAME; --arg pretrained=true for its weights
       hf:DIR                    what transformers' save_pretrained wrote, or hf:ID from the hub
       net.pt2                   what torch.export.save wrote
+      net.torchscript.pt        a TorchScript archive
       net.pt                    a whole pickled module, only with --unsafe-pickle
     """
 

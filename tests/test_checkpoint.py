@@ -368,7 +368,7 @@ def test_archives_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_is_answered_with_the_way_out(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(net().eval()), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"TorchScript archive.*original Python class"):
+    with pytest.raises(InputError, match=r"TorchScript archive.*as the source itself"):
         load_weights(net(), tmp_path / "w.pt")
 
 

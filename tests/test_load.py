@@ -227,9 +227,8 @@ def test_factories_that_fail(folder: Path, source: str, options: dict[str, Any],
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_scripted_module_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="TorchScript module"):
-        load("nets/net.py:scripted")
+def test_a_factory_may_give_a_scripted_module(folder: Path) -> None:
+    assert isinstance(load("nets/net.py:scripted").model, torch.jit.ScriptModule)
 
 
 @pytest.mark.parametrize(

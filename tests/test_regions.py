@@ -8,7 +8,6 @@ import zoo
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.errors import InputError
 from bnfold.graph.capture import capture
 
 torch.set_num_threads(1)
@@ -75,10 +74,3 @@ def test_autocast_that_rounds_stays_and_is_told():
     assert folded.ledger.count() == (1, 1)
     assert any("2 BatchNorms stay unseen" in note for note in folded.captured.notes)
     assert any("wrap_with_autocast" in str(node.target) for node in folded.program.graph.nodes)
-
-
-def test_a_torchscript_module_is_refused_by_name():
-    with pytest.deprecated_call():
-        scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), IMAGE)
-    with pytest.raises(InputError, match="TorchScript module"):
-        bnfold.fold(scripted, (IMAGE,))

@@ -27,6 +27,7 @@ from bnfold.graph.failures import explained, quiet
 from bnfold.graph.functional import make_functional
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.regions import hidden_batch_norms, inline_regions
+from bnfold.graph.scripted import converted, in_eval_mode, name_modules, positional
 from bnfold.graph.stale import refuse_stale
 
 
@@ -112,6 +113,8 @@ def capture(
         raise InputError("no example inputs", hint="Give them with --input NAME:DTYPE[N,...]")
     args, kwargs = _distinct(tuple(args or ()), dict(kwargs or {}))
     masters: dict[str, Tensor] | None = None
+    if isinstance(model, torch.jit.ScriptModule):
+        return _capture_script(model, args, kwargs, dynamic_shapes, dtype, static)
     module = eval_copy(model)
     refuse_stale(model, module, args, kwargs)
     if dtype is not None:
@@ -130,6 +133,18 @@ def capture(
     # ONNX cannot say "up to 4": a batch that holds for some sizes only must not look like one that holds for all.
     captured = _captured(_export(module, args, kwargs, None), module, args, kwargs, None, masters)
     return replace(captured, notes=(*captured.notes, f"the batch is fixed: the model's code takes {bounded} only"))
+
+
+def _capture_script(
+    script: torch.jit.ScriptModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any,
+    dtype: torch.dtype | None, static: bool,
+) -> Captured:  # fmt: skip
+    """What torch's converter makes of TorchScript, captured as a module; what users run is the script itself."""
+    args = positional(script, args, kwargs)
+    eager = in_eval_mode(script)
+    captured = capture(converted(eager, args), args, dynamic_shapes=dynamic_shapes, dtype=dtype, static=static)
+    name_modules(captured.program)
+    return replace(captured, eager=eager if dtype is None else eager.to(dtype))
 
 
 def eval_copy(model: nn.Module) -> nn.Module:

@@ -44,6 +44,7 @@ class Kind(StrEnum):
     LEGACY = "a torch.save file of before torch 1.6"
     SAFETENSORS = "a safetensors file"
     PROGRAM = "an exported program (.pt2)"
+    SCRIPT = "a TorchScript archive"
 
 
 #: First bytes -> what the file is. Checked in order.
@@ -124,12 +125,7 @@ def _identify_archive(path: Path) -> Kind:
     names = _members(path)
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
-        raise InputError(
-            "this is a TorchScript archive, which holds compiled code and no module that torch.export can capture",
-            where=str(path),
-            hint="Give the original Python class as path/to/file.py:factory, with its weights in --weights "
-            "(torch.jit.load(...).state_dict() has them)",
-        )
+        return Kind.SCRIPT
     if "serialized_exported_program.json" in names:
         raise InputError(
             "this exported program was written in the format of torch 2.7 or older",
@@ -155,22 +151,26 @@ def _members(path: Path) -> list[str]:
         raise InputError(f"the archive is cut short or damaged ({error})", where=str(path), hint=_DAMAGED) from error
 
 
-def verify_archive(path: Path) -> None:
+def verify_archive(path: Path, *, inflated: int = 0) -> None:
     """Compare the checksum of every member, having refused what would inflate: torch does neither.
 
+    Args:
+        path: an archive.
+        inflated: what its compressed members may inflate to, in bytes; only TorchScript has any, its code.
+
     Raises:
-        InputError: a compressed member, members that claim more bytes than the file has, a duplicate name, or a
+        InputError: compressed members, members that claim more bytes than the file has, a duplicate name, or a
             checksum that differs.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        if sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED) > inflated:
             raise InputError(
                 "the archive holds compressed members, which torch.save never writes",
                 where=str(path),
                 hint="If you trust it, torch.load it and torch.save it again",
             )
-        if sum(member.file_size for member in members) > path.stat().st_size:
+        if sum(m.file_size for m in members) > path.stat().st_size + inflated:
             raise InputError("the archive's members claim more bytes than the file has", where=str(path), hint=_DAMAGED)
         if len({member.filename for member in members}) < len(members):
             raise InputError("the archive holds two members of one name", where=str(path), hint=_DAMAGED)
@@ -261,6 +261,12 @@ def load_weights(
 
 def _read(path: Path, unsafe: bool) -> Any:
     kind = identify(path)
+    if kind is Kind.SCRIPT:
+        raise InputError(
+            "this is a TorchScript archive, a whole model and no weights",
+            where=str(path),
+            hint="Give it as the source itself; torch.jit.load(...).state_dict() has its weights",
+        )
     if kind is Kind.PROGRAM:
         raise InputError("this is an exported program, not weights", where=str(path), hint="Give it as the source")
     if kind is not Kind.SAFETENSORS:

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import InputError, UsageError
+from bnfold.graph.scripted import signature
 from bnfold.loading.specs import RANGE_SYNTAX, InputSpec, Range
 
 _ANY: Range = (1, None)
@@ -50,7 +51,7 @@ def model_inputs(
     if specs:
         if isinstance(model, torch.export.ExportedProgram):
             raise UsageError("--input does not apply to a .pt2 program", hint="Its inputs are fixed in the file")
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = signature(model).parameters.values()
         keywords = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
         return example(specs, [p.name for p in parameters], ranges=ranges, seed=seed, keywords=keywords)
     if ranges:

@@ -25,6 +25,7 @@ from bnfold.loading import checkpoint, hubs
 from bnfold.loading.checkpoint import Kind
 from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program
+from bnfold.loading.script_file import load_script
 from bnfold.loading.structure import prepare, stored_ledgers
 from bnfold.loading.user_code import importable, is_inside, user_code
 from bnfold.loading.weights_file import read_notes
@@ -91,8 +92,8 @@ def load(
     """Load the model that ``source`` names.
 
     Args:
-        source: ``net.pt2``, ``pkg.module:factory``, ``path/to/file.py:factory``, ``timm:NAME``, ``torchvision:NAME``,
-            ``hf:DIR-or-ID``, or ``net.pt`` with a pickled module.
+        source: ``net.pt2``, a TorchScript archive, ``pkg.module:factory``, ``path/to/file.py:factory``, ``timm:NAME``,
+            ``torchvision:NAME``, ``hf:DIR-or-ID``, or ``net.pt`` with a pickled module.
         weights: checkpoint for what the factory builds (.safetensors, or written by ``torch.save``); of a model that
             bnfold folded in its own class, the class is given the folded structure first.
         weights_key: where in the checkpoint the state dict is, with dots for nested keys.
@@ -134,6 +135,8 @@ def _from_file(request: _Request) -> Loaded:
         return _from_program(request, path)
     if kind is Kind.SAFETENSORS:
         raise _only_weights(request.source)
+    if kind is Kind.SCRIPT:
+        return _loaded(request, load_script(path), None, {}, sha256=checkpoint.sha256(path))
     content = checkpoint.unpickle(path, kind, unsafe=request.unsafe_pickle)
     if isinstance(content, Mapping):
         inner = [content[key] for key in checkpoint.WRAPPERS if isinstance(content.get(key), torch.nn.Module)]
@@ -269,9 +272,6 @@ def _unpack(result: Any, source: str) -> tuple[torch.nn.Module, tuple[Any, ...] 
     parts = result if isinstance(result, tuple) else (result,)
     # What a shorter tuple leaves out: no example, no keywords.
     model, args, kwargs = (*parts, *(None, {})[len(parts) - 1 :]) if 1 <= len(parts) <= 3 else (None, None, {})
-    if isinstance(model, torch.jit.ScriptModule):
-        hint = "Give the Python class that it was scripted from"
-        raise InputError("this is a TorchScript module, which torch.export cannot capture", where=source, hint=hint)
     args = (args,) if isinstance(args, torch.Tensor) else args
     well_formed = isinstance(args, tuple | list | None) and isinstance(kwargs, Mapping)
     if not isinstance(model, torch.nn.Module) or not well_formed:
@@ -390,5 +390,5 @@ _SOURCES: tuple[_Source, ...] = (
     _Source("path/to/file.py:factory", _written(rf"(?!{_HUB}).+\.py:{_NAME}"), _from_python_file, True),
     _Source("pkg.module:factory", _written(rf"(?!{_HUB}){_NAME}(\.{_NAME})*:{_NAME}"), _from_python_module, True),
     _Source("timm:NAME; torchvision:NAME; hf:DIR or hf:ID", _written(f"{_HUB}.+"), _from_hub, True),
-    _Source("net.pt2, or net.pt with a whole pickled module", _is_file_name, _from_file, False),
+    _Source("net.pt2, a TorchScript archive, or net.pt with a whole pickled module", _is_file_name, _from_file, False),
 )

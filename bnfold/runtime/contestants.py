@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import subprocess
@@ -265,7 +264,9 @@ def torch_arguments(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tensors = [_tensor(array, dtype) for array in feeds.values()]
     if args is None and not kwargs:
-        names = list(inspect.signature(model.forward).parameters)
+        from bnfold.graph.scripted import signature
+
+        names = list(signature(model).parameters)
         if set(feeds) <= set(names):
             return (), dict(zip(feeds, tensors))
         return tuple(tensors), {}

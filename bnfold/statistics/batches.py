@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bnfold.errors import BnfoldError, InputError, UsageError
 from bnfold.gate.data import select
 from bnfold.gate.stored import Rows, in_order, open_arrays
+from bnfold.graph.scripted import signature
 
 #: What a model is called with: one tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
 Batch = Any
@@ -62,10 +63,10 @@ def call(model: nn.Module, batch: Batch) -> Any:
             for value in (*args, *kwargs.values())
             if isinstance(value, Tensor)
         )
-        signature = inspect.signature(model.forward)
+        takes = signature(model)
         raise InputError(
             f"the model fails on the data with {type(error).__name__}: {error}",
-            hint=f"It was given {shapes or 'no tensor'}; forward is {signature}. "
+            hint=f"It was given {shapes or 'no tensor'}; forward is {takes}. "
             "Batches hold the inputs alone, without labels",
         ) from error
 
@@ -73,7 +74,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def inputs_of(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the inputs that ``forward`` needs, and of those that it can do without."""
     many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in many]
+    parameters = [p for p in signature(model).parameters.values() if p.kind not in many]
     needed = [p.name for p in parameters if p.default is p.empty]
     return needed, [p.name for p in parameters if p.default is not p.empty]
 
@@ -101,7 +102,7 @@ def data_batches(
         known = open_arrays(Path(data))
     else:
         known = {name: np.asarray(value) for name, value in data.items()}
-    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    kinds = {p.kind for p in signature(model).parameters.values()}
     positional = inspect.Parameter.POSITIONAL_ONLY in kinds
     if not names and inspect.Parameter.VAR_POSITIONAL in kinds:
         positional = True
