@@ -5,31 +5,25 @@ Nothing heavy is imported before a command runs, so that ``--help`` is immediate
 
 from __future__ import annotations
 
-import errno
-import re
 import sys
-import traceback
 from typing import Any
 
 import click
 
 from bnfold._version import __version__
 from bnfold.commands import COMMANDS
-from bnfold.commands.terminal import fail, write
-from bnfold.errors import EXIT_CODES, BnfoldError
+from bnfold.commands.ends import Terminated, heed_signals, ignore_signals
+from bnfold.commands.terminal import fail, hush
+from bnfold.errors import EXIT_CODES
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG}
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG += (
     "\n\nAn example: bnfold export models/digits.py:digits_cnn --weights models/digits_cnn.safetensors -o net.onnx"
 )
 
 
-# -- how a run fails --------------------------------------------------------------------------------------------------
-
-
 class _Commands(click.Group):
-    """Every failure is one line and one of the documented exit codes."""
+    """Arguments that cannot be understood are one line too; ``ends`` has all that happens after."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
@@ -43,44 +37,12 @@ class _Commands(click.Group):
             code = fail(f"{message}{'' if message.endswith('?') else '.'} Run {path} --help", 2)
         except click.Abort:
             code = fail("interrupted", 130)
+        except SystemExit:  # how click answers a reader of the help that has left
+            code = 0
+        except OSError as error:
+            hush(sys.stdout)
+            code = fail(f"the help could not be printed: {error.strerror}", 6)
         sys.exit(code if isinstance(code, int) else 0)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
-            return fail("interrupted", 130)
-        except BnfoldError as error:
-            _trace(ctx)
-            return fail(str(error), 6 if _exhausted(error) else error.exit_code)
-        except Exception as error:
-            _trace(ctx)
-            if _exhausted(error):
-                return fail(f"the memory or the disk gave out: {_one_line(error)}", 6)
-            hint = "" if ctx.meta.get("debug") else ". Run it again with --debug for the traceback, and report it"
-            return fail(f"internal: {_one_line(error)}{hint}", 4)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(": .")
-
-
-def _trace(ctx: click.Context) -> None:
-    if ctx.meta.get("debug"):
-        write(traceback.format_exc(), sys.stderr)
-
-
-def _exhausted(error: BaseException | None) -> bool:
-    """Whether the memory or the disk is what was really missing."""
-    while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _FULL):
-            return True
-        if isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory", str(error)):
-            return True
-        error = error.__cause__
-    return False
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -111,4 +73,10 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Runs the command line and exits."""
-    cli()
+    heed_signals()
+    try:
+        cli()
+    except Terminated:  # between the end of a command and that of the process
+        sys.exit(fail("terminated", 143))
+    finally:
+        ignore_signals()

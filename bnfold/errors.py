@@ -9,6 +9,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    r"""``text`` for a terminal, which characters of names in files could steer: ``\x1b`` is spelt out.
+
+    >>> printable("\x1b[31mred\u202e")
+    '\\x1b[31mred\\u202e'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class BnfoldError(Exception):
     """Base of every error that bnfold raises on purpose.
 
@@ -27,7 +38,7 @@ class BnfoldError(Exception):
     def __str__(self) -> str:
         # One line, whatever the text of an underlying exception looked like.
         text = " ".join((f"{self.where}: " if self.where else "").split() + self.what.split())
-        return f"{text}. {' '.join(self.hint.split())}" if self.hint else text
+        return printable(f"{text}. {' '.join(self.hint.split())}" if self.hint else text)
 
 
 class UsageError(BnfoldError):
@@ -77,4 +88,5 @@ EXIT_CODES: dict[int, str] = {
     6: "disk or memory: the result could not be stored",
     7: "inconclusive: the model is too noisy on these inputs for a verdict",
     130: "interrupted",
+    143: "terminated",
 }

@@ -15,13 +15,15 @@ import torch
 from torch.export import ExportedProgram
 
 from bnfold import store
-from bnfold.errors import CaptureError, InputError, LowerError, UsageError
+from bnfold.errors import CaptureError, LowerError, UsageError
+from bnfold.files import require_file
 from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
+from bnfold.loading.user_code import unended
 from bnfold.lowering.lower import lower
 from bnfold.options import Clock, Folded, Model, Options
 from bnfold.report import (
@@ -58,6 +60,7 @@ from bnfold.statistics.calibration import Scheme, measure
 from bnfold.statistics.diagnose import captured_failure, examine, worst_first
 
 
+@unended()
 def fold(
     model: Model,
     args: tuple[Any, ...] | None = None,
@@ -95,6 +98,7 @@ def fold(
     return folded
 
 
+@unended()
 def export(
     model: Model,
     path: str | Path,
@@ -162,6 +166,7 @@ def export(
     return report
 
 
+@unended()
 def save_folded(
     model: Model,
     path: str | Path,
@@ -219,6 +224,7 @@ def save_folded(
     return replace(report, file=FileReport(str(path), size, report.operators[1], None, total - gone, None, sha256))
 
 
+@unended()
 def plan(
     model: Model,
     args: tuple[Any, ...] | None = None,
@@ -243,6 +249,7 @@ def plan(
     return make_report("plan", model, options, folded, None, clock)
 
 
+@unended()
 def inspect(
     model: Model,
     args: tuple[Any, ...] | None = None,
@@ -287,6 +294,7 @@ def inspect(
     )  # fmt: skip
 
 
+@unended()
 def save_calibrated(
     model: Model,
     path: str | Path,
@@ -330,6 +338,7 @@ def save_calibrated(
     )  # fmt: skip
 
 
+@unended()
 def bisect(
     path: str | Path,
     model: Model,
@@ -357,8 +366,7 @@ def bisect(
         CaptureError: torch.export cannot capture the model.
     """
     options, path = replace(options or Options(), **more, allow_nonfinite=True), Path(path)
-    if not path.is_file():
-        raise InputError("there is no such file", where=str(path))
+    require_file(path)
     device, clock = resolve_device(options.device), Clock(options.progress)
     made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
     if made:
@@ -372,6 +380,7 @@ def bisect(
     return replace(found, source=source_facts(options.provenance, model), file=str(path))
 
 
+@unended()
 def check(
     path: str | Path,
     model: Model,
@@ -397,8 +406,7 @@ def check(
         CaptureError: torch.export cannot capture the model.
     """
     options, path = replace(options or Options(), **more), Path(path)
-    if not path.is_file():
-        raise InputError("there is no such file", where=str(path))
+    require_file(path)
     expect(options)
     device, clock = resolve_device(options.device), Clock(options.progress)
     with clock("capture"):

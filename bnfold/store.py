@@ -18,6 +18,7 @@ import hashlib
 import mmap
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bnfold.errors import BnfoldError, ResourceError, UsageError
+from bnfold.files import there
 
 if sys.platform != "win32":
     import fcntl
@@ -47,11 +49,11 @@ _EXHAUSTED: dict[int, str] = {
     errno.EROFS: "Choose a folder that can be written",
     errno.EIO: "Check the disk or choose another one",
     errno.ENOMEM: "Free memory and run again",
+    errno.ENAMETOOLONG: "Choose a shorter name",
 }
 _HINTS: dict[int, str] = _EXHAUSTED | {
     errno.EACCES: "Choose a folder you may write to, or change its permissions",
     errno.EPERM: "Choose a folder you may write to, or change its permissions",
-    errno.ENAMETOOLONG: "Choose a shorter name",
     errno.ELOOP: "Remove the loop of symbolic links",
 }
 
@@ -68,23 +70,27 @@ def check_destination(path: Path, *, sources: Iterable[Path] = ()) -> None:
         ResourceError: its folder is missing or cannot be written, or the file is write-protected.
     """
     target = _resolve(path)
+    with _storage(target):
+        _check(path, target, sources)
+
+
+def _check(path: Path, target: Path, sources: Iterable[Path]) -> None:
     parent = target.parent
     if target.is_dir():
         raise UsageError("the output is a folder", where=str(path), hint="Name a file in it")
     if target.exists() and not target.is_file():
         raise UsageError("the output is not a regular file", where=str(path), hint="Name a regular file")
     for source in sources:
-        if target.exists() and source.exists() and target.samefile(source):
+        if target.exists() and there(source) and target.samefile(source):
             raise UsageError(f"the output is the source {source}", where=str(path), hint="Choose another name")
     if not parent.is_dir():
         raise ResourceError(f"there is no folder {parent}", where=str(path), hint="Create it or choose another one")
     if target.exists() and not os.access(target, os.W_OK):
         raise ResourceError("the file is write-protected", where=str(path), hint="Choose another name, or chmod u+w it")
-    with _storage(target):
-        # Permission bits do not tell about read-only mounts, quotas and access lists: only an attempt does.
-        probe = Path(tempfile.mkdtemp(prefix=".check.", suffix=_SUFFIX, dir=parent))
-        with suppress(FileNotFoundError):  # another run may have swept it as a leftover
-            probe.rmdir()
+    # Permission bits do not tell about read-only mounts, quotas and access lists: only an attempt does.
+    probe = Path(tempfile.mkdtemp(prefix=".check.", suffix=_SUFFIX, dir=parent))
+    with suppress(FileNotFoundError):  # another run may have swept it as a leftover
+        probe.rmdir()
 
 
 @contextmanager
@@ -116,8 +122,12 @@ def stage(path: Path) -> Iterator[Staging]:
     target = _resolve(path)
     with _storage(target):
         _sweep(target.parent)
-        folder, lock = _new_folder(target)
+    # The name is known before the folder is there, so that no interruption can come between the two.
+    folder = target.parent / f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
+    lock = None
     try:
+        with _storage(target):
+            lock = _claim(folder)
         yield Staging(target, folder, asked=path)
     except BnfoldError:
         raise
@@ -128,6 +138,9 @@ def stage(path: Path) -> Iterator[Staging]:
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:  # an interruption in the middle of it
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             _release(lock)
 
@@ -252,16 +265,15 @@ def _resolve(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _new_folder(target: Path) -> tuple[Path, int | None]:
-    """A fresh staging folder beside ``target``, and the lock that shows it is in use."""
+def _claim(folder: Path) -> int | None:
+    """Makes a staging folder; the lock that shows it is in use."""
     while True:
-        prefix = f".{target.name[:40]}.{os.getpid()}-"
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=target.parent))
+        folder.mkdir(mode=0o700, exist_ok=True)
         # Another run may take the folder for a leftover in the instant before it is locked.
         with suppress(BlockingIOError, FileNotFoundError):
             lock = _lock(folder)
             if folder.exists():
-                return folder, lock
+                return lock
             _release(lock)
 
 

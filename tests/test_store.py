@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -295,7 +294,7 @@ def test_data_is_taken_back_when_the_commit_fails(tmp_path: Path, monkeypatch: p
 # --- interruption at every step ---------------------------------------------------------------------------------------
 
 #: Every call by which store.py changes or settles anything on the disk.
-HOOKS = ("tempfile.mkdtemp", "os.fsync", "os.chown", "Path.replace", "Path.unlink", "Path.chmod", "shutil.rmtree")
+HOOKS = ("Path.mkdir", "os.fsync", "os.chown", "Path.replace", "Path.unlink", "Path.chmod", "shutil.rmtree")
 
 
 @contextmanager
@@ -334,7 +333,7 @@ def count_steps(folder: Path) -> list[str]:
     export(folder / "net.onnx", b"first")
     with hooked(0, lambda: None, "before") as calls:
         export(folder / "net.onnx", b"second")
-    assert {"tempfile.mkdtemp", "os.fsync", "Path.replace", "Path.unlink", "shutil.rmtree"} <= set(calls)
+    assert {"Path.mkdir", "os.fsync", "Path.replace", "Path.unlink", "shutil.rmtree"} <= set(calls)
     return calls
 
 
@@ -356,6 +355,7 @@ def test_an_interrupt_at_any_step_leaves_a_whole_model(tmp_path: Path, where: st
         with hooked(step, interrupt, where), pytest.raises(KeyboardInterrupt):
             export(path, b"second")
         assert_whole(path)
+        assert not [name for name in names(folder) if name.endswith(".bnfold-tmp")], "an interruption is no kill"
         export(path, b"third")
         assert read_model(path) == b"third" and len(names(folder)) == 2, step
 
@@ -507,7 +507,7 @@ def test_a_folder_locked_for_too_long_is_reported(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EACCES])
-@pytest.mark.parametrize("call", ["fsync", "chmod", "replace", "mkdtemp"])
+@pytest.mark.parametrize("call", ["fsync", "chmod", "replace", "mkdir"])
 def test_a_failing_disk_is_a_resource_error_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
 ) -> None:
@@ -517,7 +517,7 @@ def test_a_failing_disk_is_a_resource_error_with_the_way_out(
     def failing(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    owner = {"fsync": os, "mkdtemp": tempfile}.get(call, Path)
+    owner = {"fsync": os}.get(call, Path)
     with monkeypatch.context() as patch, pytest.raises(ResourceError) as caught:
         patch.setattr(owner, call, failing)
         with atomic(path) as temporary:

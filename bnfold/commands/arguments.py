@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from bnfold.commands.ends import exit_code
 from bnfold.errors import UsageError
+from bnfold.files import there
 
 if TYPE_CHECKING:
     from bnfold.loading.specs import InputSpec, Range
@@ -37,6 +40,10 @@ class Command(click.Command):
         for group, records in sorted(groups.items(), key=lambda item: item[0] == _NO_GROUP):
             with formatter.section(group):
                 formatter.write_dl(records)
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Runs it; the exit code."""
+        return exit_code(ctx, lambda: super(Command, self).invoke(ctx))
 
 
 class Option(click.Option):
@@ -270,9 +277,11 @@ class Job:
         """Raises UsageError where options contradict one another."""
         _check_output(given, suffix)
         check_contradictions(given)
-        file = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
+        file = Path(source if there(source) else source.rpartition(":")[0] or source)
         if source.startswith("hf:"):
-            file = Path(source[len("hf:") :]).expanduser() / "model.safetensors"
+            file = Path(source[len("hf:") :]) / "model.safetensors"
+            with contextlib.suppress(RuntimeError):  # there is no such user
+                file = file.expanduser()
         read = [file, *(given[name] for name in ("weights", "data") if given.get(name)), *reads]
         _check_reports(given, read)
         if given.get("baseline") is not None or given.get("update_baseline"):
@@ -306,7 +315,7 @@ def _check_output(given: dict[str, Any], suffix: str) -> None:
     output = given["output"]
     if output is None and not given["dry_run"]:
         raise UsageError(f"-o says where the {suffix} file goes, and is missing", hint="To write nothing: --dry-run")
-    if output is not None and output.suffix.lower() != suffix and not output.is_dir():
+    if output is not None and output.suffix.lower() != suffix and not (there(output) and output.is_dir()):
         eager = "; with --eager .safetensors, for the model's own class"
         hint = {
             ".onnx": f"The fold command writes .pt2{eager}",

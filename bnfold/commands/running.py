@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from bnfold.commands.arguments import Job
-from bnfold.commands.terminal import fail, show, write
+from bnfold.commands.terminal import Unfailing, fail, show, write
 from bnfold.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def working(job: Job) -> Iterator[Progress]:
 
     debug = bool(click.get_current_context().meta.get("debug"))
     out, err = (sys.stderr, sys.stderr) if debug else (io.StringIO(), io.StringIO())
-    progress = Progress(sys.stderr, quiet=job.given["quiet"])
+    stderr: Any = Unfailing(sys.stderr)
+    progress = Progress(stderr, quiet=job.given["quiet"])
     with progress, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet(debug=debug):
         progress("load", 0, 1)  # importing torch included
         yield progress

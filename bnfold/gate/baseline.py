@@ -30,6 +30,7 @@ from typing import Any
 
 from bnfold import store
 from bnfold.errors import InputError, UsageError
+from bnfold.files import require_file, there
 from bnfold.report import BaselineReport, BaselineRow, CheckReport
 from bnfold.report.plain import plain, versions
 
@@ -145,11 +146,12 @@ def _ratios(check: CheckReport) -> dict[str, float]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not there(path):
+        raise InputError("there is no baseline yet", where=str(path), hint=_CREATE)
+    require_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError("there is no baseline yet", where=str(path), hint=_CREATE) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"this is no readable baseline ({error})", where=str(path), hint=_CREATE) from error
     if not isinstance(found, dict) or found.get("bnfold_baseline") != FORMAT:
         version = found.get("bnfold_baseline") if isinstance(found, dict) else None

@@ -9,7 +9,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from bnfold.errors import InputError
+from bnfold.files import require_file
 
 #: Bytes that are unpacked at a time on the way to a row.
 _PIECE = 1 << 18
@@ -115,6 +116,7 @@ def open_arrays(path: Path) -> dict[str, Rows]:
     Raises:
         InputError: missing, damaged or no NumPy file, or one that holds Python objects.
     """
+    require_file(path)
     try:
         with path.open("rb") as file:
             if not file.read(6).startswith((b"PK", b"\x93NUMPY")):
@@ -125,8 +127,6 @@ def open_arrays(path: Path) -> dict[str, Rows]:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
         return {info.filename.removesuffix(".npy"): _header(path, info.filename, info.file_size) for info in members}
-    except FileNotFoundError as error:
-        raise InputError("there is no such file", where=str(path)) from error
     except _DAMAGED as error:
         raise _damaged(path, error) from error
 
@@ -146,8 +146,10 @@ def _header(path: Path, member: str | None, size: int) -> Rows:
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
             raise ValueError(f"version {version} of the format")
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = _described(read, file)
         offset = file.tell()
+        if any(size < 0 for size in shape):
+            raise ValueError(f"a shape of {shape}")
         if dtype.hasobject:
             hint = "Save arrays of numbers with numpy.savez; bnfold unpickles nothing from a data file"
             raise InputError("the file holds Python objects, no plain arrays", where=str(path), hint=hint)
@@ -157,6 +159,14 @@ def _header(path: Path, member: str | None, size: int) -> Rows:
             flat = np.frombuffer(bytearray(file.read()), dtype)
             return np.ascontiguousarray(flat.reshape(shape, order="F"), dtype.newbyteorder("="))
     return Stored(path, member, shape, dtype, offset)
+
+
+def _described(read: Callable[[IO[bytes]], Any], file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(file)
+        return found
+    except Exception as error:  # the header is parsed as Python, which raises anything
+        raise ValueError("its header is damaged") from error
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from bnfold.errors import InputError
+from bnfold.files import require_file, there
 from bnfold.loading.calibrated_file import switch_on
 
 Shapes = Mapping[str, "tuple[int, ...] | None"]
@@ -79,14 +80,13 @@ def identify(path: Path) -> Kind:
     Raises:
         InputError: missing, a folder, empty, unreadable, or not one of the four kinds (the message says what it is).
     """
-    if path.is_dir():
+    if there(path) and path.is_dir():
         what = "a TensorFlow SavedModel" if (path / "saved_model.pb").exists() else "a folder, not a file"
         raise InputError(f"this is {what}", where=str(path), hint=_GIVE_PYTORCH)
+    require_file(path)
     try:
         with path.open("rb") as file:
             head = file.read(512)
-    except FileNotFoundError as error:
-        raise InputError("there is no such file", where=str(path)) from error
     except OSError as error:
         raise InputError(f"the file cannot be read ({error.strerror or error})", where=str(path)) from error
     if not head:

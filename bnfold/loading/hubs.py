@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError, InputError, ProviderError, UsageError
+from bnfold.files import require_file, there
 from bnfold.loading.normalize import Normalization
 
 #: What clips of a video model hold where nothing says how many frames.
@@ -136,10 +137,13 @@ def _torchvision_example(weights: Any) -> tuple[tuple[Any, ...] | None, Normaliz
 
 def _hf(name: str, options: dict[str, Any], pretrained: Any) -> Named:
     folder = Path(name).expanduser()
-    local = folder.is_dir()
+    local = there(folder) and folder.is_dir()
     if local and not (folder / "config.json").is_file():
         hint = "It must be what save_pretrained writes"
         raise InputError("there is no config.json in the folder", where=f"hf:{name}", hint=hint)
+    for entry in folder.iterdir() if local else ():
+        if not entry.is_dir():
+            require_file(entry)  # transformers would wait for a pipe
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError("there is no such folder", where=f"hf:{name}")
     transformers = _package("transformers", "hf")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bnfold.errors import InputError, UsageError
+from bnfold.files import require_file, there
 from bnfold.graph.capture import copied
 from bnfold.loading import checkpoint, hubs
 from bnfold.loading.checkpoint import Kind
@@ -128,7 +129,7 @@ def load(
 
 def _from_file(request: _Request) -> Loaded:
     path = Path(request.source)
-    if path.suffix == ".py" and path.is_file():
+    if path.suffix == ".py" and there(path):
         raise UsageError("the factory's name is missing", where=request.source, hint=f"Write {request.source}:FACTORY")
     kind = checkpoint.identify(path)
     if kind is Kind.PROGRAM:
@@ -168,8 +169,7 @@ _siblings: set[str] = set()
 def _from_python_file(request: _Request) -> Loaded:
     name, _, attribute = request.source.rpartition(":")
     path = Path(name)
-    if not path.is_file():
-        raise InputError("there is no such file", where=name)
+    require_file(path)
     folder = path.resolve().parent
     for stale in _siblings:
         sys.modules.pop(stale, None)
@@ -286,7 +286,8 @@ def _unpack(result: Any, source: str) -> tuple[torch.nn.Module, tuple[Any, ...] 
 def _own_example(model: torch.nn.Module) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
     """The example that a module carries, as Lightning's ``example_input_array`` or as ``example_inputs``."""
     for name in ("example_input_array", "example_inputs"):
-        value = getattr(model, name, None)
+        with user_code(f"reading its {name}", type(model).__name__):
+            value = getattr(model, name, None)
         if isinstance(value, torch.Tensor):
             return (value,), {}
         if isinstance(value, tuple):
@@ -380,7 +381,7 @@ def _written(pattern: str) -> Callable[[str], bool]:
 
 def _is_file_name(source: str) -> bool:
     # One letter before the colon is a Windows drive, several are a kind of source.
-    return bool(source.strip()) and (Path(source).exists() or re.match(r"[^\W\d][\w+.-]+:", source) is None)
+    return bool(source.strip()) and (there(source) or re.match(r"[^\W\d][\w+.-]+:", source) is None)
 
 
 _NAME = r"[^\W\d]\w*"

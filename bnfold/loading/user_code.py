@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from bnfold.errors import BnfoldError, InputError
+from bnfold.errors import BnfoldError, CaptureError, InputError
 
 
 @contextmanager
@@ -34,11 +34,29 @@ def user_code(what: str, where: str) -> Iterator[None]:
         yield
     except BnfoldError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         hint = f"It happened at {_place(error)}"
         if "relative import" in str(error):
             hint += "; a file inside a package is given as pkg.module:factory"
         raise InputError(f"{what} failed with {type(error).__name__}: {error}", where=where, hint=hint) from error
+
+
+@contextmanager
+def unended() -> Iterator[None]:
+    """Fails a run where the model's code would end it: ``sys.exit()`` in a forward is no verdict, whatever it says.
+
+    Raises:
+        CaptureError: an exception that is none of Python's errors came out, an interruption excepted.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        what = f"the model's code ended the run with {type(error).__name__}: {error}".rstrip(": ")
+        raise CaptureError(what, hint=f"It happened at {_place(error)}") from error
 
 
 def _place(error: BaseException) -> str:
@@ -55,5 +73,6 @@ def _place(error: BaseException) -> str:
 
 def is_inside(module: ModuleType, folder: Path) -> bool:
     """Whether a module was imported from ``folder``, and is no installed package there."""
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).is_relative_to(folder) and "site-packages" not in Path(file).parts
+    # Not by getattr: a lazy module may import, and fail, whatever it is asked for.
+    file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
+    return isinstance(file, str) and Path(file).is_relative_to(folder) and "site-packages" not in Path(file).parts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnfold.errors import InputError
+from bnfold.files import there
 
 #: Every note's name begins so, and no other tool's does.
 PREFIX = "bnfold."
@@ -44,7 +45,7 @@ def read_notes(path: Path) -> dict[str, str]:
     """The notes of a file, by name; none where it is no .safetensors file or has none."""
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix.lower() != ".safetensors" or not path.is_file():
+    if path.suffix.lower() != ".safetensors" or not (there(path) and path.is_file()):
         return {}
     try:
         with safe_open(path, framework="pt") as file:

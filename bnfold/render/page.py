@@ -11,6 +11,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from bnfold.errors import printable
+
 _LABEL, _SUBJECT = 9, 28
 #: Width where nobody looks: a pipe or a file, which would not be wrapped more narrowly than this on a screen.
 _PIPE_WIDTH = 120
@@ -49,8 +51,9 @@ class Page:
     def line(self, label: str, *chunks: str | Text, subject: str = "") -> None:
         """Prints ``chunks`` after a label, an empty one for a line that belongs to the last."""
         width = max(self._console.width - _LABEL, 24)
-        parts = [chunk if isinstance(chunk, Text) else Text(chunk) for chunk in chunks if len(chunk)]
+        parts = [chunk if isinstance(chunk, Text) else Text(printable(chunk)) for chunk in chunks if len(chunk)]
         if subject:
+            subject = printable(subject)
             parts.insert(0, Text(subject.ljust(_SUBJECT) if parts else subject))
         rows: list[Text] = []
         for part in parts:
@@ -64,10 +67,11 @@ class Page:
 
     def whole(self, text: str) -> None:
         """Prints what is to be copied, in one line however wide it is."""
-        self._console.print(Text(" " * _LABEL + text), soft_wrap=True)
+        self._console.print(Text(" " * _LABEL + printable(text)), soft_wrap=True)
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table under the last line; where it would not fit, a line per row."""
+        rows = [[printable(cell) for cell in row] for row in rows]
         widths = [max(map(cell_len, column)) for column in zip(titles, *rows)]
         if _LABEL + sum(widths) + 3 * (len(widths) - 1) > self._console.width:
             for row in rows:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, ResourceError
+from bnfold.files import require_file
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -211,8 +212,8 @@ def open_on(
     ort = onnxruntime()
     file = beside if isinstance(model, bytes) else model
     where = "the model" if file is None else os.fspath(file)
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise InputError("there is no such file", where=where, hint="Name an existing ONNX file")
+    if not isinstance(model, bytes):
+        require_file(model, hint="Name an existing ONNX file")
     wanted = CUDA if device == "cuda" else CPU
     options = _options(optimized=optimized, threads=threads, spinning=spinning)
     if profile is not None:

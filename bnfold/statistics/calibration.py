@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bnfold.errors import InputError, UsageError
 from bnfold.graph.capture import copied, eval_copy
+from bnfold.loading.user_code import unended
 from bnfold.report import CalibratedLayer
 from bnfold.statistics.batches import Batches, rereadable
 from bnfold.statistics.batchnorms import (
@@ -45,6 +46,7 @@ from bnfold.statistics.schemes import Pass, Progress, Read, Seen, Spread, observ
 Scheme = Literal["sequential", "one-pass"]
 
 
+@unended()
 def calibrate(
     model: nn.Module,
     batches: Batches,

@@ -1,0 +1,43 @@
+"""What may be opened for reading at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from bnfold.errors import InputError
+
+
+def there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything of this name, which may be one that no file can have."""
+    with suppress(OSError, ValueError):
+        return Path(path).exists()
+    return False
+
+
+def require_file(path: str | os.PathLike[str], *, hint: str | None = None) -> None:
+    """Refuses what is no regular file before it is opened: a pipe that nobody writes to would be waited for.
+
+    Args:
+        path: symbolic links are followed.
+        hint: the way out where there is no such file.
+
+    Raises:
+        InputError: there is no such file, it cannot be looked at, or it is a folder, a pipe or a device.
+    """
+    where = os.fspath(path)
+    try:
+        mode = Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError("there is no such file", where=where, hint=hint) from error
+    except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL in it
+        raise InputError(f"the file cannot be read ({getattr(error, 'strerror', error)})", where=where) from error
+    if stat.S_ISDIR(mode):
+        raise InputError("this is a folder, not a file", where=where, hint="Name a file in it")
+    if not stat.S_ISREG(mode):
+        what = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise InputError(
+            f"this is {what}, not a file", where=where, hint="Save what comes out of it and name that file"
+        )
