@@ -17,6 +17,7 @@ import torch
 from bnfold.errors import InputError
 from bnfold.graph.program import copy_graph, rebuild
 from bnfold.loading import checkpoint
+from bnfold.loading.operators import is_allowed
 
 
 def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedProgram:
@@ -79,9 +80,6 @@ def _quiet_loader(*, restricted: bool) -> Iterator[None]:
         os.environ.update(saved)
 
 
-_TARGET = re.compile(
-    r"torch\.ops\.(\w+\.\w+|higher_order)\.\w+|torch\._?sym_\w+|math\.\w+|_operator\.(?!call$|attrgetter$|methodcaller$)\w+"
-)
 #: What may stand before an opening parenthesis in an expression or a guard, besides torch's own sympy functions.
 _CALLS = {
     *(
@@ -148,7 +146,7 @@ def _harmless(text: str, key: str) -> bool:
     from torch.utils._sympy import functions
 
     if key in ("target", "as_operator"):
-        return _TARGET.fullmatch(text) is not None
+        return is_allowed(text)
     if key in ("in_spec", "out_spec"):
         # Both make pytree import a module; an escape could hide them.
         return re.search(r"__enum__|default_factory|\\u", text) is None
