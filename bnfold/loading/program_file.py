@@ -17,7 +17,7 @@ import torch
 from bnfold.errors import InputError
 from bnfold.graph.program import copy_graph, rebuild
 from bnfold.loading import checkpoint
-from bnfold.loading.operators import is_allowed
+from bnfold.loading.allowed import is_allowed
 
 
 def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedProgram:

@@ -12,8 +12,8 @@ from torch import nn
 
 from bnfold.aten import TABLE
 from bnfold.errors import InputError
-from bnfold.loading import operators
-from bnfold.loading.operators import is_allowed
+from bnfold.loading import allowed
+from bnfold.loading.allowed import is_allowed
 from bnfold.loading.program_file import load_program, save_program
 
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ TEXTS = {
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(operators).failed == 0
+    assert doctest.testmod(allowed).failed == 0
 
 
 def test_every_row_of_the_table_is_allowed() -> None:
@@ -35,7 +35,7 @@ def test_every_row_of_the_table_is_allowed() -> None:
 
 
 def test_no_allowed_operator_takes_more_than_tensors_and_numbers() -> None:
-    names = operators._ALLOWED["aten"]
+    names = allowed._ALLOWED["aten"]
     assert all(hasattr(torch.ops.aten, name) for name in names)
     for name in filter(lambda name: hasattr(torch.ops.aten, name), (*names, *(f"{name}_" for name in names))):
         packet = getattr(torch.ops.aten, name)

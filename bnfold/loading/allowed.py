@@ -45,8 +45,8 @@ _ALLOWED: dict[str, frozenset[str]] = {
             hstack huber_loss hypot i0 igamma igammac im2col imag index index_add index_copy index_fill index_put
             index_reduce index_select inner instance_norm inverse is_complex is_floating_point is_nonzero isclose
             isfinite isin isinf isnan isneginf isposinf isreal istft item kaiser_window kl_div kron kthvalue l1_loss
-            layer_norm lcm ldexp le leaky_relu lerp less less_equal lgamma lift lift_fresh lift_fresh_copy linalg_cholesky
-            linalg_cross linalg_det linalg_eigh linalg_inv linalg_inv_ex linalg_lstsq linalg_matrix_norm
+            layer_norm lcm ldexp le leaky_relu lerp less less_equal lgamma lift lift_fresh lift_fresh_copy
+            linalg_cholesky linalg_cross linalg_det linalg_eigh linalg_inv linalg_inv_ex linalg_lstsq linalg_matrix_norm
             linalg_matrix_power linalg_multi_dot linalg_norm linalg_pinv linalg_qr linalg_slogdet linalg_solve
             linalg_svd linalg_svdvals linalg_vector_norm linear linspace log log10 log1p log2 log_normal log_sigmoid
             log_sigmoid_forward log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or
