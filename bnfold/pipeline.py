@@ -20,6 +20,7 @@ from bnfold.files import require_file
 from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
+from bnfold.gate.parts import Spread as Parts
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
@@ -58,6 +59,7 @@ from bnfold.stages import (
 from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scheme, measure
 from bnfold.statistics.diagnose import captured_failure, examine, worst_first
+from bnfold.statistics.schemes import Spread
 
 
 @unended()
@@ -304,6 +306,7 @@ def save_calibrated(
     scheme: Scheme = "sequential",
     batch: int = 64,
     options: Options | None = None,
+    spread: Spread | None = None,
 ) -> CalibrationReport:
     """Measures the BatchNorms of ``model`` on ``data`` and writes all its weights, the new statistics among them.
 
@@ -316,6 +319,7 @@ def save_calibrated(
         scheme: as for ``calibrate``.
         batch: samples at a time.
         options: of these the provenance, the source files and the progress.
+        spread: makes the passes over all the parts of the data, of which ``data`` is the first.
 
     Raises:
         UsageError: the model is a program, or ``only`` names no BatchNorm.
@@ -327,13 +331,13 @@ def save_calibrated(
     store.check_destination(path, sources=options.sources)
     read, samples = data_batches(model, data, batch)
     options.progress("calibrate", 0, 1)
-    measured = measure(model, read, only=only, scheme=scheme, progress=options.progress)
+    measured = measure(model, read, only=only, scheme=scheme, progress=options.progress, spread=spread)
     calibrated = measured.written(model)
     with store.atomic(path) as staged:
         write_calibrated(calibrated, staged, measured.like, options.notes)
         size = staged.stat().st_size
     return CalibrationReport(
-        source_facts(options.provenance, model), scheme, samples, measured.passes, measured.layers,
+        source_facts(options.provenance, model), scheme, measured.rows or samples, measured.passes, measured.layers,
         measured.unreached, measured.circular, str(path), size,
     )  # fmt: skip
 
@@ -389,6 +393,7 @@ def check(
     *,
     dynamic_shapes: Any = None,
     options: Options | None = None,
+    spread: Parts | None = None,
     **more: Any,
 ) -> CheckReport:
     """The gate alone: judges an existing ONNX file against a torch model.
@@ -400,6 +405,7 @@ def check(
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.export.export``.
         options: as for ``export``.
+        spread: goes through all the parts of the data, of which ``options.data`` is the first.
 
     Raises:
         InputError: the file is missing or damaged, or its inputs do not fit the model's.
@@ -414,7 +420,7 @@ def check(
         data, labels = read_data(options.data, captured, options.progress)
     verdict = Gate(
         captured, Ledger(), None, path, device=device, samples=options.samples, seed=options.seed, limit=options.limit,
-        data=data, labels=labels, adversarial=options.adversarial, progress=options.progress,
+        data=data, labels=labels, adversarial=options.adversarial, progress=options.progress, spread=spread,
     ).judge()  # fmt: skip
     verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)
     if not options.dry_run:

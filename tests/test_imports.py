@@ -21,8 +21,8 @@ ALLOWED: dict[str, str] = {
     "__main__": "cli",
     "cli": "_version commands errors",
     "pytest_plugin": "commands render report",
-    "commands": "baseline bench doctor errors files fleet inputs load normalize options pipeline render report specs"
-    " stages store",
+    "commands": "baseline bench doctor errors files fleet inputs load normalize options pipeline render report"
+    " sharding specs stages store",
     "fleet": "_version errors lower pipeline render report store threads",
     "render": "_version doctor errors report",
     "doctor": "_version runtime",
@@ -30,7 +30,8 @@ ALLOWED: dict[str, str] = {
     "contestants": "capture errors runtime scripted",
     # the data flow
     "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph files gate lower options"
-    " program_file report runtime stages store structure user_code",
+    " parts program_file report runtime schemes stages store structure user_code",
+    "sharding": "batches calibration errors gate options parts report runtime schemes stages",
     "stages": "_version baseline capture data decisions equalize errors folding graph inputs load lower merge"
     " names options ranges report specs store stored",
     "options": "capture eager gate load report",
@@ -69,7 +70,7 @@ ALLOWED: dict[str, str] = {
     "lower": "errors names program translate",
     "translate": "errors",
     "gate": "accuracy adversarial candidates capture data devices errors following interpret matching optimizers"
-    " outputs reference report runtime samples sites stored threads",
+    " outputs parts reference report runtime samples sites stored threads",
     "outputs": "candidates decisions following judge names reference report",
     "bisection": "candidates capture errors file_graph following functional matching optimizers reference report"
     " samples sites stored",

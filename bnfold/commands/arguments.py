@@ -23,6 +23,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Row = tuple[Sequence[str], dict[str, Any]]
 _PATH = click.Path(path_type=Path)
 _NO_GROUP = "Help"
+
+
+class _Data(click.Path):
+    """A path, or a URL, whose slashes a path would lose."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text of a URL; else as a path."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+_DATA = _Data(path_type=Path)
 #: What a report can be written as.
 REPORTS = (".json", ".html", ".xml")
 
@@ -128,8 +139,9 @@ health_options = _options(
 calibration_options = _options(
     "The statistics",
     _file(
-        "--data", required=True, metavar="FILE.npz",
-        help="Samples in arrays named like forward's parameters, prepared as for training; no labels needed.",
+        "--data", required=True, type=_DATA, metavar="FILE.npz",
+        help="Samples in arrays named like forward's parameters, prepared as for training; no labels needed. Several "
+        "files: 'shards/*.npz', here or as a URL for fsspec.",
     ),
     _file("-o", "--output", required=True, help="A .safetensors file with all weights, for --weights."),
     _row("--only", multiple=True, metavar="PATTERN", help="BatchNorms to measure, e.g. 'layer4.*'; repeatable."),
@@ -143,8 +155,9 @@ calibration_options = _options(
 gate_options = _options(
     "The check",
     _file(
-        "--data", metavar="FILE.npz",
-        help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known.",
+        "--data", type=_DATA, metavar="FILE.npz",
+        help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known. For "
+        "check also several files: 'shards/*.npz', here or as a URL for fsspec.",
     ),
     _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,10 @@ from bnfold.commands.arguments import (
     input_options,
     model_options,
     report_options,
+    workers_options,
 )
 from bnfold.commands.running import exit_code, load_model, pipeline_options, present, with_arguments, working
+from bnfold.commands.sharded import looker, sharded
 
 if TYPE_CHECKING:
     from bnfold.render import Page
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 @input_options
 @gate_options
 @device_option
+@workers_options
 @report_options
 @debug_option
 def check(file: Path, source: str, **given: Any) -> int:
@@ -37,6 +42,7 @@ def check(file: Path, source: str, **given: Any) -> int:
 
     \b
     bnfold check net.onnx net.py:make --weights net.safetensors --data samples.npz
+    bnfold check net.onnx net.py:make --weights net.safetensors --data 'shards/*.npz' --workers 4
     """
     job = Job.of(source, given, reads=[file])
     with working(job) as progress:
@@ -44,7 +50,9 @@ def check(file: Path, source: str, **given: Any) -> int:
         from bnfold.stages import source_facts
 
         loaded, inputs = load_model(job)
-        report = pipeline.check(file, loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
+        with sharded(job, partial(looker, job, file), progress, "accuracy") as (data, spread):
+            options = replace(pipeline_options(job, loaded, progress), data=data)
+            report = pipeline.check(file, loaded.model, **inputs, options=options, spread=spread)
         origin = source_facts(loaded.provenance)
 
     def render(page: Page, verbose: bool) -> None:

@@ -65,7 +65,7 @@ def load_source(job: Job) -> Loaded:
     )  # fmt: skip
 
 
-def pipeline_options(job: Job, loaded: Loaded, progress: Progress) -> Options:
+def pipeline_options(job: Job, loaded: Loaded, progress: Callable[[str, int, int], None]) -> Options:
     """What the command line asks of the pipeline."""
     from bnfold.options import Options
 

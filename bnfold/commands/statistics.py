@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.commands.arguments import Command, Job, calibration_options, debug_option, report_options, source_options
+from bnfold.commands.arguments import (
+    Command,
+    Job,
+    calibration_options,
+    debug_option,
+    report_options,
+    source_options,
+    workers_options,
+)
 from bnfold.commands.running import load_source, present, working
+from bnfold.commands.sharded import observer, sharded
 
 if TYPE_CHECKING:
     from bnfold.render import Page
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("source")
 @calibration_options
 @source_options
+@workers_options
 @report_options
 @debug_option
 def calibrate(source: str, **given: Any) -> int:
@@ -27,6 +38,7 @@ def calibrate(source: str, **given: Any) -> int:
 
     \b
     bnfold calibrate net.py:make --weights net.safetensors --data train.npz -o stats.safetensors
+    bnfold calibrate net.py:make --data 's3://bucket/train/*.npz' --scheduler tcp://host:8786 -o stats.safetensors
     bnfold export net.py:make --weights stats.safetensors -o net.onnx
     """
     job = Job.of(source, given, suffix=".safetensors")
@@ -39,11 +51,12 @@ def calibrate(source: str, **given: Any) -> int:
         from bnfold.options import Options
 
         loaded = load_source(job)
-        report = pipeline.save_calibrated(
-            loaded.model, output, given["data"], only=given["only"] or None, scheme=given["scheme"],
-            batch=given["batch_size"],
-            options=Options(provenance=loaded.provenance, sources=job.reads, progress=progress),
-        )  # fmt: skip
+        with sharded(job, partial(observer, job), progress, "calibrate") as (data, spread):
+            report = pipeline.save_calibrated(
+                loaded.model, output, data, only=given["only"] or None, scheme=given["scheme"],
+                batch=given["batch_size"], spread=spread,
+                options=Options(provenance=loaded.provenance, sources=job.reads, progress=progress),
+            )  # fmt: skip
 
     def render(page: Page, verbose: bool) -> None:
         from bnfold.render import calibration

@@ -19,7 +19,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bnfold.errors import BnfoldError
-from bnfold.gate.accuracy import judge_accuracy
+from bnfold.gate.accuracy import judge_accuracy, look
 from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
     Candidate,
@@ -36,6 +36,7 @@ from bnfold.gate.following import Follower
 from bnfold.gate.matching import Match, match
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outputs import OutputJudge
+from bnfold.gate.parts import Facts, Part, Spread
 from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References, batched
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.sites import judge_sites
@@ -74,6 +75,8 @@ class Gate:
     progress: Progress = lambda stage, done, total: None
     #: The fold written back into the model's own class.
     eager: nn.Module | None = None
+    #: Goes through all the parts of the data, of which ``data`` is the first.
+    spread: Spread | None = None
 
     def judge(self) -> CheckReport:
         """The verdict.
@@ -83,6 +86,21 @@ class Gate:
         """
         with _threads_that_pay(self.captured):
             return self._judge()
+
+    def look(self, facts: Facts) -> Part:
+        """What the data show of the file, where the gate of all the data knows the rest.
+
+        Raises:
+            BnfoldError: the file cannot be opened, or the data do not fit.
+        """
+        assert self.data is not None
+        self._findings = Findings()
+        self._match()
+        candidates = self._candidates()
+        return look(
+            self.captured, candidates[-1], _undeployed(candidates), self.data, self.labels or Labels(), facts,
+            self.progress,
+        )  # fmt: skip
 
     def _judge(self) -> CheckReport:
         captured = self.captured
@@ -126,7 +144,7 @@ class Gate:
         if self.data and candidates:
             accuracy = judge_accuracy(
                 self._references, candidates[-1], self.data, self.labels, pinned=self._matched.pinned,
-                before=next((c for c in reversed(candidates) if not c.deployed), None),
+                before=_undeployed(candidates), spread=self.spread,
             )  # fmt: skip
         self.progress("check", len(candidates) + 1, len(candidates) + 1)
         if not outputs:
@@ -250,6 +268,11 @@ class Gate:
             tf32=tf32, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
             disabled=disabled,
         )  # fmt: skip
+
+
+def _undeployed(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The last of those that probably decide like the deployed one, and show their decisions."""
+    return next((c for c in reversed(candidates) if not c.deployed), None)
 
 
 def _reads_inputs(captured: Captured) -> bool:

@@ -179,6 +179,8 @@ def _options(*, optimized: bool, threads: int | None, spinning: bool) -> Any:
     # Threads that spin while they wait take the processor from torch, which runs in turn with the session.
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is None and (said := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+        threads = int(said)  # which the runtime itself does not read, and is meant for every library
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

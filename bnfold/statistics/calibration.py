@@ -105,6 +105,7 @@ class Measured:
     unreached: tuple[str, ...] = ()
     circular: tuple[str, ...] = ()
     like: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # of those that had no statistics
+    rows: int = 0
 
     def written(self, model: nn.Module) -> nn.Module:
         """A deep copy of ``model`` with them.
@@ -198,7 +199,7 @@ def measure(
     read = read or rereadable(batches, why)
     scratch = Scratch.of(model, only)
     passes = {"sequential": sequential, "one-pass": one_pass}[scheme]
-    plan, moments, count = passes(spread or (lambda turn: [scratch.observe(turn, read, progress)]))
+    plan, moments, first = passes(spread or (lambda turn: [scratch.observe(turn, read, progress)]))
     if not moments:
         hint = "bnfold inspect lists them. Calls of torch.nn.functional with a module's tensors are not measured"
         raise InputError("the data reaches no BatchNorm", hint=hint)
@@ -211,7 +212,7 @@ def measure(
     unreached = tuple(name for name in scratch.asked if owner[name] not in moments)
     gained = {name: tensor for name, tensor in scratch.like.items() if name in moments}
     every = {name: moments[first] for name, first in owner.items() if first in moments}
-    return Measured(every, layers, len(plan.waves), count, unreached, plan.circular, gained)
+    return Measured(every, layers, len(plan.waves), first.batches, unreached, plan.circular, gained, first.rows)
 
 
 def chosen(model: nn.Module, only: str | Sequence[str] | None) -> tuple[str, ...]:

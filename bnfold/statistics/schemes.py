@@ -29,8 +29,8 @@ Progress = Callable[[str, int, int], None]
 #: By name, modules that have one set of running statistics between them.
 Targets = Mapping[str, Sequence[nn.Module]]
 Read = Callable[[], Iterator[Batch]]
-#: The order of measurement, the moments by name, and how many batches there were.
-Found = tuple[Schedule, dict[str, Moments], int]
+#: The order of measurement, the moments by name, and what the first pass has shown.
+Found = tuple[Schedule, dict[str, Moments], "Seen"]
 
 
 class _Enough(BaseException):
@@ -70,6 +70,7 @@ class Seen:
         before: in the first pass, which sites every site waits for.
         told: whether Python has learnt something of a normalised tensor.
         batches: how many there were.
+        rows: how many rows of data they held, where that is known.
     """
 
     moments: dict[Site, Moments] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Seen:
     before: dict[Site, frozenset[Site]] = field(default_factory=dict)
     told: bool = False
     batches: int = 0
+    rows: int = 0
 
     def __add__(self, other: Seen) -> Seen:
         """What both have shown, this one first."""
@@ -86,7 +88,7 @@ class Seen:
         for site, sources in other.before.items():
             before[site] = before.get(site, frozenset()) | sources
         told, batches = self.told or other.told, self.batches + other.batches
-        return Seen(moments, self.times + other.times, before, told, batches)
+        return Seen(moments, self.times + other.times, before, told, batches, self.rows + other.rows)
 
 
 #: Makes a pass over all the data: what every part of it shows, in their order.
@@ -112,7 +114,7 @@ def sequential(spread: Spread) -> Found:
             total[site.module] = _pooled(total.get(site.module), seen.moments[site])
         for name in {site.module for site in wave}:
             _check_count(name, total[name])
-    return plan, total, first.batches
+    return plan, total, first
 
 
 def one_pass(spread: Spread) -> Found:
@@ -125,7 +127,7 @@ def one_pass(spread: Spread) -> Found:
     found = {site.module: moments for site, moments in seen.moments.items()}
     for name, moments in found.items():
         _check_count(name, moments)
-    return Schedule((tuple(seen.times),) if seen.times else (), ()), found, seen.batches
+    return Schedule((tuple(seen.times),) if seen.times else (), ()), found, seen
 
 
 def _whole(parts: Iterable[Seen]) -> Seen:

@@ -1,0 +1,58 @@
+"""The two questions that are asked of data in parts: how a file does on a part, and what a part shows of BatchNorms.
+
+A function is made once per process, where the model is loaded, and answers for every part; ``pipeline.check`` and
+``pipeline.save_calibrated`` ask, and add the answers up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from bnfold.errors import UsageError
+from bnfold.gate.gate import Gate
+from bnfold.gate.parts import Facts, Part
+from bnfold.options import Model, Options, silent
+from bnfold.report import Ledger
+from bnfold.runtime.runtime import resolve_device
+from bnfold.stages import capture_model, read_data
+from bnfold.statistics.batches import data_batches
+from bnfold.statistics.calibration import Scratch
+from bnfold.statistics.schemes import Pass, Seen
+
+
+def looker(
+    path: str | Path,
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options,
+) -> Callable[[Path, Facts], Part]:
+    """Sees how the file does on parts of the data, for the ``spread`` of ``check``, which has the same arguments."""
+    device = resolve_device(options.device)
+    captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+
+    def look(part: Path, facts: Facts) -> Part:
+        data, labels = read_data(part, captured)
+        return Gate(captured, Ledger(), None, Path(path), device=device, data=data, labels=labels).look(facts)
+
+    return look
+
+
+def observer(model: Model, *, only: Sequence[str] | None, batch: int) -> Callable[[Path, Pass], Seen]:
+    """Makes passes over parts of the data, for the ``spread`` of ``save_calibrated``, which has the same arguments."""
+    if isinstance(model, ExportedProgram):
+        raise UsageError("a .pt2 program has no layers to calibrate", hint="Give the code that builds the model")
+    scratch = Scratch.of(model, only)
+
+    def observe(data: Path, turn: Pass) -> Seen:
+        read, rows = data_batches(model, data, batch)
+        return replace(scratch.observe(turn, read, silent), rows=rows)
+
+    return observe

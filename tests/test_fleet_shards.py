@@ -1,0 +1,181 @@
+"""Data in many files: the same bits from this process, from one worker and from four, and what one file alone gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from bnfold.gate.metrics import Classification, Errors, Regression
+from bnfold.report import Flip
+from bnfold.statistics.moments import Moments
+
+ROOT = Path(__file__).resolve().parent.parent
+CNN = ["models/digits.py:digits_cnn", "--weights", "models/digits_cnn.safetensors"]
+
+
+def elsewhere(*words: str | Path) -> None:
+    """A command in a process of its own, as those are that have a client of the workers."""
+    done = subprocess.run([sys.executable, "-m", "bnfold", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def bnfold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command says in this process."""
+
+    def run(*words: str | Path, code: int = 0) -> str:
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(map(str, words)))
+        out, err = capsys.readouterr()
+        assert end.value.code == code, err
+        return out if code == 0 else err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The held-out digits in 20 files of unlike sizes."""
+    folder = tmp_path_factory.mktemp("shards")
+    data = dict(np.load(ROOT / "models" / "digits_heldout.npz"))
+    cuts = np.cumsum([1 + 7 * i % 31 for i in range(19)])
+    for i, rows in enumerate(np.split(np.arange(len(data["x"])), cuts)):
+        np.savez(folder / f"{i:02}.npz", **{name: array[rows] for name, array in data.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[Any]:
+    """A scheduler of its own process, to which workers of theirs come as they are asked for."""
+    from fleet_cluster import Cluster
+
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+def test_by_one_and_by_four_workers_the_same_bits(
+    shards: Path, tmp_path: Path, scheduler: Any, bnfold: Callable[..., str]
+) -> None:
+    bnfold("export", *CNN, "-q", "-o", tmp_path / "net.onnx")
+    reports, stats = {}, {}
+    for who in ("here", "one", "four"):
+        if who != "here":
+            scheduler.workers(1 if who == "one" else 4)
+        where = [] if who == "here" else ["--scheduler", scheduler.address]
+        run = bnfold if who == "here" else elsewhere
+        data = ["--data", shards / "*.npz", *where]
+        run("check", tmp_path / "net.onnx", *CNN, *data, "-q", "--report", tmp_path / f"{who}.json")
+        reports[who] = (tmp_path / f"{who}.json").read_bytes()
+        run("calibrate", *CNN, *data, "-q", "-o", tmp_path / "stats.safetensors")
+        stats[who] = (tmp_path / "stats.safetensors").read_bytes()
+    assert len(set(reports.values())) == 1 and len(set(stats.values())) == 1
+    bnfold(
+        "check",
+        tmp_path / "net.onnx",
+        *CNN,
+        "--data",
+        "models/digits_heldout.npz",
+        "-q",
+        "--report",
+        tmp_path / "whole.json",
+    )
+    found, whole = (json.loads((tmp_path / f"{name}.json").read_text())["accuracy"] for name in ("one", "whole"))
+    for name in ("samples", "before", "after", "flips", "labelled", "top5_after", "flipped", "far_flips"):
+        assert found[name] == whole[name]
+    bnfold("calibrate", *CNN, *data, "-q", "-o", tmp_path / "whole.safetensors")
+    (tmp_path / "one.safetensors").write_bytes(stats["one"])
+    found, whole = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "whole"))
+    u = 2.0**-24
+    for name in found:
+        if name.endswith(("running_mean", "running_var")):
+            # Each is rounded once to float32; what a deep layer is fed moves with the rounding of those before it.
+            np.testing.assert_allclose(found[name], whole[name], rtol=64 * u, atol=64 * u * np.abs(whole[name]).max())
+
+
+def test_one_pass_and_shards_in_this_process(shards: Path, tmp_path: Path, bnfold: Callable[..., str]) -> None:
+    data = ["--data", shards / "1*.npz", "--scheme", "one-pass", "--batch-size", "8"]
+    out = bnfold("calibrate", *CNN, *data, "-o", tmp_path / "stats.safetensors", "--json")
+    report = json.loads(out)
+    rows = sum(len(np.load(path)["x"]) for path in shards.glob("1*.npz"))
+    assert report["samples"] == rows and report["passes"] == 1
+    stem = next(layer for layer in report["layers"] if layer["module"] == "stem.1")
+    assert stem["values"] == rows * 64
+
+
+def test_a_fault_in_one_shard_names_it(shards: Path, tmp_path: Path, bnfold: Callable[..., str]) -> None:
+    for path in shards.iterdir():
+        shutil.copy(path, tmp_path)
+    damaged = dict(np.load(tmp_path / "07.npz"))
+    damaged["x"][2] = np.nan
+    np.savez(tmp_path / "07.npz", **damaged)
+    np.savez(tmp_path / "09.npz", x=damaged["x"][:2] * 0)
+    bnfold("export", *CNN, "-q", "-o", tmp_path / "net.onnx")
+    check = ["check", tmp_path / "net.onnx", *CNN, "--data"]
+    assert "07.npz: array 'x' has NaN, first in sample 2" in bnfold(*check, tmp_path / "0*.npz", code=3)
+    assert "09.npz: these data have not the labels" in bnfold(*check, tmp_path / "0[89].npz", code=3)
+    assert "no file is called like that" in bnfold(*check, tmp_path / "x*.npz", code=3)
+    assert "workers go through data" in bnfold(*check[:-1], "--workers", "2", code=2)
+
+
+# -- what is added up --------------------------------------------------------------------------------------------------
+
+
+def rows(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.randn(count, 6, generator=generator)
+    return before, before + 1e-3 * torch.randn(count, 6, generator=generator)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    whole, parts = rows(23, 0), [slice(0, 5), slice(5, 6), slice(6, 23)]
+    labels = torch.arange(23) % 6
+    one = Errors("o"), Classification("o", 1, 0.0), Regression("o")
+    many = [(Errors("o"), Classification("o", 1, 0.0), Regression("o")) for _ in parts]
+    for (errors, classes, fit), part in ((one, slice(None)), *zip(many, parts)):
+        before, after = (value[part] for value in whole)
+        errors.add(before, after)
+        noise = torch.full((len(before),), 1e-12, dtype=torch.float64)
+        classes.add(before, after, labels[part], (), noise, 0, lambda noise=noise: noise)  # type: ignore[misc]
+        fit.add(before, after, after)
+    sums = many[0]
+    for more, start in zip(many[1:], (5, 6)):
+        sums[0].absorb(more[0])
+        sums[1].absorb(more[1], start)
+        sums[2].absorb(more[2])
+    found, wanted = (errors.result(1.0, 0, 1.0) for errors in (sums[0], one[0]))
+    assert (found.p50, found.p99, found.max, found.samples) == (wanted.p50, wanted.p99, wanted.max, 23)
+    assert math.isclose(found.sqnr, wanted.sqnr, rel_tol=23 * 2.0**-52)
+    assert sums[1].result() == one[1].result()
+    assert math.isclose(sums[2].result().rmse_before, one[2].result().rmse_before, rel_tol=23 * 2.0**-52)
+
+
+def test_flips_keep_their_place_among_all_samples() -> None:
+    first, second = (Classification("o", 1, 0.0, flipped=[Flip(2, 0, 1, 0.1, units)], flips=1) for units in (1.0, 3.0))
+    first.absorb(second, 10)
+    assert [(flip.sample, flip.units) for flip in first.flipped] == [(12, 3.0), (2, 1.0)] and first.flips == 2
+
+
+def test_moments_of_parts_are_those_of_the_whole_in_whatever_parts_they_come() -> None:
+    values = torch.randn(64, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1e6
+    exact = Moments.of(values)
+    for cuts in ([1, 63], [20, 20, 24], [7] * 9 + [1]):
+        total = None
+        for part in values.split(cuts):
+            total = Moments.of(part) if total is None else total + Moments.of(part)
+        assert total is not None and total.count == exact.count
+        # Chan, Golub and LeVeque: every merge rounds the mean once, and no large number cancels.
+        torch.testing.assert_close(total.mean, exact.mean, rtol=len(cuts) * 2.0**-52, atol=0)
+        torch.testing.assert_close(total.variance, exact.variance, rtol=1e6 * len(cuts) * 2.0**-52, atol=0)
