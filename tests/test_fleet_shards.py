@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from bnfold.cli import cli
 from bnfold.gate.metrics import Classification, Errors, Regression
 from bnfold.report import Flip
 from bnfold.statistics.moments import Moments
