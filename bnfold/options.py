@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,9 @@ from bnfold.gate.gate import LIMIT
 from bnfold.graph.capture import Captured
 from bnfold.loading.load import Provenance
 from bnfold.report import Ledger
+from bnfold.runtime.runner import TIME_LIMIT
 
 Model = nn.Module | ExportedProgram
-Device = Literal["auto", "cpu", "cuda"]
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
@@ -82,7 +82,12 @@ class Folded:
 class Options:
     """What ``export`` can be asked for beyond its model and its inputs; see the README's table."""
 
-    device: Device = "auto"
+    device: str = "auto"
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    require_all_nodes: bool = False
+    runner: str | Callable[..., Any] | None = None
+    runner_timeout: float = TIME_LIMIT
+    precision: str | None = None
     data: Path | str | Mapping[str, Any] | None = None
     samples: int = 10
     seed: int = 0

@@ -43,9 +43,11 @@ from bnfold.stages import (
     compared,
     expect,
     fold_captured,
+    judging,
     keep_baseline,
     make_report,
     metadata,
+    open_runner,
     opset,
     prepare,
     read_data,
@@ -119,7 +121,7 @@ def export(
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
-        options: everything else, or its fields one by one as keyword arguments (``device="cuda"``).
+        options: everything else, or its fields one by one as keyword arguments (``device="openvino"``).
 
     Returns:
         What was folded, the verdict, and the file if one was written.
@@ -130,8 +132,9 @@ def export(
     options = replace(options or Options(), **more)
     path, clock = Path(path), Clock(options.progress)
     expect(options)
-    device = resolve_device(options.device) if options.check else "cpu"
+    device = resolve_device(options.device if options.check else "cpu", options.provider_options)
     store.check_destination(path, sources=options.sources)
+    runner = open_runner(options, writes=True)
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
@@ -148,9 +151,7 @@ def export(
             with clock("check"):
                 verdict = Gate(
                     folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
-                    lowered.sites, device,
-                    samples=options.samples, seed=options.seed, limit=options.limit, data=data, labels=labels,
-                    adversarial=options.adversarial, progress=options.progress,
+                    lowered.sites, device, data=data, labels=labels, runner=runner, **judging(options),
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
         report = make_report("export", model, options, folded, verdict, clock)
@@ -205,9 +206,8 @@ def save_folded(
     if options.check:
         with clock("check"):
             verdict = Gate(
-                folded.captured, folded.ledger, folded.program, samples=options.samples, seed=options.seed,
-                limit=options.limit, data=data, labels=labels, adversarial=options.adversarial,
-                progress=options.progress, eager=written.module if written else None,
+                folded.captured, folded.ledger, folded.program, data=data, labels=labels,
+                eager=written.module if written else None, **judging(options),
             ).judge()  # fmt: skip
         verdict = compared(verdict, options)
     report = make_report("fold", model, options, folded, verdict, clock)
@@ -371,7 +371,7 @@ def bisect(
     """
     options, path = replace(options or Options(), **more, allow_nonfinite=True), Path(path)
     require_file(path)
-    device, clock = resolve_device(options.device), Clock(options.progress)
+    device, clock = resolve_device(options.device, options.provider_options), Clock(options.progress)
     made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
     if made:
         options = replace(options, fold=made != "no", merge="merged" in made, equalize="equalised" in made)
@@ -386,7 +386,7 @@ def bisect(
 
 @unended()
 def check(
-    path: str | Path,
+    path: str | Path | None,
     model: Model,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -399,7 +399,8 @@ def check(
     """The gate alone: judges an existing ONNX file against a torch model.
 
     Args:
-        path: the ONNX file; its inputs are matched to the model's by name, else by position and shape.
+        path: the ONNX file; its inputs are matched to the model's by name, else by position and shape. None where
+            ``runner=`` alone is judged.
         model: the unfolded model.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
@@ -411,18 +412,22 @@ def check(
         InputError: the file is missing or damaged, or its inputs do not fit the model's.
         CaptureError: torch.export cannot capture the model.
     """
-    options, path = replace(options or Options(), **more), Path(path)
-    require_file(path)
+    options, path = replace(options or Options(), **more), None if path is None else Path(path)
+    if path is not None:
+        require_file(path)
+    elif options.runner is None:
+        raise UsageError("there is nothing to judge", hint="Name an ONNX file, or a --runner")
     expect(options)
-    device, clock = resolve_device(options.device), Clock(options.progress)
+    device, clock = resolve_device(options.device, options.provider_options), Clock(options.progress)
+    runner = open_runner(options)
     with clock("capture"):
         captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
         data, labels = read_data(options.data, captured, options.progress)
     verdict = Gate(
-        captured, Ledger(), None, path, device=device, samples=options.samples, seed=options.seed, limit=options.limit,
-        data=data, labels=labels, adversarial=options.adversarial, progress=options.progress, spread=spread,
+        captured, Ledger(), None, path, device=device, data=data, labels=labels, runner=runner, spread=spread,
+        **judging(options),
     ).judge()  # fmt: skip
     verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)
     if not options.dry_run:
         keep_baseline(verdict, options)
-    return replace(verdict, source=source_facts(options.provenance, model), file=str(path))
+    return replace(verdict, source=source_facts(options.provenance, model), file=None if path is None else str(path))

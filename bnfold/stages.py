@@ -32,6 +32,8 @@ from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
+from bnfold.runtime.runner import UserRunner
+from bnfold.runtime.runtime import FORMATS
 from bnfold.statistics.ranges import layer_ranges, norm_ranges
 
 
@@ -41,6 +43,39 @@ def expect(options: Options) -> None:
         raise UsageError("a baseline is compared with what the check finds, and there is no check")
     path = None if options.baseline is None else Path(options.baseline)
     expect_baseline(path, update=options.update_baseline, sources=options.sources)
+
+
+def judging(options: Options) -> dict[str, Any]:
+    """What every gate takes from the options as it is."""
+    same = ("samples", "seed", "limit", "adversarial", "progress", "require_all_nodes")
+    return {name: getattr(options, name) for name in same} | {"arithmetic": FORMATS.get(options.precision or "")}
+
+
+def open_runner(options: Options, *, writes: bool = False) -> UserRunner | None:
+    """The runner that the options name, if any.
+
+    Args:
+        options: of the run.
+        writes: what is judged is a file that is not at its place before the verdict.
+
+    Raises:
+        UsageError: there is none of that name, or it would not see the file that is judged.
+        InputError: it cannot be loaded.
+    """
+    if options.precision is not None and options.precision not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UsageError(f"there is no format '{options.precision}'", where="--precision", hint=f"Use one of {known}")
+    if options.runner is None:
+        if options.precision is not None:
+            raise UsageError("what a provider computes in is measured", where="--precision", hint="Name a --runner")
+        return None
+    runner = UserRunner(options.runner, options.runner_timeout)
+    if writes and not runner.takes_path:
+        raise UsageError(
+            "a runner of a file that is not written yet must take its path", where=runner.name,
+            hint="Give it a second parameter: def infer(inputs, path)",
+        )  # fmt: skip
+    return runner
 
 
 def compared(verdict: CheckReport, options: Options) -> CheckReport:

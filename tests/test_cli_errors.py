@@ -24,7 +24,7 @@ from torch import nn
 from bnfold import stages, store
 from bnfold.cli import cli
 from bnfold.errors import CaptureError
-from bnfold.runtime import runtime
+from bnfold.runtime import providers
 
 torch.set_num_threads(1)
 BEFORE = b"the file of yesterday"
@@ -297,7 +297,7 @@ def test_a_model_in_training_mode_is_exported_in_eval_mode(folder: Path) -> None
 
 @pytest.mark.parametrize("command", [("export", NET, "-o", "net.onnx"), ("check", "net.onnx", NET)])
 def test_cuda_never_falls_back(command: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cuda_problem", lambda: "there is none")
+    monkeypatch.setattr(providers, "problem", lambda device: "there is none")
     result = bnfold(*command, "--device", "cuda", "-q")
     assert result.exit_code == 5 and "there is none" in result.stderr and "--device cpu" in result.stderr
     assert Path("net.onnx").read_bytes() == BEFORE

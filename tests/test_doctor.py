@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bnfold.runtime import doctor, runtime
+from bnfold.runtime import doctor, providers, runtime
 from bnfold.runtime.doctor import Finding, examine
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,9 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
             return installed[name]
 
         monkeypatch.setattr(importlib.metadata, "version", version)
+        runtimes = [name for name in installed if name.startswith("onnxruntime")]
+        monkeypatch.setattr(providers, "installed_runtimes", lambda: sorted(runtimes))
+        monkeypatch.setattr(runtime, "installed_runtimes", lambda: sorted(runtimes))
         monkeypatch.setattr(importlib.metadata, "requires", lambda _: list(requires))
         return [*doctor._packages(), *doctor._runtimes()]
 
@@ -96,7 +99,7 @@ def test_what_is_not_required_here_is_not_missed(packages: Callable[..., list[Fi
 def test_two_runtimes_are_a_problem(packages: Callable[..., list[Finding]]) -> None:
     assert packages({"onnxruntime-gpu": "1.31.1"}) == []
     (finding,) = packages({"onnxruntime-gpu": "1.31.1", "onnxruntime": "1.31.1"})
-    assert finding.level == "problem" and "onnxruntime, onnxruntime-gpu are installed together" in finding.what
+    assert finding.level == "problem" and "onnxruntime and onnxruntime-gpu are installed together" in finding.what
     assert finding.hint is not None
     assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu" in finding.hint
 
@@ -113,9 +116,16 @@ def test_a_folder_that_is_not_installed_is_a_note(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("cuda", "driver", "listed", "level", "what", "hint"),
     [
-        (None, None, True, "ok", "ONNX Runtime runs on CUDA", None),
-        ("no driver", "no driver", True, "note", "lists CUDA, which cannot be used here: no driver", None),
-        ("no CUDA provider", "no driver", False, "note", "has no CUDA here: no CUDA provider", None),
+        (None, None, True, "ok", "ONNX Runtime runs on cuda", None),
+        (
+            "no driver",
+            "no driver",
+            True,
+            "note",
+            "no cuda here: ONNX Runtime lists it, and it cannot be used: no",
+            "GPU",
+        ),
+        ("no CUDA provider", "no driver", False, "note", "no cuda here: no CUDA provider", "It needs an NVIDIA GPU"),
         ("no libcublas", None, True, "problem", "cannot use: no libcublas", "'onnxruntime-gpu[cuda,cudnn]'"),
         ("no CUDA provider", None, False, "problem", "cannot use: no CUDA provider", "pip install onnxruntime-gpu"),
     ],
@@ -129,12 +139,22 @@ def test_providers(
     what: str,
     hint: str | None,
 ) -> None:
-    monkeypatch.setattr(runtime, "cuda_problem", lambda: cuda)
+    monkeypatch.setattr(runtime, "problem", lambda device: cuda if device.provider.ort_name == runtime.CUDA else "none")
     monkeypatch.setattr(runtime, "driver_problem", lambda: driver)
     monkeypatch.setattr(runtime, "listed_providers", lambda: [runtime.CUDA, runtime.CPU][not listed :])
-    (finding,) = doctor._providers()
+    findings = list(doctor._providers())
+    assert len(findings) == len(runtime.PROVIDERS) - 1
+    finding = findings[0]
     assert finding.level == level and what in finding.what
     assert hint in (finding.hint or "") if hint else finding.hint is None
+    for row, other in zip(runtime.PROVIDERS[2:], findings[1:]):
+        assert other.level == "note" and other.hint == f"It needs {row.needs}" and row.name in other.what
+
+
+def test_a_provider_without_a_row_is_told_where_it_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "listed_providers", lambda: ["AzureExecutionProvider", runtime.CPU])
+    monkeypatch.setattr(runtime, "problem", lambda device: None)
+    assert doctor.Finding("ok", "ONNX Runtime runs on azure") in list(doctor._providers())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ ALLOWED: dict[str, str] = {
     "pytest_plugin": "commands render report",
     "commands": "baseline bench doctor errors files fleet inputs load normalize options pipeline render report"
     " sharding specs stages store",
-    "fleet": "_version errors lower pipeline render report store threads",
+    "fleet": "_version errors lower pipeline providers render report store threads",
     "render": "_version doctor errors report",
     "doctor": "_version runtime",
     "bench": "contestants report runtime threads",
@@ -32,9 +32,9 @@ ALLOWED: dict[str, str] = {
     "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph files gate lower options"
     " parts program_file report runtime schemes stages store structure user_code",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
-    "stages": "_version baseline capture data decisions equalize errors folding graph inputs load lower merge"
-    " names options ranges report specs store stored",
-    "options": "capture eager gate load report",
+    "stages": "_version baseline capture data decisions equalize errors folding graph inputs load lower"
+    " merge names options ranges report runner runtime specs store stored",
+    "options": "capture eager gate load report runner",
     # the stages, each with the parts that are its own
     "load": "capture checkpoint errors files hubs normalize program_file script_file structure user_code weights_file",
     "hubs": "errors files normalize",
@@ -69,11 +69,12 @@ ALLOWED: dict[str, str] = {
     "kernels": "semantics",
     "lower": "errors names program translate",
     "translate": "errors",
-    "gate": "accuracy adversarial candidates capture data devices errors following interpret matching optimizers"
-    " outputs parts reference report runtime samples sites stored threads",
+    "gate": "accuracy adversarial candidates capture data devices engines errors following interpret"
+    " matching optimizers outputs parts reference report runner runners runtime samples sites"
+    " stored threads",
     "outputs": "candidates decisions following judge names reference report",
-    "bisection": "candidates capture errors file_graph following functional matching optimizers reference report"
-    " samples sites stored",
+    "bisection": "candidates capture engines errors file_graph following functional matching optimizers"
+    " reference report runtime samples sites stored",
     "file_graph": "errors",
     "optimizers": "",
     "following": "candidates decisions judge reference",
@@ -88,7 +89,9 @@ ALLOWED: dict[str, str] = {
     "stored": "errors files",
     "adversarial": "capture draw functional interpret reference report samples",
     "devices": "candidates placement reference report",
-    "candidates": "capture errors interpret placement report runtime",
+    "engines": "interpret report runtime",
+    "runners": "candidates capture engines judge names reference runner runtime subject",
+    "candidates": "capture engines errors interpret placement report runtime",
     "matching": "capture errors names runtime",
     "baseline": "errors files report store",
     "judge": "",
@@ -105,10 +108,13 @@ ALLOWED: dict[str, str] = {
     "deciding": "aten attributes",
     "attributes": "",
     "subject": "session",
-    "runtime": "errors providers session",
+    "runtime": "arithmetic device providers session",
     "placement": "report runtime",
-    "providers": "errors session",
-    "session": "errors files",
+    "providers": "device errors session",
+    "arithmetic": "device session",
+    "session": "device errors files",
+    "device": "",
+    "runner": "errors user_code",
     # the health of BatchNorms, and statistics from data
     "diagnose": "batches batchnorms capture data distance errors findings interpret layers report",
     "findings": "layers report",
@@ -143,6 +149,7 @@ KNOWS_ONNX = {
     "translate",
     "session",
     "providers",
+    "arithmetic",
     "candidates",
     "gate",
     "evaluator",

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.errors import LowerError
-from bnfold.gate import candidates, devices
+from bnfold.gate import candidates, devices, engines
 from bnfold.gate.gate import Gate
 from bnfold.graph.capture import capture
 from bnfold.lowering.lower import lower, save
 from bnfold.report import Ledger, Placement
 from bnfold.runtime import placement as placements
 from bnfold.runtime.placement import placement, placement_finding, read_profile
-from bnfold.runtime.runtime import CPU, CUDA, cuda_problem, open_session
+from bnfold.runtime.runtime import CPU, CUDA, FORMATS, Arithmetic, Device, Provider, cuda_problem, open_session
 from bnfold.runtime.session import Session
 
 torch.set_num_threads(1)
@@ -81,6 +81,13 @@ def test_nodes_elsewhere_are_said(found: Placement, wanted: str, problem: str | 
     assert placement_finding(found, wanted) == (problem, note)
 
 
+def test_compiled_nodes_are_counted_as_the_nodes_that_they_were() -> None:
+    compiled = [event("OpenVINO-EP-subgraph_1_0", CUDA, "OpenVINO-EP-subgraph_1"), event("top", CPU, "TopK")]
+    given = {CUDA: [("stem", "Conv"), ("body", "Conv"), ("end", "Relu")], CPU: [("top", "TopK")]}
+    assert read_profile(compiled, CUDA, given) == Placement({CUDA: 3, CPU: 1}, ("top (TopK)",))
+    assert read_profile(compiled, CUDA, {}) == Placement({CUDA: 1, CPU: 1}, ("top (TopK)",))
+
+
 def test_long_lists_are_cut() -> None:
     names = tuple(f"n{i} (Shape)" for i in range(9))
     _, note = placement_finding(Placement({CUDA: 1, CPU: 9}, names), CUDA)
@@ -117,7 +124,11 @@ def test_a_run_that_differs_when_bound_is_told(
     assert found is None if problem is None else found is not None and re.search(problem, found)
 
 
-# -- the gate on CUDA, with everything but CUDA ------------------------------------------------------------------------
+# -- the gate on a GPU, with the CPU in its place ----------------------------------------------------------------------
+
+#: It says of itself to be another provider, and has an option that keeps it from TF32: the CPU, which ignores that.
+PRETENDED = Device(Provider("pretended", CPU, {"use_tf32": "0"}))
+TF32 = FORMATS["tf32"]
 
 
 class Net(nn.Module):
@@ -131,50 +142,92 @@ class Net(nn.Module):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Sessions asked for on CUDA are opened on the CPU, and what they were asked with is written down."""
+    """What sessions are asked for, written down; as deployed they are taken to compute in TF32."""
     found: list[dict[str, Any]] = []
-    real = candidates.open_session
+    real, measured = candidates.open_session, engines.arithmetic
 
-    def on_cpu(model: Any, *, device: str = "cpu", tf32: bool = False, **more: Any) -> Session:
-        found.append({"device": device, "tf32": tf32} | more)
-        return real(model, device="cpu", **more)
+    def noted(model: Any, **more: Any) -> Session:
+        found.append({"deployed": False} | more)
+        return real(model, **more)
+
+    def as_deployed(device: Device, *, deployed: bool = False, double: bool = False) -> Arithmetic:
+        return TF32 if deployed else measured(device, double=double)
 
     for module in (candidates, placements):
-        monkeypatch.setattr(module, "open_session", on_cpu)
+        monkeypatch.setattr(module, "open_session", noted)
+    monkeypatch.setattr(engines, "arithmetic", as_deployed)
     return found
 
 
-def judge(tmp_path: Path, device: Any = "cuda") -> bnfold.CheckReport:
+def judge(tmp_path: Path, device: Any = PRETENDED, **more: Any) -> bnfold.CheckReport:
     torch.manual_seed(0)
     captured = capture(Net(), (torch.randn(2, 3, 6, 6),))
     save(lower(captured.program, dims=captured.dims), tmp_path / "net.onnx")
-    return Gate(captured, Ledger(), None, tmp_path / "net.onnx", device=device).judge()
+    return Gate(captured, Ledger(), None, tmp_path / "net.onnx", device=device, **more).judge()
 
 
-def test_cuda_is_judged_without_tf32_and_reported_with_it(asked: list[dict[str, Any]], tmp_path: Path) -> None:
-    report = judge(tmp_path)
-    assert report.verdict == "pass", report.problems
-    assert report.placement is not None and set(report.placement.nodes) == {CPU}
-    assert {a["device"] for a in asked} == {"cuda"}
-    assert [a["tf32"] for a in asked if a["tf32"]] == [True], "one session as deployed, the last one"
-    assert asked[-1]["tf32"] and {o.candidate for o in report.deployed} == {"ONNX Runtime, TF32"}
-    assert {o.candidate for o in report.outputs} == {"ONNX Runtime, optimisations off", "ONNX Runtime"}
-    on_cpu = judge(tmp_path, "cpu")
-    assert on_cpu.placement is None and on_cpu.deployed == ()
-
-
-def test_what_is_wrong_with_tf32_alone_is_no_verdict(
-    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def rounding(factor: float, monkeypatch: pytest.MonkeyPatch, coarse: float = 2.0) -> None:
+    """Outputs of engines that are ``coarse`` are off by a factor."""
     run = candidates.OnnxCandidate.run
 
     def rough(self: Any, flat: Any) -> Any:
-        return [v * (1.01 if "TF32" in self.name else 1) for v in run(self, flat)]
+        return [v * (factor if self.coarser >= coarse else 1) for v in run(self, flat)]
 
     monkeypatch.setattr(candidates.OnnxCandidate, "run", rough)
+
+
+def test_the_file_is_judged_in_float32_and_the_engine_in_what_it_computes_in(
+    asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
     report = judge(tmp_path)
-    assert report.verdict == "pass" and report.deployed[0].ratio > 100
-    assert any(note.startswith("as deployed, not judged: ONNX Runtime, TF32") for note in report.notes)
+    assert report.verdict == "pass", report.problems
+    assert report.placement is not None and set(report.placement.nodes) == {CPU}
+    assert {str(a["device"].provider.name) for a in asked} == {"pretended"}
+    assert [a["deployed"] for a in asked if a["deployed"]] == [True], "one session as deployed"
+    assert [o.candidate for o in report.outputs] == [
+        "ONNX Runtime, optimisations off", "ONNX Runtime", "ONNX Runtime, tf32"
+    ]  # fmt: skip
+    file, engine = report.engines
+    assert (file.arithmetic, file.options, file.verdict) == ("float32", {"use_tf32": "0"}, "pass")
+    assert (engine.arithmetic, engine.options, engine.unit_roundoff) == ("tf32", {}, 2.0**-11)
+    on_cpu = judge(tmp_path, "cpu")
+    assert on_cpu.placement is None and [e.name for e in on_cpu.engines] == [CPU]
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1 + 2.0**-11, "pass"), (1.03, "fail")])
+def test_an_engine_may_err_as_its_arithmetic_does_and_no_more(
+    factor: float, verdict: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounding(factor, monkeypatch)
+    report = judge(tmp_path)
+    assert report.verdict == verdict and [e.verdict for e in report.engines] == ["pass", verdict]
+    assert all(problem.startswith("ONNX Runtime, tf32, output") for problem in report.problems)
+    assert [e.ratio > report.limit for e in report.engines] == [False, verdict == "fail"]
+
+
+def test_a_device_that_is_coarse_itself_leaves_the_file_to_the_cpu(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = Device(Provider("coarse", CPU), (("a", "1"),))
+    monkeypatch.setattr(
+        engines, "arithmetic", lambda device, **_: TF32 if device == coarse else engines.FLOAT32
+    )  # fmt: skip
+    report = judge(tmp_path, coarse)
+    assert report.verdict == "pass" and [e.options for e in report.engines] == [{}, {"a": "1"}]
+    rounding(1 + 2.0**-11, monkeypatch, coarse=1.0)  # what the engine may do, the file may not
+    report = judge(tmp_path, coarse)
+    assert report.verdict == "fail" and [e.verdict for e in report.engines] == ["fail", "pass"]
+
+
+def test_a_node_elsewhere_is_a_note_or_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partly = Placement({CUDA: 3, CPU: 1}, ("a (TopK)",))
+    monkeypatch.setattr(candidates.OnnxCandidate, "placement", lambda *_: partly)
+    monkeypatch.setattr(devices, "placement_finding", lambda found, _: placement_finding(found, CUDA))
+    said = f"1 of 4 nodes of the file ran on {CPU}: a (TopK)"
+    report = judge(tmp_path)
+    assert report.verdict == "pass" and said in report.notes and report.placement == partly
+    report = judge(tmp_path, require_all_nodes=True)
+    assert report.verdict == "fail" and report.problems == (f"ONNX Runtime: {said}",)
 
 
 BAD: dict[str, tuple[str, Any, str, str]] = {
@@ -202,6 +255,6 @@ def test_a_device_that_cannot_be_trusted_is_never_green(
 def test_a_file_runs_on_cuda_and_what_does_not_is_listed(tmp_path: Path) -> None:
     if problem := cuda_problem():
         pytest.skip(problem)
-    report = judge(tmp_path)
+    report = judge(tmp_path, "cuda")
     assert report.verdict == "pass" and report.provider == CUDA
-    assert report.placement is not None and report.placement.nodes[CUDA] > 0 and report.deployed
+    assert report.placement is not None and report.placement.nodes[CUDA] > 0 and report.engines

@@ -14,9 +14,9 @@ from onnx import helper
 from onnx_parts import FLOAT, X, adder, encode, serialized
 
 from bnfold.errors import ProviderError
-from bnfold.runtime import runtime
+from bnfold.runtime import providers
 from bnfold.runtime import session as sessions
-from bnfold.runtime.runtime import CPU, CUDA, cuda_problem, open_session, resolve_device
+from bnfold.runtime.runtime import CPU, CUDA, cuda_problem, device_of, open_session, resolve_device
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,27 +29,27 @@ def silent(capfd: pytest.CaptureFixture[str]) -> Any:
     assert printed.out == "" and printed.err == ""
 
 
-def test_a_session_that_fell_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_fell_back_is_refused() -> None:
     if cuda_problem() is None:
         pytest.skip("CUDA works here: nothing falls back")
     if CUDA not in sessions.onnxruntime().get_available_providers():
         pytest.skip("this onnxruntime does not know CUDA at all")
-    monkeypatch.setattr(runtime, "cuda_problem", lambda: None)
     with pytest.raises(ProviderError, match=f"asked for {CUDA}, got {CPU}"):
-        open_session(encode(adder()), device="cuda")
+        open_session(encode(adder()), device=device_of("cuda"))
 
 
 def test_cuda_is_refused_with_its_reason_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cuda_problem", lambda: "no NVIDIA driver")
-    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    monkeypatch.setattr(providers, "problem", lambda device: "no NVIDIA driver")
+    assert resolve_device("auto") == resolve_device("cpu") == device_of("cpu")
     for refused in (lambda: resolve_device("cuda"), lambda: open_session(encode(adder()), device="cuda")):
         with pytest.raises(ProviderError, match=r"cannot be used: no NVIDIA driver\. Run: python -m bnfold doctor"):
             refused()
 
 
 def test_auto_takes_cuda_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cuda_problem", lambda: None)
-    assert resolve_device("auto") == resolve_device("cuda") == "cuda" and resolve_device("cpu") == "cpu"
+    monkeypatch.setattr(providers, "problem", lambda device: None)
+    assert resolve_device("auto") == resolve_device("cuda") == device_of("cuda")
+    assert resolve_device("cpu") == device_of("cpu")
 
 
 def test_a_missing_onnxruntime_is_a_provider_error() -> None:
@@ -86,7 +86,7 @@ def cuda() -> None:
 @pytest.mark.parametrize("optimized", [True, False])
 def test_a_cuda_session_runs_on_cuda(optimized: bool) -> None:
     session = open_session(encode(adder()), device="cuda", optimized=optimized)
-    assert session.provider == CUDA and resolve_device("auto") == "cuda"
+    assert session.provider == CUDA and resolve_device("auto") == device_of("cuda")
     total, relu = session.run({"x": X})
     assert type(total) is np.ndarray
     np.testing.assert_array_equal(total, X + np.array([-1, 0, 1], np.float32))
@@ -102,7 +102,7 @@ def test_tf32_is_off_unless_asked_for() -> None:
     truth = values.astype(np.float64) @ values.astype(np.float64)
     error = {}
     for tf32 in (False, True):
-        (result,) = open_session(model, device="cuda", tf32=tf32).run({"x": values})
+        (result,) = open_session(model, device="cuda", deployed=tf32).run({"x": values})
         error[tf32] = np.sqrt(np.mean((result - truth) ** 2) / np.mean(truth**2))
     assert error[False] < 2e-6, "float32 sums of 256 products"
     # Only devices of compute capability 8.0 and later have TF32; elsewhere the two are the same.

@@ -98,6 +98,13 @@ def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> flo
     return value
 
 
+def _pairs(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    found = dict(text.partition("=")[::2] for text in value)
+    if len(found) < len(value) or not all("=" in text and not text.startswith("=") for text in value):
+        raise click.BadParameter("write KEY=VALUE, each key once", ctx=ctx, param=parameter)
+    return found
+
+
 def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     ctx.meta["debug"] = value
 
@@ -172,13 +179,24 @@ bisect_options = _options(
     _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
 )
-device_option = _options(
-    "The check",
+_DEVICE: tuple[_Row, ...] = (
     _number(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
-        help="Where ONNX Runtime runs; cuda never falls back.",
+        "--device", metavar="NAME", default="auto",
+        help="Where ONNX Runtime runs: cpu, cuda, tensorrt, openvino, directml, coreml, qnn, or what it calls another "
+        "provider. It never falls back; auto is CUDA where that works.",
     ),
+    _row("--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE", callback=_pairs,
+         help="Option of that provider, e.g. device_type=CPU or trt_fp16_enable=1; repeatable."),
 )  # fmt: skip
+device_option = _options("The check", *_DEVICE)
+engine_options = _options(
+    "The check",
+    *_DEVICE,
+    _flag("--require-all-nodes", help="Fail where a node runs on another provider than that."),
+    _row("--runner", metavar="FILE.py:NAME", help="Judge a function from a dict of arrays to a dict or list as well."),
+    _number("--runner-timeout", type=float, default=300.0, callback=_finite, help="Seconds for one call of it."),
+    _row("--precision", metavar="FORMAT", help="What it computes in: tf32, float16, bfloat16. Default: as the model."),
+)
 output_options = _options(
     "The file",
     _file("-o", "--output", help="Where it goes; untouched unless the verdict is a pass."),
@@ -239,11 +257,8 @@ bench_options = _options(
     _row("--batch", type=click.IntRange(1), metavar="N", help="Size of a dynamic batch. Default: 1."),
     _row("--input", "inputs", multiple=True, metavar="NAME[1,3,224,224]", help="Whole shape of an input; repeatable."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the inputs and of the order."),
-    _number(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
-        help="Where it runs; cuda never falls back.",
-    ),
-)  # fmt: skip
+    *_DEVICE,
+)
 bench_report_options = _options("The report", _REPORT, _JSON, _QUIET)
 debug_option = _options(
     "The report",
@@ -270,7 +285,7 @@ CLASHES = (
     ("eager", "mean_std"),
     ("normalize", "mean_std"),
     *(("no_check", other) for other in ("data", "samples", "seed", "limit", "device", "keep_failed", "baseline")),
-    ("no_check", "adversarial"),
+    *(("no_check", other) for other in ("adversarial", "provider_options", "require_all_nodes", "runner")),
 )
 
 

@@ -43,6 +43,7 @@ def bench(files: tuple[Path, ...], **given: Any) -> int:
         model, args, kwargs = _load(job) if source else (None, None, {})
         report = run(
             files, model=model, name=source or "", args=args, kwargs=kwargs, device=given["device"],
+            provider_options=given["provider_options"],
             threads=given["threads"], batch=given["batch"], shapes=shapes, rounds=given["runs"],
             warmup=given["warmup"], seed=given["seed"], progress=progress,
         )  # fmt: skip

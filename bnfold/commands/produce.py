@@ -13,7 +13,7 @@ from bnfold.commands.arguments import (
     Command,
     Job,
     debug_option,
-    device_option,
+    engine_options,
     fold_options,
     gate_options,
     input_options,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @model_options
 @input_options
 @gate_options
-@device_option
+@engine_options
 @report_options
 @debug_option
 def export(source: str, **given: Any) -> int:

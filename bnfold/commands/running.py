@@ -71,6 +71,7 @@ def pipeline_options(job: Job, loaded: Loaded, progress: Callable[[str, int, int
 
     given = job.given
     same: tuple[str, ...] = ("device", "data", "samples", "seed", "limit", "opset", "static", "external_data")
+    same += ("provider_options", "require_all_nodes", "runner", "runner_timeout", "precision")
     same += ("allow_nonfinite", "keep_failed", "dry_run", "adversarial", "baseline", "update_baseline")
     return Options(
         **{name: given[name] for name in same if name in given},
@@ -172,7 +173,8 @@ def _options(word: Callable[[Any], str], command: str) -> list[list[str]]:
         if parameter.is_flag:
             found.append([(parameter.opts if value else parameter.secondary_opts)[0]])
         else:
-            found += [[parameter.opts[0], word(each)] for each in (value if parameter.multiple else [value])]
+            values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+            found += [[parameter.opts[0], word(each)] for each in (values if parameter.multiple else [values])]
     return found
 
 

@@ -62,8 +62,8 @@ def sharded(job: Job, make: Make, progress: Progress, stage: str) -> Iterator[tu
         yield first, ask
 
 
-def looker(job: Job, file: Path) -> Callable[[Path, Any], Any]:
-    """Sees how an ONNX file does on a shard of the data, against the model that the job names."""
+def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
+    """Sees how an ONNX file, or a runner, does on a shard of the data, against the model that the job names."""
     from bnfold import sharding
     from bnfold.options import silent
 

@@ -46,9 +46,17 @@ class Run:
 class Subject(Protocol):
     """A model as something that runs: inputs with name, dtype and symbolic shape -> outputs."""
 
-    name: str
-    inputs: tuple[ValueInfo, ...]
-    outputs: tuple[ValueInfo, ...]
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def inputs(self) -> tuple[ValueInfo, ...]:
+        """In the model's order."""
+
+    @property
+    def outputs(self) -> tuple[ValueInfo, ...]:
+        """In the model's order."""
 
     def run(self, inputs: Mapping[str, Array], keep: Collection[str] = ()) -> Run:
         """Outputs, and those of the values named in ``keep`` that it has.

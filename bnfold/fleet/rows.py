@@ -29,7 +29,7 @@ OWN: dict[str, dict[str, Any]] = {
     "memory": {"type": "string", "pattern": r"^\d+(\.\d+)? ?[KMGT]?i?B$", "description": "Of its process, as '2 GB'."},
     "resources": {
         "type": "object", "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
-        "description": "Of Dask's workers, as {GPU = 1}, which device = 'cuda' stands for.",
+        "description": "Of Dask's workers, as {GPU = 1}, which a device on a GPU of NVIDIA's stands for.",
     },
     "bench": {"type": "boolean", "description": "Measure the latency of the file as well."},
 }  # fmt: skip
@@ -140,8 +140,11 @@ def name_of(model: Mapping[str, Any]) -> str:
 
 def _row(model: dict[str, Any]) -> Row:
     resources = dict(model.get("resources", {}))
-    if model.get("device") == "cuda":
-        resources.setdefault("GPU", 1)
+    if "device" in model:
+        from bnfold.runtime.providers import on_gpu  # with numpy, which the words of a list need not
+
+        if on_gpu(model["device"]):
+            resources.setdefault("GPU", 1)
     memory = size_of(model["memory"]) if "memory" in model else None
     return Row(
         name_of(model), model["source"], {key: model[key] for key in sorted(set(model) - set(OWN))},

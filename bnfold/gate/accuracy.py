@@ -78,7 +78,7 @@ def judge_accuracy(
         InputError: the labels do not fit the output that they belong to.
     """
     captured, findings, labels = references.captured, references.findings, labels or Labels()
-    facts = _facts(references, data, labels, pinned or {})
+    facts = _facts(references, data, labels, pinned or {}, candidate.coarser)
     if spread is None:
         parts: Iterable[Part] = [look(captured, candidate, before, data, labels, facts, references.progress)]
     else:
@@ -89,7 +89,9 @@ def judge_accuracy(
     return None if part.ended else _result(part, facts, candidate, findings)
 
 
-def _facts(references: References, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int]) -> Facts:
+def _facts(
+    references: References, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int], coarser: float
+) -> Facts:
     names, first = number_names(references.captured.program), references.unfolded[0]
     size = _batch_size(references.captured, data, pinned)
     # What has no samples along its first axis cannot be told apart by them.
@@ -114,7 +116,7 @@ def _facts(references: References, data: Mapping[str, Rows], labels: Labels, pin
         classes = dict.fromkeys(plain[:1], 1)
     batched = bool(references.batches[0].size)
     fixed = bool(pinned) or not batched
-    noise = {i: _typical_noise(references, i) for i in outputs}
+    noise = {i: coarser * _typical_noise(references, i) for i in outputs}
     return Facts(noise, classes, targets, labels.classes is not None, size, fixed, batched, references.limit)
 
 
@@ -248,7 +250,7 @@ class _Run:
             _, _, true, followed = (values[index][: len(own)] for values in self._follow(flat))
         except Exception:  # the gate has said so
             return torch.zeros(len(own), dtype=torch.float64)
-        noise = rms(own.double() - true, own.isfinite() & true.isfinite())
+        noise = self.candidate.coarser * rms(own.double() - true, own.isfinite() & true.isfinite())
         # What the candidate's own decisions change is no error: they are judged by themselves.
         return torch.hypot(noise, rms(followed - true, followed.isfinite() & true.isfinite()))
 
@@ -289,7 +291,8 @@ class _Run:
             good = own.isfinite() & new.isfinite() & true.isfinite() & followed.isfinite()
         except Exception:
             return sample, math.nan
-        noise = max(float(rms(own.double() - true, good)), self.facts.noise[index] * float(rms(true, good)))
+        own_noise = self.candidate.coarser * float(rms(own.double() - true, good))
+        noise = max(own_noise, self.facts.noise[index] * float(rms(true, good)))
         error = float(rms(new.double() - followed, good))
         ratio = error / noise if noise else (math.inf if error else 0.0)
         if not ratio <= self.facts.limit * SAMPLE_FACTOR:

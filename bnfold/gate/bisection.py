@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bnfold.errors import InputError
 from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
+from bnfold.gate.engines import settings
 from bnfold.gate.file_graph import FileGraph, FileValue
 from bnfold.gate.following import Follower
 from bnfold.gate.matching import match
@@ -32,6 +32,7 @@ from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
+from bnfold.runtime.runtime import Device, pip_problem, resolve_device
 
 #: Largest ratio, over all or in the worst channel, of a value that is right. Of all values of 62 nets the worst was at
 #: 4.1, and of 56 nets of transformers at 33 (ALIGN, D-FINE: approximated sigmoids in
@@ -53,7 +54,7 @@ class Bisector:
     path: Path
     ledger: Ledger = field(default_factory=Ledger)
     meanings: Mapping[str, str | None] = field(default_factory=dict)
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device | str = "cpu"
     samples: int = MIN_SAMPLES
     seed: int = 0
     limit: float = LIMIT
@@ -68,8 +69,10 @@ class Bisector:
         """
         self._file = FileGraph.read(self.path)
         self._ours = "bnfold.version" in self._file.metadata
-        self._widen = needs_widening(self.path, self.device)
-        probe = probe_session(self.path, device=self.device, widen=self._widen)
+        # Where the device rounds more coarsely than the model's dtype, that would hide the file's fault.
+        self._setting = settings(resolve_device(self.device), self.captured.program)[0]
+        self._widen = needs_widening(self.path, self._setting.device)
+        probe = probe_session(self.path, device=self._setting.device, widen=self._widen)
         self._matched = match(self.captured, probe, widened=self._widen)
         del probe
         made = batches(
@@ -93,7 +96,9 @@ class Bisector:
             self._notes.append("every value that could be compared agrees, and the outputs do not: see check")
         return Bisection(
             culprit, optimizers, self._agree, len(self._ratios), len(self._file.values), worst, max(full), self.limit,
-            tuple(dict.fromkeys((*self._matched.notes, *self._findings.doubts, *self._notes))),
+            tuple(dict.fromkeys(filter(None, (
+                pip_problem(), *self._matched.notes, *self._findings.doubts, *self._notes
+            )))),
         )  # fmt: skip
 
     # -- outputs -------------------------------------------------------------------------------------------------------
@@ -101,7 +106,7 @@ class Bisector:
     def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
         names = {value.name: value.name for value in self._file.values}
         return OnnxCandidate(
-            self.path, device=self.device, optimized=optimized, inputs=self._matched.inputs, widen=self._widen,
+            self.path, setting=self._setting, optimized=optimized, inputs=self._matched.inputs, widen=self._widen,
             disabled=disabled, names=names, outputs=self._matched.outputs, wider=self._matched.wider,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
+from bnfold.gate.engines import Setting
 from bnfold.graph.capture import Captured, copied
 from bnfold.graph.interpret import Runner, raise_tensor
 from bnfold.report import Placement
 from bnfold.runtime.placement import placement
-from bnfold.runtime.runtime import Session, open_session
+from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
 
 
 class Candidate(Protocol):
@@ -29,6 +30,8 @@ class Candidate(Protocol):
     name: str
     #: Whether asking it for more than its outputs makes another program of it.
     deployed: bool
+    #: How many times more coarsely than the model's own dtype it rounds: 1 but for engines that compute in another.
+    coarser: float
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
@@ -45,6 +48,8 @@ class Candidate(Protocol):
 
 class TorchCandidate:
     """A program run by torch, in its own dtypes or in float64."""
+
+    coarser = 1.0
 
     def __init__(self, name: str, program: ExportedProgram, *, precise: bool = False) -> None:
         self.name, self.deployed, self._program = name, False, program
@@ -82,6 +87,8 @@ def _lowered(outputs: Sequence[Any], program: ExportedProgram) -> list[Any]:
 class EagerCandidate:
     """A module run by torch as its users run it. It shows no values but its outputs."""
 
+    coarser = 1.0
+
     def __init__(self, name: str, captured: Captured, *, precise: bool = False) -> None:
         self.name, self.deployed, self._captured, self._precise = name, True, captured, precise
 
@@ -114,14 +121,14 @@ class OnnxCandidate:
     """A file run by ONNX Runtime. Opens its session on use; ``close`` frees it."""
 
     def __init__(
-        self, path: Path, *, device: Literal["cpu", "cuda"], optimized: bool, inputs: Sequence[tuple[int, str]],
-        widen: bool = False, tf32: bool = False, names: Mapping[str, str] | None = None,
-        outputs: Sequence[str] | None = None, wider: bool = False, disabled: Sequence[str] = (),
+        self, path: Path, *, setting: Setting, optimized: bool, inputs: Sequence[tuple[int, str]], widen: bool = False,
+        names: Mapping[str, str] | None = None, outputs: Sequence[str] | None = None, wider: bool = False,
+        disabled: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
-        self.name += ", TF32" if tf32 else ""
-        self.deployed, self._disabled = optimized, disabled
-        self._path, self._device, self._optimized, self._tf32 = path, device, optimized, tf32
+        self.name += f", {setting.arithmetic.name}" if setting.coarser > 1 else ""
+        self.setting, self.deployed, self.coarser, self._disabled = setting, optimized, setting.coarser, disabled
+        self._path, self._device, self._optimized, self._as_deployed = path, setting.device, optimized, setting.deployed
         self._inputs, self.widen, self._names = list(inputs), widen, names or {}
         #: ``outputs`` are those of the file that are the model's; ``wider`` lets it return float32 for half floats.
         self._outputs, self.wider = outputs, wider or widen
@@ -134,7 +141,7 @@ class OnnxCandidate:
         if self._session is None:
             model = widened(self._path) if self.widen else self._path
             self._session = open_session(
-                model, device=self._device, optimized=self._optimized, tf32=self._tf32,
+                model, device=self._device, optimized=self._optimized, deployed=self._as_deployed,
                 disabled_optimizers=self._disabled, beside=self._path,
             )  # fmt: skip
         return self._session
@@ -185,7 +192,7 @@ class OnnxCandidate:
                 self._path, [g for both in guesses.values() for g in both], widen=self.widen
             )
             session = open_session(
-                content, device=self._device, optimized=self._optimized, tf32=self._tf32, beside=self._path
+                content, device=self._device, optimized=self._optimized, deployed=self._as_deployed, beside=self._path
             )
             del content
             found = ((name, next((g for g in guesses[name] if g in present), None)) for name in names)
@@ -225,7 +232,7 @@ def from_numpy(value: np.ndarray) -> Tensor:
     return torch.from_numpy(value if value.flags.writeable and value.ndim else value.copy())
 
 
-def probe_session(path: Path, *, device: Literal["cpu", "cuda"], widen: bool) -> Session:
+def probe_session(path: Path, *, device: Device, widen: bool) -> Session:
     """A session without optimisations, to see what a file takes and returns."""
     return open_session(widened(path) if widen else path, device=device, optimized=False, beside=path)
 
@@ -255,19 +262,19 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[byt
     return content.getvalue(), present, len(already)
 
 
-def needs_widening(path: Path, device: str) -> bool:
-    """Whether the file holds bfloat16, which ONNX Runtime cannot run on the CPU."""
+def needs_widening(path: Path, device: Device) -> bool:
+    """Whether the file holds bfloat16, and ONNX Runtime cannot run that on the device, such as the CPU."""
     import onnx
 
-    if device == "cuda":
-        return False
     try:
         model = onnx.load_model(path, load_external_data=False)
     except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
         raise InputError("this is no ONNX file, or a damaged one", where=str(path), hint="Export it again") from error
-    return any(t.data_type == onnx.TensorProto.BFLOAT16 for t in model.graph.initializer) or any(
-        v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for v in model.graph.input
+    half = onnx.TensorProto.BFLOAT16
+    holds = any(t.data_type == half for t in model.graph.initializer) or any(
+        v.type.tensor_type.elem_type == half for v in model.graph.input
     )
+    return holds and not has_bfloat16(device)
 
 
 def quantised_nodes(path: Path) -> int:

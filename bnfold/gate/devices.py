@@ -8,8 +8,11 @@ from bnfold.report import Placement
 from bnfold.runtime.placement import placement_finding
 
 
-def judge_device(candidate: OnnxCandidate, references: References) -> Placement | None:
-    """Where the file's nodes ran; a file that ran nowhere as asked, or runs otherwise when bound, is a problem."""
+def judge_device(candidate: OnnxCandidate, references: References, *, whole: bool = False) -> Placement | None:
+    """Where the file's nodes ran; a file that ran nowhere as asked, or runs otherwise when bound, is a problem.
+
+    So is, where the ``whole`` is asked for, one of which a node ran elsewhere.
+    """
     flat, findings = references.batches[0].flat, references.findings
     try:
         if problem := candidate.binding_problem(flat):
@@ -19,6 +22,8 @@ def judge_device(candidate: OnnxCandidate, references: References) -> Placement 
         findings.doubts.append(f"{candidate.name}: where its nodes run cannot be seen: {first_line(error)}")
         return None
     problem, note = placement_finding(found, candidate.session.provider)
+    if whole and problem is None:
+        problem, note = note, None
     findings.problems += [f"{candidate.name}: {problem}"] if problem else []
     findings.notes += [note] if note else []
     return found

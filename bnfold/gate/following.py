@@ -78,7 +78,7 @@ class Follower:
             except Exception as error:
                 failure = first_line(error)
                 continue
-            cost = (followed.multiple > NEAR, self._misfit(outputs, followed.outputs, run))
+            cost = (followed.multiple > NEAR * self._candidate.coarser, self._misfit(outputs, followed.outputs, run))
             if best is None or cost < best[0]:
                 best = cost, followed, taken
             if not cost[0] and cost[1] <= EXPLAINED:
@@ -104,10 +104,11 @@ class Follower:
             turns = [turn for turn in self._turns if turn.place == place]
             worst, different = max(turn.multiple for turn in turns), sum(turn.different for turn in turns)
             wild = max(turn.noise for turn in turns)
-            if worst > NEAR:
+            if worst > NEAR * self._candidate.coarser:
                 findings.problems.append(
                     f"{name}: {place.words} decides otherwise than float64 in {different} places, although what it "
-                    f"compares is up to {worst:.3g} times the noise away from that (limit {NEAR:g})"
+                    f"compares is up to {worst:.3g} times the noise away from that (limit "
+                    f"{NEAR * self._candidate.coarser:g})"
                 )
             elif wild > NOISE_LIMIT:
                 findings.doubts.append(
@@ -150,7 +151,7 @@ class Follower:
                 continue
             if finite_problem(value, followed) is not None:
                 return torch.inf
-            tally = Tally(epsilon(unfolded.dtype))
+            tally = Tally(epsilon(unfolded.dtype), self._candidate.coarser)
             tally.add(value, unfolded, true, batched=batched(batch, unfolded), run=run, followed=followed)
             ratios = tally.ratios(steady=True)
             worst = max(worst, float(ratios.max())) if len(ratios) else worst

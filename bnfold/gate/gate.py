@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bnfold.errors import BnfoldError
 from bnfold.gate.accuracy import judge_accuracy, look
 from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
@@ -32,25 +31,29 @@ from bnfold.gate.candidates import (
 )
 from bnfold.gate.data import Labels
 from bnfold.gate.devices import judge_device
+from bnfold.gate.engines import Setting, settings
 from bnfold.gate.following import Follower
 from bnfold.gate.matching import Match, match
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outputs import OutputJudge
 from bnfold.gate.parts import Facts, Part, Spread
 from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References, batched
+from bnfold.gate.runners import RunnerCandidate, judge_runner
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.graph.threads import torch_threads
-from bnfold.report import CheckReport, Ledger, OutputResult, SiteResult, Verdict
-from bnfold.runtime.runtime import provider_notes
+from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, SiteResult, Verdict
+from bnfold.runtime.runner import UserRunner
+from bnfold.runtime.runtime import Arithmetic, Device, provider_notes, resolve_device
 
 #: Median ratio of a whole output, and ratio at a fold site.
 LIMIT, SITE_LIMIT = 4.0, 16.0
 #: Seconds that one run of the example takes before a second thread pays.
 LONG_RUN = 0.1
+_SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Gate:
     path: Path | None = None
     #: What the file calls the folded program's values.
     file_names: Mapping[str, str] = field(default_factory=dict)
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device | str = "cpu"
     samples: int = MIN_SAMPLES
     seed: int = 0
     limit: float = LIMIT
@@ -77,6 +80,11 @@ class Gate:
     eager: nn.Module | None = None
     #: Goes through all the parts of the data, of which ``data`` is the first.
     spread: Spread | None = None
+    #: Whatever else runs the model, and what that computes in.
+    runner: UserRunner | None = None
+    arithmetic: Arithmetic | None = None
+    #: Fail where a node runs on another provider than the one asked for.
+    require_all_nodes: bool = False
 
     def judge(self) -> CheckReport:
         """The verdict.
@@ -118,26 +126,9 @@ class Gate:
         )  # fmt: skip
         self._references.run()
         capture_error = self._references.judge_capture()
-        outputs: list[OutputResult] = []
-        provider, placed = "torch", None
         self._outputs = OutputJudge(self._references, self.limit)
-        clean = False
         candidates = self._candidates()
-        for i, candidate in enumerate(candidates):
-            self.progress("check", i, len(candidates) + 1)
-            before = len(self._findings.problems)
-            outputs += self._outputs.judge(candidate)
-            if not candidate.deployed:
-                clean = len(self._findings.problems) == before
-            elif clean and len(self._findings.problems) > before and isinstance(candidate, OnnxCandidate):
-                self._findings.problems[before:before] = self._blame()
-            if isinstance(candidate, OnnxCandidate):
-                with contextlib.suppress(BnfoldError):  # a session that failed has been reported already
-                    provider = candidate.session.provider
-                    if candidate.deployed and self.device == "cuda":
-                        placed = judge_device(candidate, self._references)
-                candidate.close()
-        deployed = self._as_deployed()
+        outputs, engines, placed = self._judge_each(candidates)
         self.progress("check", len(candidates), len(candidates) + 1)
         sites = judge_sites(self._references, self.ledger, candidates, self.site_limit)
         accuracy = None
@@ -165,10 +156,40 @@ class Gate:
         verdict: Verdict = "fail" if problems else "inconclusive" if doubts else "pass"
         batch_sizes = tuple(dict.fromkeys(b.size for b in self._references.batches))
         return CheckReport(
-            verdict, provider, self._references.samples, batch_sizes, tuple(outputs), tuple(sites), capture_error,
+            verdict, engines[-1].name if engines else "torch", self._references.samples, batch_sizes, tuple(outputs),
+            tuple(sites), capture_error,
             (*problems, *doubts), tuple(notes), accuracy, self.limit, self.site_limit,
-            placement=placed, deployed=tuple(deployed), adversarial=found.result(self._outputs.worst_found),
+            placement=placed, engines=tuple(engines), adversarial=found.result(self._outputs.worst_found),
         )  # fmt: skip
+
+    def _judge_each(self, candidates: Sequence[Candidate]) -> tuple[list[OutputResult], list[Engine], Placement | None]:
+        """The outputs of every candidate, the verdict of every engine, and where the nodes ran."""
+        outputs: list[OutputResult] = []
+        engines: dict[Setting, tuple[float, Verdict]] = {}
+        problems, doubts, placed, clean = self._findings.problems, self._findings.doubts, None, False
+        for i, candidate in enumerate(candidates):
+            self.progress("check", i, len(candidates) + 1)
+            before, doubted = len(problems), len(doubts)
+            judged = self._outputs.judge(candidate)
+            outputs += judged
+            if not candidate.deployed:
+                clean = len(problems) == before
+            elif clean and len(problems) > before and isinstance(candidate, OnnxCandidate) and candidate.coarser == 1:
+                problems[before:before] = self._blame()
+            if isinstance(candidate, OnnxCandidate):
+                if candidate.deployed and placed is None and not candidate.setting.device.is_cpu:
+                    placed = judge_device(candidate, self._references, whole=self.require_all_nodes)
+                candidate.close()
+            elif isinstance(candidate, RunnerCandidate):
+                judge_runner(candidate, self._references, self.limit)
+            if isinstance(candidate, OnnxCandidate | RunnerCandidate):
+                verdict: Verdict = "fail" if len(problems) > before else "pass"
+                if verdict == "pass" and len(doubts) > doubted:
+                    verdict = "inconclusive"
+                ratio, sooner = engines.get(candidate.setting, (0.0, verdict))
+                worst = max([ratio, *(o.ratio for o in judged)], key=lambda r: math.inf if math.isnan(r) else r)
+                engines[candidate.setting] = worst, max(sooner, verdict, key=_SEVERITY.index)
+        return outputs, [setting.result(*found) for setting, found in engines.items()], placed
 
     def _search(self, made: list[Batch]) -> Found:
         """Inputs found by gradients, where they are asked for."""
@@ -178,18 +199,6 @@ class Gate:
         found = search(self.captured, self.folded, made)
         self._findings.notes += [f"adversarial: {note}" for note in found.notes]
         return found
-
-    def _as_deployed(self) -> list[OutputResult]:
-        """The outputs on CUDA as ONNX Runtime's defaults make them, with TF32: for information."""
-        if self.path is None or self.device != "cuda":
-            return []
-        candidate = self._onnx(optimized=True, tf32=True)
-        found = Findings()
-        try:
-            return OutputJudge(self._references, self.limit, found).judge(candidate)
-        finally:
-            candidate.close()
-            self._findings.notes += [f"as deployed, not judged: {problem}" for problem in found.problems]
 
     def _say_where(self, sites: Sequence[SiteResult]) -> None:
         """Adds to what is said of an output the first fold site, in the order of the graph, that is off."""
@@ -211,12 +220,14 @@ class Gate:
         self._widen, self._matched = False, Match(())
         if self.path is None:
             return
-        self._widen = needs_widening(self.path, self.device)
+        self._device = resolve_device(self.device)
+        self._settings = settings(self._device, self.captured.program)
+        self._widen = needs_widening(self.path, self._settings[0].device)
         if self._widen:
             self._findings.notes.append(
                 "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
             )
-        probe = probe_session(self.path, device=self.device, widen=self._widen)
+        probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
         self._findings.notes += self._matched.notes
         if self.folded is None and (nodes := quantised_nodes(self.path)):
@@ -232,8 +243,14 @@ class Gate:
         if self.eager is not None:
             found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager)))
         if self.path is not None:
-            self._findings.notes += provider_notes(self.device)
+            self._findings.notes += provider_notes(self._device)
             found += [self._onnx(optimized=on) for on in (False, True)]
+            found += [self._onnx(optimized=True, setting=setting) for setting in self._settings[1:]]
+        if self.runner is not None:
+            names = self._matched.inputs if self.path is not None else None
+            found.append(
+                RunnerCandidate(self.runner, self.captured, names, self._matched.outputs, self.path, self.arithmetic)
+            )
         return found
 
     def _blame(self) -> list[str]:
@@ -261,11 +278,11 @@ class Gate:
             f"disable it where the file runs (InferenceSession(..., disabled_optimizers={list(names)}))"
         ]
 
-    def _onnx(self, *, optimized: bool, tf32: bool = False, disabled: Sequence[str] = ()) -> OnnxCandidate:
+    def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
         assert self.path is not None
         return OnnxCandidate(
-            self.path, device=self.device, optimized=optimized, inputs=self._matched.inputs, widen=self._widen,
-            tf32=tf32, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
+            self.path, setting=setting or self._settings[0], optimized=optimized, inputs=self._matched.inputs,
+            widen=self._widen, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
             disabled=disabled,
         )  # fmt: skip
 

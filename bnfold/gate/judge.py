@@ -35,6 +35,8 @@ class Tally:
     """
 
     eps: float
+    #: How many times larger than the noise that of what the candidate computes in is.
+    coarser: float = 1.0
     noise: list[float] = field(default_factory=list)
     error: list[float] = field(default_factory=list)
     scale: list[float] = field(default_factory=list)
@@ -80,7 +82,7 @@ class Tally:
         largest = float(scale.max()) if scale.numel() else 0.0
         scale = scale.clamp(min=1e-3 * largest).clamp(min=torch.finfo(torch.float64).tiny)
         floor = max(self.eps, self.relative(self.noise) if steady else 0.0) * scale
-        return error / torch.maximum(noise, floor)
+        return error / torch.maximum(noise, floor) / self.coarser
 
     def typical(self, *, steady: bool = False) -> float:
         """The median over samples; of few elements, no more than the ratio of RMS error to RMS noise.
@@ -94,7 +96,7 @@ class Tally:
         noise, error, scale = (torch.tensor(x, dtype=torch.float64) for x in (self.noise, self.error, self.scale))
         scale = scale.clamp(min=1e-3 * float(scale.max())).clamp(min=torch.finfo(torch.float64).tiny)
         noise = torch.maximum(noise / scale, torch.tensor(2 * self.eps, dtype=torch.float64))
-        return min(middle, float(((error / scale).square().mean() / noise.square().mean()).sqrt()))
+        return min(middle, float(((error / scale).square().mean() / noise.square().mean()).sqrt()) / self.coarser)
 
     @property
     def few(self) -> bool:

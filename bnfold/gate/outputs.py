@@ -108,11 +108,12 @@ class OutputJudge:
         """Runs a candidate on every batch and counts; problems are what cannot be counted."""
         references, problems, found = self._references, self._findings.problems, _Tallies()
         self.follower = follower = Follower(references, candidate, self.follower, self._findings)
+        failed: dict[str, list[str]] = {}
         for run, (batch, truth, unfolded) in enumerate(zip(references.batches, references.truth, references.unfolded)):
             try:
                 outputs, followed = follower.run(run)
             except Exception as error:
-                problems.append(f"{candidate.name}: fails at {words(batch)}: {first_line(error)}")
+                failed.setdefault(first_line(error), []).append(words(batch))
                 continue
             given = numbers(outputs)
             if len(given) != len(unfolded):
@@ -133,13 +134,14 @@ class OutputJudge:
                 if not own.numel():
                     found.empty.add(i)  # its shape was all there is to compare
                 elif own.is_floating_point():
-                    tally = found.floats.setdefault(i, Tally(epsilon(own.dtype)))
+                    tally = found.floats.setdefault(i, Tally(epsilon(own.dtype), candidate.coarser))
                     tally.add(value, own, true, batched=batched(batch, own), run=run, followed=right)
                 else:
                     counted = found.integers.setdefault(i, _Integers())
                     counted.wrong += int((value != right).sum())
                     counted.total += own.numel()
                     counted.known &= run not in references.blind and torch.equal(own, true)
+        problems += [f"{candidate.name}: fails at {'; '.join(at)}: {reason}" for reason, at in failed.items()]
         return found
 
     def _with_rounding(self, index: int, tally: Tally) -> Tally:
@@ -151,7 +153,7 @@ class OutputJudge:
         """
         if self._references.blind or not tally.elements or not self._may_be_chance(tally):
             return tally
-        moved = Tally(tally.eps)
+        moved = Tally(tally.eps, tally.coarser)
         for run, (batch, truth) in enumerate(zip(self._references.batches, self._references.truth)):
             true, off = truth[index], self._references.rounding(run)[index]
             moved.add(true, true + off, true, batched=batched(batch, true), run=run)
@@ -184,10 +186,10 @@ class OutputJudge:
             self._findings.doubts.append(f"{where}: it has no finite element to compare; give real inputs (--data)")
             nan = float("nan")
             return OutputResult(candidate, self._name(index), nan, nan, nan, nan, 0)
-        noise, steady = tally.relative(tally.noise), tally.ratios(steady=True)
+        noise, steady = tally.relative(tally.noise) * tally.coarser, tally.ratios(steady=True)
         searched = [r for r, run in zip(steady.tolist(), tally.runs) if self._references.batches[run].origin]
         self.worst_found = max([self.worst_found, *searched])
-        wild = noise > max(NOISE_LIMIT, 16 * tally.eps)
+        wild = noise > max(NOISE_LIMIT, 16 * tally.eps * tally.coarser)
         # A discontinuous model is by chance exact on some samples, and an error over that noise means nothing.
         ratios = steady if wild else tally.ratios()
         typical = tally.typical(steady=wild)

@@ -37,7 +37,7 @@ def user_code(what: str, where: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        hint = f"It happened at {_place(error)}"
+        hint = f"It happened at {place(error)}"
         if "relative import" in str(error):
             hint += "; a file inside a package is given as pkg.module:factory"
         raise InputError(f"{what} failed with {type(error).__name__}: {error}", where=where, hint=hint) from error
@@ -56,10 +56,10 @@ def unended() -> Iterator[None]:
         raise
     except BaseException as error:
         what = f"the model's code ended the run with {type(error).__name__}: {error}".rstrip(": ")
-        raise CaptureError(what, hint=f"It happened at {_place(error)}") from error
+        raise CaptureError(what, hint=f"It happened at {place(error)}") from error
 
 
-def _place(error: BaseException) -> str:
+def place(error: BaseException) -> str:
     """file:line of the user's code, of the innermost frame that is neither Python's nor an installed package's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bnfold.render.page import Page
+from rich.text import Text
+
+from bnfold.render.page import STYLES, Page
 from bnfold.render.words import number, plural
 from bnfold.report import Adversarial, CheckReport
 
@@ -11,9 +13,14 @@ def running_lines(check: CheckReport, page: Page) -> None:
     """Lines of a verdict; none where there is nothing to say."""
     if check.placement is not None and check.placement.elsewhere:
         page.line("", ", ".join(f"{plural(n, 'node')} on {name}" for name, n in check.placement.nodes.items()))
-    if check.deployed:
-        worst = max(check.deployed, key=lambda output: output.ratio)
-        page.line("", f"as deployed (TF32): ratio {number(worst.ratio)} at '{worst.output}', which is not judged")
+    if len(check.engines) > 1 or any(engine.options for engine in check.engines):
+        for engine in check.engines:
+            options = "".join(f" {key}={value}" for key, value in engine.options.items())
+            rounding = f"computes in {engine.arithmetic} (unit roundoff {engine.unit_roundoff:.1e})"
+            ratio = f"ratio {number(engine.ratio)} (limit {number(check.limit)})"
+            page.line(
+                "", f"{engine.name}{options}", rounding, ratio, Text(engine.verdict.upper(), STYLES[engine.verdict])
+            )
     if check.adversarial is not None:
         page.line("", _adversarial(check.adversarial))
 

@@ -12,7 +12,7 @@ from bnfold.report.health import FINDINGS, Diagnosis, Finding, NormHealth, NormK
 from bnfold.report.latency import Latency, LatencyReport
 from bnfold.report.ledger import REASONS, Change, Entry, Ledger, Merge, Outcome, Refusal, Scaled
 from bnfold.report.ranges import LayerRange, NormRange, WeightRange
-from bnfold.report.verdict import Adversarial, CheckReport, OutputResult, Placement, SiteResult, Verdict
+from bnfold.report.verdict import Adversarial, CheckReport, Engine, OutputResult, Placement, SiteResult, Verdict
 
 __all__ = [
     "FINDINGS",
@@ -29,6 +29,7 @@ __all__ = [
     "CheckReport",
     "Culprit",
     "Diagnosis",
+    "Engine",
     "Entry",
     "ExportReport",
     "FileReport",

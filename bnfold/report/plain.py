@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import platform
+import sys
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,7 +27,9 @@ def as_json(report: Any, indent: int | None) -> str:
 def versions() -> dict[str, str]:
     """What a run rests on: Python and the packages that compute something, with their versions."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"):
+    loaded = sys.modules.get("onnxruntime.capi.build_and_package_info")  # of several installed, the one that ran
+    runtimes = [loaded.package_name] if loaded else ["onnxruntime-gpu", "onnxruntime"]
+    for package in ("torch", "numpy", "onnx", "onnxscript", *runtimes):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -45,6 +45,22 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What ran the file, or the model in a runner: its name, its options, and what it computes in, each as measured.
+
+    ``unit_roundoff`` is that of ``arithmetic``: its errors are judged in multiples of the noise that the unfolded model
+    would have with it. ``ratio`` is the largest of an output, and ``verdict`` of this engine alone.
+    """
+
+    name: str
+    options: dict[str, str]
+    arithmetic: str
+    unit_roundoff: float
+    ratio: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class Adversarial:
     """What gradients found: inputs that take the candidates further from the truth than random ones do.
 
@@ -67,8 +83,8 @@ class CheckReport:
 
     ``ratio`` is the largest output ratio, ``site_ratio`` the largest at a fold site; ``problems`` says in words what
     failed or could not be judged. ``source`` and ``file`` are the model and the ONNX file of a check on its own.
-    ``deployed`` are the file's outputs as ONNX Runtime's defaults give them on CUDA (TF32): they inform and are not
-    judged.
+    ``engines`` are the ways in which the file was run: first the one that its own verdict was reached in, then those
+    that round more coarsely than the model's dtype (TF32, float16), and a runner; each is judged in its own arithmetic.
     """
 
     kind: ClassVar[str] = "check"
@@ -88,7 +104,7 @@ class CheckReport:
     source: dict[str, Any] = field(default_factory=dict)
     file: str | None = None
     placement: Placement | None = None
-    deployed: tuple[OutputResult, ...] = ()
+    engines: tuple[Engine, ...] = ()
     adversarial: Adversarial | None = None
     baseline: BaselineReport | None = None
 

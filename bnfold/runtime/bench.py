@@ -23,7 +23,6 @@ import numpy as np
 from bnfold.report import Latency, LatencyReport
 from bnfold.runtime.contestants import (
     Contestant,
-    Device,
     matched_feeds,
     onnx_contestants,
     random_feeds,
@@ -32,7 +31,7 @@ from bnfold.runtime.contestants import (
     torch_contestant,
     written,
 )
-from bnfold.runtime.runtime import resolve_device
+from bnfold.runtime.runtime import Device, installed_runtimes, pip_problem, resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +56,8 @@ def bench(
     name: str = "torch",
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "cpu",
+    device: str = "cpu",
+    provider_options: Mapping[str, str] | None = None,
     threads: int | None = None,
     batch: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -74,7 +74,9 @@ def bench(
         model: a torch module that takes the files' inputs; not touched.
         name: what the report calls it.
         args, kwargs: its example inputs, where it has any that say how the arrays are nested.
-        device: where everything runs; "auto" is CUDA where it works, and "cuda" never falls back.
+        device: the provider that runs the files; "auto" is CUDA where it works, and no other falls back. The torch
+            module runs on the GPU where the files' inputs are on one of NVIDIA's, and else on the CPU.
+        provider_options: of that provider.
         threads: for the operators of one call; None leaves the choice to ONNX Runtime and torch.
         batch: the size of a dynamic batch; 1 by default.
         shapes: whole shapes by input, for other dynamic sizes.
@@ -87,7 +89,7 @@ def bench(
     """
     tell = progress or (lambda stage, done, total: None)
     tell("open", 0, 1)
-    where: Device = resolve_device(device)
+    where = resolve_device(device, provider_options)
     feeds = [random_feeds(sized_inputs(paths[0], batch=batch, shapes=shapes), seed)]
     feeds += [matched_feeds(path, feeds[0], paths[0]) for path in paths[1:]]
     with contextlib.ExitStack() as stack:
@@ -98,12 +100,16 @@ def bench(
         contestants = onnx_contestants(paths, feeds, device=where, threads=threads, memory=memory)
         if model is not None:
             given, named = torch_arguments(model, args, kwargs or {}, feeds[0], name)
-            contestants.append(torch_contestant(name, model, given, named, device=where))
+            contestants.append(torch_contestant(name, model, given, named, device=_torch_device(where)))
         measured = measure(contestants, rounds=rounds, warmup=warmup, seed=seed, progress=tell)
     return LatencyReport(
         measured, rounds, warmup, threads, {n: written(array.dtype, array.shape) for n, array in feeds[0].items()},
-        machine(with_torch=model is not None), tuple(_notes(contestants, measured)),
+        machine(with_torch=model is not None), (*filter(None, [pip_problem()]), *_notes(contestants, measured)),
     )  # fmt: skip
+
+
+def _torch_device(device: Device) -> Literal["cpu", "cuda"]:
+    return "cuda" if device.provider.memory == "cuda" else "cpu"
 
 
 def measure(
@@ -198,7 +204,7 @@ def _notes(contestants: Sequence[Contestant], measured: Sequence[Latency]) -> It
 
 def machine(*, with_torch: bool = True) -> dict[str, str]:
     """The processor, its cores that this process may use, and the versions of what runs the models."""
-    names = ["onnxruntime-gpu", "onnxruntime", *(["torch"] if with_torch else [])]
+    names = [*installed_runtimes(), *(["torch"] if with_torch else [])]
     found = {"processor": _processor(), "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
              else os.cpu_count() or 1), "system": f"{platform.system()} {platform.machine()}"}  # fmt: skip
     for name in names:

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bnfold.errors import BnfoldError, InputError, ProviderError
-from bnfold.runtime.runtime import Array, Session, ValueInfo, open_session
+from bnfold.runtime.runtime import Array, Device, Session, ValueInfo, open_session, resolve_device
 
 if TYPE_CHECKING:
     import torch
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def onnx_contestants(
     paths: Sequence[str | os.PathLike[str]],
     feeds: Sequence[Mapping[str, Array]],
     *,
-    device: Device = "cpu",
+    device: Device | str = "cpu",
     threads: int | None = None,
     memory: bool = False,
 ) -> list[Contestant]:
@@ -85,8 +83,8 @@ def onnx_contestants(
     return found
 
 
-def _open(path: str | os.PathLike[str], device: Device, threads: int | None) -> Session:
-    return open_session(path, device=device, threads=threads, tf32=True, spinning=True)
+def _open(path: str | os.PathLike[str], device: Device | str, threads: int | None) -> Session:
+    return open_session(path, device=device, threads=threads, deployed=True, spinning=True)
 
 
 def torch_contestant(
@@ -95,7 +93,7 @@ def torch_contestant(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    device: Device = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Contestant:
     """A torch module in eval mode, without gradients; what is run is a copy where the caller's would have to change.
 
@@ -309,14 +307,19 @@ def written(dtype: np.dtype[Any], shape: Sequence[Any]) -> str:
 
 
 def peak_memory(
-    path: str | os.PathLike[str], feeds: Mapping[str, Array], *, device: Device = "cpu", threads: int | None = None
+    path: str | os.PathLike[str],
+    feeds: Mapping[str, Array],
+    *,
+    device: Device | str = "cpu",
+    threads: int | None = None,
 ) -> int | None:
     """Bytes by which a new process grows at its peak when it opens the file and runs it once; None where unknown.
 
     Resident memory of the host, without what Python and ONNX Runtime take before a file is opened.
     """
     shapes = {name: [array.dtype.name, *array.shape] for name, array in feeds.items()}
-    job = json.dumps([os.fspath(path), device, threads, shapes])
+    where = resolve_device(device)
+    job = json.dumps([os.fspath(path), where.provider.name, dict(where.options), threads, shapes])
     code = "from bnfold.runtime.contestants import _grow; _grow()"
     search = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -328,14 +331,12 @@ def peak_memory(
 
 def _grow() -> None:
     """The child of ``peak_memory``: prints by how many bytes it grew."""
-    path, device, threads, shapes = json.load(sys.stdin)
+    path, name, options, threads, shapes = json.load(sys.stdin)
     import ml_dtypes  # noqa: F401  numpy knows bfloat16 from here on
 
     rows = [(ValueInfo(name, np.dtype(dtype), ()), tuple(shape)) for name, (dtype, *shape) in shapes.items()]
     feeds = random_feeds(rows)
-    from bnfold.runtime import runtime
-
-    runtime.listed_providers()
+    device = resolve_device(name, options)  # what its libraries take is not the file's
     before = _resident("VmRSS")
     if before is None:
         return

@@ -102,14 +102,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _runtimes() -> Iterator[Finding]:
-    installed = runtime.installed_runtimes()
-    if len(installed) > 1:
-        keep = "onnxruntime-gpu" if "onnxruntime-gpu" in installed else installed[-1]
-        yield Finding(
-            "problem",
-            f"{', '.join(installed)} are installed together: they overwrite one another, and CUDA vanishes",
-            f"Keep one: pip uninstall -y {' '.join(installed)} && pip install {keep}",
-        )
+    if problem := runtime.pip_problem():
+        what, _, commands = problem.partition(": ")
+        yield Finding("problem", what, f"Keep one: {commands}")
 
 
 def _torch_cpu() -> Iterator[Finding]:
@@ -143,18 +138,22 @@ def _runtime_cpu() -> Iterator[Finding]:
 
 
 def _providers() -> Iterator[Finding]:
-    """What ONNX Runtime lists against what it can really use."""
-    listed = runtime.CUDA in runtime.listed_providers()
-    problem = runtime.cuda_problem()
-    if problem is None:
-        yield Finding("ok", "ONNX Runtime runs on CUDA")
-    elif runtime.driver_problem() is not None:
-        fact = "ONNX Runtime lists CUDA, which cannot be used here" if listed else "ONNX Runtime has no CUDA here"
-        yield Finding("note", f"{fact}: {problem}")
-    else:
-        package = "'onnxruntime-gpu[cuda,cudnn]'" if listed else "onnxruntime-gpu"
-        yield Finding(
-            "problem",
-            f"this machine has a GPU that ONNX Runtime cannot use: {problem}",
-            f"Install what it lacks: pip install {package}",
-        )
+    """What ONNX Runtime can really use, provider by provider, and what is missing for the others."""
+    listed, rows = runtime.listed_providers(), runtime.PROVIDERS[1:]
+    others = [name for name in listed if name not in {row.ort_name for row in runtime.PROVIDERS}]
+    for row in (*rows, *(runtime.device_of(name).provider for name in others)):
+        problem = runtime.problem(runtime.Device(row))
+        if problem is None:
+            yield Finding("ok", f"ONNX Runtime runs on {row.name}")
+        elif row.ort_name == runtime.CUDA and runtime.driver_problem() is None:
+            package = "'onnxruntime-gpu[cuda,cudnn]'" if row.ort_name in listed else "onnxruntime-gpu"
+            yield Finding(
+                "problem",
+                f"this machine has a GPU that ONNX Runtime cannot use: {problem}",
+                f"Install what it lacks: pip install {package}",
+            )
+        else:
+            shown = "ONNX Runtime lists it, and it cannot be used: " if row.ort_name in listed else ""
+            yield Finding(
+                "note", f"no {row.name} here: {shown}{problem}", f"It needs {row.needs}" if row.needs else None
+            )

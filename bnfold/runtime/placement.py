@@ -1,6 +1,6 @@
 """Where the nodes of a file really ran: read off the profile of a session of its own.
 
-A CUDA session runs on the CPU whatever CUDA does not implement, and says so nowhere but in its log and its profile.
+A session runs on the CPU whatever its provider does not implement, and says so nowhere but in its log and its profile.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bnfold.report import Placement
-from bnfold.runtime.runtime import Array, open_session
+from bnfold.runtime.runtime import Array, Device, open_session
 
 
 def placement(
-    model: str | os.PathLike[str] | bytes, feeds: Mapping[str, Array], *, device: str = "cpu", optimized: bool = True,
-    beside: Path | None = None,
+    model: str | os.PathLike[str] | bytes, feeds: Mapping[str, Array], *, device: Device | str = "cpu",
+    optimized: bool = True, beside: Path | None = None,
 ) -> Placement:  # fmt: skip
     """Runs the model once with ONNX Runtime's profiler on, and counts its nodes by provider.
 
@@ -32,19 +32,24 @@ def placement(
     """
     with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
         session = open_session(
-            model, device="cuda" if device == "cuda" else "cpu", optimized=optimized, profile=Path(folder) / "profile",
-            beside=beside,
-        )  # fmt: skip
+            model, device=device, optimized=optimized, profile=Path(folder) / "profile", beside=beside
+        )
         try:
             session.run(feeds)
+            assigned = session.assigned()
         finally:
             path = session.end_profiling()
         events = json.loads(path.read_text(encoding="utf-8"))
-    return read_profile(events, session.provider)
+    return read_profile(events, session.provider, assigned)
 
 
-def read_profile(events: list[dict[str, Any]], wanted: str) -> Placement:
-    """The placement that a profile's ``events`` tell of, in a session of the provider ``wanted``."""
+def read_profile(
+    events: list[dict[str, Any]], wanted: str, assigned: Mapping[str, Sequence[tuple[str, str]]] | None = None
+) -> Placement:
+    """The placement that a profile's ``events`` tell of, in a session of the provider ``wanted``.
+
+    Nodes that were compiled into one are one event: how many they are is read off those ``assigned`` to the provider.
+    """
     ran: dict[tuple[str, str, str], None] = {}
     for event in events:
         args = event.get("args", {})
@@ -52,6 +57,8 @@ def read_profile(events: list[dict[str, Any]], wanted: str) -> Placement:
             name = str(event.get("name", "")).removesuffix("_kernel_time")
             ran[str(args["provider"]), name, str(args.get("op_name", ""))] = None
     counts = Counter(provider for provider, _, _ in ran)
+    for provider in counts:
+        counts[provider] = max(counts[provider], len((assigned or {}).get(provider, ())))
     elsewhere = tuple(f"{name} ({operator})" for provider, name, operator in ran if provider != wanted)
     return Placement(dict(counts.most_common()), elsewhere)
 

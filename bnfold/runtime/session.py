@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, ResourceError
+from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, ResourceError, UsageError
 from bnfold.files import require_file
-
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
+from bnfold.runtime.device import CPU, Device
 
 Array = npt.NDArray[Any]
 
 #: onnx.TensorProto.BFLOAT16, for which numpy has no type and ONNX Runtime takes no numpy array.
 _BFLOAT16 = 16
+_PROVIDER_FAILED = re.compile(
+    r"(CUDA|HIP|TensorRT|OpenVINO|DML|QNN) .{0,9}(error|failure|failed)|CUDNN_|CUBLAS_|EP_FAIL|Please install .* librar"
+)
 _OUT_OF_MEMORY = re.compile(r"failed to allocate|out of memory|bad.alloc|smaller than requested", re.IGNORECASE)
 
 
@@ -58,6 +59,7 @@ class Session:
     outputs: tuple[ValueInfo, ...]
     _where: str = field(repr=False)
     _session: Any = field(repr=False)
+    _memory: str = field(default="cpu", repr=False)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
         """Run the model once.
@@ -81,8 +83,8 @@ class Session:
             raise InputError(
                 f"no output named {_names(unknown)}", where=self._where, hint=f"Its outputs are {_names(known)}"
             )
-        # On CUDA as it is deployed: inputs and outputs on the device, bound.
-        return self._checked(self._run_bound if self.provider == CUDA else self._run_plainly, feeds, wanted)
+        # On a GPU as it is deployed: inputs and outputs on the device, bound.
+        return self._checked(self._run_plainly if self._memory == "cpu" else self._run_bound, feeds, wanted)
 
     def binding_problem(self, feeds: Mapping[str, Array]) -> str | None:
         """How a run with bound inputs and outputs differs from a plain one, in one line; None where they agree.
@@ -105,6 +107,17 @@ class Session:
             if not np.array_equal(np.isfinite(one), np.isfinite(other)) or not off <= digits * size:
                 return f"output '{value.name}' is another with bound inputs than in a plain run"
         return None
+
+    def assigned(self) -> Mapping[str, list[tuple[str, str]]]:
+        """Name and operator of the nodes given to each provider, of a session that was opened with a profile.
+
+        A provider that compiles shows in a profile what it made of them; empty where ONNX Runtime is too old to say.
+        """
+        found: dict[str, list[tuple[str, str]]] = {}
+        if hasattr(self._session, "get_provider_graph_assignment_info"):
+            for part in self._session.get_provider_graph_assignment_info():
+                found.setdefault(part.ep_name, []).extend((node.name, node.op_type) for node in part.get_nodes())
+        return found
 
     def end_profiling(self) -> Path:
         """Ends the profile of a session that was opened with one; the file that it is in."""
@@ -129,8 +142,7 @@ class Session:
         dtypes = {value.name: value.dtype.name for value in self.outputs}
         for name in wanted:
             # bfloat16 is read from memory below, since numpy does not know it: ONNX Runtime brings it to the CPU.
-            on_device = self.provider == CUDA and dtypes[name] != "bfloat16"
-            binding.bind_output(name, "cuda" if on_device else "cpu")
+            binding.bind_output(name, "cpu" if dtypes[name] == "bfloat16" else self._memory)
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
@@ -142,7 +154,7 @@ class Session:
         for value in self.inputs:
             binding.bind_ortvalue_input(value.name, _to_ort(feeds[value.name]))
         for value in self.outputs:
-            binding.bind_output(value.name, "cuda" if self.provider == CUDA else "cpu")
+            binding.bind_output(value.name, self._memory)
 
         def run() -> None:
             self._session.run_with_iobinding(binding)
@@ -160,9 +172,12 @@ def onnxruntime() -> ModuleType:
     """
     try:
         import onnxruntime as ort
-    except ImportError as error:
+
+        _ = ort.InferenceSession  # what is left of a package that pip removed another of imports, and has nothing in it
+    except (ImportError, AttributeError) as error:
         what = f"onnxruntime cannot be imported ({error})"
-        raise ProviderError(what, hint="Install it: pip install onnxruntime-gpu") from error
+        hint = "Install it: pip install --force-reinstall onnxruntime-gpu, or onnxruntime where there is no GPU"
+        raise ProviderError(what, hint=hint) from error
     # Fatal only. A session's own level does not reach the logger that reports provider libraries, and whatever matters
     # is in the exception or in get_providers().
     ort.set_default_logger_severity(4)
@@ -189,11 +204,11 @@ def _options(*, optimized: bool, threads: int | None, spinning: bool) -> Any:
 
 def open_on(
     model: str | os.PathLike[str] | bytes,
-    device: str,
+    device: Device,
     *,
     optimized: bool = True,
     threads: int | None = None,
-    tf32: bool = False,
+    deployed: bool = False,
     disabled_optimizers: Sequence[str] = (),
     spinning: bool = False,
     cpu_fallback: bool = True,
@@ -203,9 +218,9 @@ def open_on(
     """Opens a model on a device that nobody has looked at before; ``runtime.open_session`` is for everyone else.
 
     Args:
-        model, optimized, threads, tf32, disabled_optimizers, spinning, beside: as for ``open_session``.
-        device: "cpu" or "cuda".
-        cpu_fallback: let nodes that CUDA does not implement run on the CPU.
+        model, optimized, threads, deployed, disabled_optimizers, spinning, beside: as for ``open_session``.
+        device: the provider and its options.
+        cpu_fallback: let nodes that the provider does not implement run on the CPU.
         profile: what the name of a profile's file begins with; it is written until ``end_profiling``.
 
     Raises:
@@ -216,31 +231,39 @@ def open_on(
     where = "the model" if file is None else os.fspath(file)
     if not isinstance(model, bytes):
         require_file(model, hint="Name an existing ONNX file")
-    wanted = CUDA if device == "cuda" else CPU
+    wanted, doctor = device.provider.ort_name, "Run: python -m bnfold doctor"
+    if wanted not in ort.get_available_providers():
+        raise ProviderError(f"asked for {wanted}, which this onnxruntime does not have", where=where, hint=doctor)
     options = _options(optimized=optimized, threads=threads, spinning=spinning)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not cpu_fallback:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if isinstance(model, bytes):
         # ONNX Runtime would look for external data in the current folder, and take whatever has that name there.
         folder = os.devnull if beside is None else os.fspath(beside.parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    providers: list[Any] = [CPU] if wanted == CPU else [(CUDA, {"use_tf32": str(int(tf32))}), CPU]
+    # Named, the CPU would count as asked for, which contradicts a session that may not fall back on it.
+    others = [CPU] if wanted != CPU and cpu_fallback else []
+    providers: list[Any] = [(wanted, device.provider_options(deployed=deployed)), *others]
     try:
         session = ort.InferenceSession(
             model, options, providers=providers, disabled_optimizers=set(disabled_optimizers), enable_fallback=0
         )
     except Exception as error:
+        if device.options and (found := re.search(r"[^.]*\boption\b.*", _fact(error), re.IGNORECASE)):
+            hint = "See the provider's page in ONNX Runtime's documentation for those that it has"
+            raise UsageError(found[0], where="--provider-option", hint=hint) from error
         raise _explain(error, where, running=False) from error
     session.disable_fallback()
     session._model_bytes = None  # kept for a fallback, of which there is none, as long as the session lives
     provider = session.get_providers()[0]
     if provider != wanted:
-        raise ProviderError(f"asked for {wanted}, got {provider}", where=where, hint="Run: python -m bnfold doctor")
+        raise ProviderError(f"asked for {wanted}, got {provider}", where=where, hint=doctor)
     inputs = tuple(_value_info(arg, where) for arg in session.get_inputs())
     outputs = tuple(_value_info(arg, where) for arg in session.get_outputs())
-    return Session(provider, optimized, inputs, outputs, where, session)
+    return Session(provider, optimized, inputs, outputs, where, session, device.provider.memory)
 
 
 @functools.cache
@@ -333,8 +356,9 @@ def _explain(error: Exception, where: str, *, running: bool) -> BnfoldError:
     kind, text = type(error).__name__, _fact(error)
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         return ResourceError(f"the memory gave out: {text}", where=where, hint="Use a smaller batch or more memory")
-    if re.search(r"CUDA (error|failure)|CUDNN_|CUBLAS_", text):
-        return ProviderError(f"CUDA failed: {text}", where=where, hint="Run: python -m bnfold doctor, or --device cpu")
+    if _PROVIDER_FAILED.search(text):
+        hint = "Run: python -m bnfold doctor, or --device cpu"
+        return ProviderError(f"the provider failed: {text}", where=where, hint=hint)
     if running and kind == "InvalidArgument":
         return InputError(text, where=where, hint="Give inputs of the model's shapes")
     if running:
