@@ -187,12 +187,12 @@ def channel_over_noise(faulty: np.ndarray, right: np.ndarray, own: np.ndarray, t
     return float(np.where(np.isfinite(ratio), ratio, math.inf).max())
 
 
-def judge(subject: Subject, model: onnx.ModelProto, folder: Path) -> Row:
-    """What the gate says of a file."""
+def judge(subject: Subject, model: onnx.ModelProto, folder: Path, **options: Any) -> Row:
+    """What the gate says of a file; ``options`` are its own."""
     path = folder / "net.onnx"
     onnx.save(model, path)
     try:
-        report = Gate(subject.captured, subject.ledger, None, path, subject.lowered.sites).judge()
+        report = Gate(subject.captured, subject.ledger, None, path, subject.lowered.sites, **options).judge()
     except BnfoldError as error:
         return {"verdict": "error", "ratio": math.inf, "site_ratio": math.inf, "problem": str(error)}
     return {
