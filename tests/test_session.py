@@ -214,8 +214,8 @@ def test_an_invalid_model_is_one_line(tmp_path: Path, content: bytes, message: s
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.onnx", tmp_path):
-        with pytest.raises(InputError, match=f"{path}: there is no such file"):
+    for path, what in {tmp_path / "missing.onnx": "there is no such file", tmp_path: "this is a folder"}.items():
+        with pytest.raises(InputError, match=f"{path}: {what}"):
             open_session(path)
 
 
