@@ -47,7 +47,6 @@ from bnfold.stages import (
     keep_baseline,
     make_report,
     metadata,
-    open_runner,
     opset,
     prepare,
     read_data,
@@ -132,9 +131,8 @@ def export(
     options = replace(options or Options(), **more)
     path, clock = Path(path), Clock(options.progress)
     expect(options)
-    device = resolve_device(options.device if options.check else "cpu", options.provider_options)
     store.check_destination(path, sources=options.sources)
-    runner = open_runner(options, writes=True)
+    asked = judging(options, writes=True) if options.check else {}
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
@@ -151,7 +149,7 @@ def export(
             with clock("check"):
                 verdict = Gate(
                     folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
-                    lowered.sites, device, data=data, labels=labels, runner=runner, **judging(options),
+                    lowered.sites, data=data, labels=labels, **asked,
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
         report = make_report("export", model, options, folded, verdict, clock)
@@ -207,7 +205,7 @@ def save_folded(
         with clock("check"):
             verdict = Gate(
                 folded.captured, folded.ledger, folded.program, data=data, labels=labels,
-                eager=written.module if written else None, **judging(options),
+                eager=written.module if written else None, **judging(options, runs=False),
             ).judge()  # fmt: skip
         verdict = compared(verdict, options)
     report = make_report("fold", model, options, folded, verdict, clock)
@@ -418,15 +416,11 @@ def check(
     elif options.runner is None:
         raise UsageError("there is nothing to judge", hint="Name an ONNX file, or a --runner")
     expect(options)
-    device, clock = resolve_device(options.device, options.provider_options), Clock(options.progress)
-    runner = open_runner(options)
+    asked, clock = judging(options), Clock(options.progress)
     with clock("capture"):
         captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
         data, labels = read_data(options.data, captured, options.progress)
-    verdict = Gate(
-        captured, Ledger(), None, path, device=device, data=data, labels=labels, runner=runner, spread=spread,
-        **judging(options),
-    ).judge()  # fmt: skip
+    verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **asked).judge()
     verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)
     if not options.dry_run:
         keep_baseline(verdict, options)

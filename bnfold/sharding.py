@@ -18,8 +18,7 @@ from bnfold.gate.gate import Gate
 from bnfold.gate.parts import Facts, Part
 from bnfold.options import Model, Options, silent
 from bnfold.report import Ledger
-from bnfold.runtime.runtime import resolve_device
-from bnfold.stages import capture_model, judging, open_runner, read_data
+from bnfold.stages import capture_model, judging, read_data
 from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scratch
 from bnfold.statistics.schemes import Pass, Seen
@@ -35,15 +34,12 @@ def looker(
     options: Options,
 ) -> Callable[[Path, Facts], Part]:
     """Sees how the file does on parts of the data, for the ``spread`` of ``check``, which has the same arguments."""
-    device, runner = resolve_device(options.device, options.provider_options), open_runner(options)
+    path, asked = None if path is None else Path(path), judging(options)
     captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
 
     def look(part: Path, facts: Facts) -> Part:
         data, labels = read_data(part, captured)
-        return Gate(
-            captured, Ledger(), None, None if path is None else Path(path), device=device, data=data, labels=labels,
-            runner=runner, **judging(options),
-        ).look(facts)  # fmt: skip
+        return Gate(captured, Ledger(), None, path, data=data, labels=labels, **asked).look(facts)
 
     return look
 

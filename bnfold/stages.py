@@ -33,7 +33,7 @@ from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
 from bnfold.runtime.runner import UserRunner
-from bnfold.runtime.runtime import FORMATS
+from bnfold.runtime.runtime import FORMATS, resolve_device
 from bnfold.statistics.ranges import layer_ranges, norm_ranges
 
 
@@ -45,37 +45,38 @@ def expect(options: Options) -> None:
     expect_baseline(path, update=options.update_baseline, sources=options.sources)
 
 
-def judging(options: Options) -> dict[str, Any]:
-    """What every gate takes from the options as it is."""
-    same = ("samples", "seed", "limit", "adversarial", "progress", "require_all_nodes")
-    return {name: getattr(options, name) for name in same} | {"arithmetic": FORMATS.get(options.precision or "")}
-
-
-def open_runner(options: Options, *, writes: bool = False) -> UserRunner | None:
-    """The runner that the options name, if any.
+def judging(options: Options, *, runs: bool = True, writes: bool = False) -> dict[str, Any]:
+    """What every gate takes from the options; a device that does not work and a runner that fails to load are told now.
 
     Args:
         options: of the run.
+        runs: a file, or a runner; and not a program alone.
         writes: what is judged is a file that is not at its place before the verdict.
 
     Raises:
-        UsageError: there is none of that name, or it would not see the file that is judged.
-        InputError: it cannot be loaded.
+        UsageError: there is no such provider, option, format or runner, or the runner would not see the file.
+        ProviderError: the provider cannot be used.
+        InputError: the runner cannot be loaded.
     """
+    same = ("samples", "seed", "limit", "adversarial", "progress")
+    found: dict[str, Any] = {name: getattr(options, name) for name in same}
+    if not runs:
+        return found
     if options.precision is not None and options.precision not in FORMATS:
         known = ", ".join(FORMATS)
         raise UsageError(f"there is no format '{options.precision}'", where="--precision", hint=f"Use one of {known}")
-    if options.runner is None:
-        if options.precision is not None:
-            raise UsageError("what a provider computes in is measured", where="--precision", hint="Name a --runner")
-        return None
-    runner = UserRunner(options.runner, options.runner_timeout)
-    if writes and not runner.takes_path:
+    if options.precision is not None and options.runner is None:
+        raise UsageError("what a provider computes in is measured", where="--precision", hint="Name a --runner")
+    device = resolve_device(options.device, options.provider_options)
+    runner = None if options.runner is None else UserRunner(options.runner, options.runner_timeout)
+    if writes and runner is not None and not runner.takes_path:
         raise UsageError(
             "a runner of a file that is not written yet must take its path", where=runner.name,
             hint="Give it a second parameter: def infer(inputs, path)",
         )  # fmt: skip
-    return runner
+    arithmetic = FORMATS.get(options.precision or "")
+    whole = {"require_all_nodes": options.require_all_nodes}
+    return found | whole | {"device": device, "runner": runner, "arithmetic": arithmetic}
 
 
 def compared(verdict: CheckReport, options: Options) -> CheckReport:
