@@ -418,7 +418,7 @@ def check(
     expect(options)
     asked, clock = judging(options), Clock(options.progress)
     with clock("capture"):
-        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
         data, labels = read_data(options.data, captured, options.progress)
     verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **asked).judge()
     verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)

@@ -23,7 +23,6 @@ from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured, capture, input_shapes
 from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
-from bnfold.loading.inputs import widen_batch
 from bnfold.loading.load import Provenance
 from bnfold.loading.specs import dtype_name
 from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
@@ -97,7 +96,7 @@ def prepare(
 ) -> tuple[Folded, dict[str, Rows] | None, Labels | None]:
     """Captures and folds, and reads the data that the gate will need."""
     with clock("capture"):
-        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
         data, labels = read_data(options.data, captured, options.progress)
     with clock("fold"):
         folded = (
@@ -127,20 +126,21 @@ def make_report(
 
 
 def capture_model(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | str | None, static: bool
-) -> Captured:
-    """Captures the model, with a batch that torch.export does not take for a constant."""
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | str | None, static: bool,
+    progress: Progress = silent,
+) -> Captured:  # fmt: skip
+    """Captures the model, and tells the progress where that takes long."""
     if args is not None and not isinstance(args, tuple):
         raise InputError(f"args must be a tuple of inputs, not {type(args).__name__}", hint="Write (x,) for one input")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise CaptureError(
             "the model is on the meta device, without values", hint="Load its weights: to_empty(), then load_state_dict"
         )
-    if not isinstance(model, ExportedProgram) and not static:
-        # Whatever batch the user shows, a batch of 1 would be captured as a constant.
-        args, kwargs = widen_batch(args or (), kwargs or {})
     wanted = None if dtype is None else getattr(torch, dtype_name(dtype))
-    return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, dtype=wanted, static=static)
+    return capture(
+        model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, dtype=wanted, static=static,
+        say=lambda words: progress(f"capture: {words}", 0, 1),
+    )  # fmt: skip
 
 
 def fold_captured(captured: Captured, *, merge: bool, equalize: bool = False) -> Folded:

@@ -33,7 +33,7 @@ class Reads(nn.Module):
 def made(read: Callable[..., Tensor], ids: Tensor, x: Tensor | None = None, shapes: Any = None) -> list[Tensor]:
     """The integer inputs of every run; every one of them must be legal."""
     c = capture(Reads(read), (ids,) if x is None else (ids, x), dynamic_shapes=shapes)
-    found = batches(c.program, c.names, c.flat, samples=40, ranges=c.ranges)
+    found = batches(c.program, c.names, c.flat, samples=40, sizes=c.sizes)
     for batch in found:
         c.run_eager(batch.flat)
     return [batch.flat[0] for batch in found]

@@ -19,6 +19,7 @@ from bnfold.gate.gate import Gate
 from bnfold.gate.reference import Findings, References
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import capture
+from bnfold.graph.dimensions import Sizes
 from bnfold.graph.graph import Graph
 from bnfold.graph.interpret import Runner
 from bnfold.passes.folding import fold
@@ -193,7 +194,7 @@ def test_what_is_not_judged_stays_out_of_the_verdict():
 def test_a_declared_least_batch_is_kept(low, expected):
     shapes = ({0: Dim("n", min=low, max=64)},)
     captured = capture(net(torch.tanh), (torch.randn(8, 3, 12, 12),), dynamic_shapes=shapes)
-    made = batches(captured.program, captured.names, captured.flat, ranges=captured.ranges)
+    made = batches(captured.program, captured.names, captured.flat, sizes=captured.sizes)
     assert [batch.size for batch in made if batch.size != 64] == expected
 
 
@@ -229,12 +230,14 @@ class Apart(nn.Module):
 
 def test_batches_kept_apart_are_tried_alike():
     captured = capture(Apart(), (IMAGE, torch.randn(2, 4, 3)))
-    assert len(captured.batches_alike) == 1
-    for alike, same in ((captured.batches_alike, True), ((), False)):
-        made = batches(captured.program, captured.names, captured.flat, alike=alike)
+    assert len(captured.sizes.alike) == 1
+    for sizes, same in ((captured.sizes, True), (Sizes(captured.ranges), False)):
+        made = batches(captured.program, captured.names, captured.flat, sizes=sizes)
         assert all(b.flat[0].shape[0] == b.flat[1].shape[0] == b.size for b in made) == same
     apart = capture(Apart(), (IMAGE, torch.randn(2, 4, 3)), dynamic_shapes=({0: Dim("n")}, {0: Dim("m")}))
-    assert not apart.batches_alike
+    assert not apart.sizes.alike
+    named = capture(Apart(), (IMAGE, torch.randn(2, 4, 3)), dynamic_shapes=({0: "n"}, {0: "n"}))
+    assert len(named.sizes.alike) == 1 and list(named.dims.values()) == ["n", "n"]
 
 
 def test_bfloat16_in_the_model_itself_needs_no_option(tmp_path: Path):

@@ -6,7 +6,7 @@ import torch
 
 from bnfold.errors import InputError, UsageError
 from bnfold.loading import specs
-from bnfold.loading.inputs import example, widen_batch
+from bnfold.loading.inputs import example
 from bnfold.loading.specs import DTYPES, InputSpec, parse_dynamic, parse_input
 
 torch.set_num_threads(1)
@@ -208,33 +208,3 @@ def test_what_torch_export_captures_runs_at_a_batch_of_one() -> None:
         torch.testing.assert_close(program.module()(x, scale=scale), TwoInputs()(x, scale=scale))
     with pytest.raises(AssertionError):
         program.module()(torch.randn(65, 3, 2), scale=torch.randn(65))
-
-
-def test_widen_batch_repeats_nested_tensors_and_leaves_the_callers() -> None:
-    x, nested, scalar, pair = torch.randn(1, 3), torch.randn(1, 2, 2), torch.tensor(2.0), torch.randn(2, 3)
-    args, kwargs = ({"x": x, "n": [nested, "text", None]}, scalar), {"pair": pair, "flag": True}
-    (first, other), named = widen_batch(args, kwargs, batch=3)
-    assert torch.equal(first["x"], torch.cat([x, x, x]))
-    assert torch.equal(first["n"][0], nested.expand(3, 2, 2))
-    assert first["n"][1:] == ["text", None]
-    assert other is scalar
-    assert named["pair"] is pair
-    assert named["flag"] is True
-    assert x.shape == (1, 3)
-    first["x"].zero_()
-    assert x.abs().sum() > 0
-
-
-@pytest.mark.parametrize("first", [torch.zeros(2, 3), torch.zeros(0, 3)])
-def test_widen_batch_leaves_other_batches_alone(first: torch.Tensor) -> None:
-    bias = torch.zeros(1, 3)
-    args, kwargs = widen_batch((first, bias), {})
-    assert args[0] is first
-    assert args[1] is bias
-    assert kwargs == {}
-
-
-def test_widen_batch_looks_past_a_scalar_and_past_no_tensor_at_all() -> None:
-    args, _ = widen_batch((torch.tensor(1.0), torch.zeros(1, 2)), {})
-    assert args[1].shape == (2, 2)
-    assert widen_batch((1, "a"), {"k": None}) == ((1, "a"), {"k": None})

@@ -47,7 +47,7 @@ def captured(name: str) -> Captured:
 
 def made(name: str, **options: Any) -> list[Batch]:
     c = captured(name)
-    return batches(c.program, c.names, c.flat, ranges=c.ranges, **options)
+    return batches(c.program, c.names, c.flat, sizes=c.sizes, **options)
 
 
 def shapes(name: str, **options: Any) -> list[tuple[int, ...]]:

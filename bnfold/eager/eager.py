@@ -18,7 +18,8 @@ from bnfold.errors import FoldError, InputError
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.reference import Findings, References
 from bnfold.gate.samples import batches
-from bnfold.graph.capture import Captured, copied, eval_copy
+from bnfold.graph.capture import Captured
+from bnfold.graph.copies import copied, eval_copy
 from bnfold.graph.graph import Graph
 from bnfold.graph.interpret import constant_of
 from bnfold.loading.structure import restructure
@@ -150,7 +151,7 @@ def _fill(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> No
 def _verify(captured: Captured, written: WrittenBack) -> None:
     """Raises FoldError unless the written module computes what the folded program does: it holds the same numbers."""
     folded = replace(captured, program=written.program, eager=written.module, masters=None)
-    made = batches(captured.program, captured.names, captured.flat, ranges=captured.ranges)
+    made = batches(captured.program, captured.names, captured.flat, sizes=captured.sizes)
     findings = Findings()
     references = References(folded, made[:2], findings, LIMIT, lambda stage, done, total: None)
     try:

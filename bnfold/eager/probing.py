@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.graph.capture import Captured, eval_copy
+from bnfold.graph.capture import Captured
+from bnfold.graph.copies import eval_copy
 from bnfold.loading.structure import restructure
 from bnfold.report import Change
 

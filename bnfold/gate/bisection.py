@@ -77,7 +77,7 @@ class Bisector:
         del probe
         made = batches(
             self.captured.program, self.captured.names, self.captured.flat, samples=self.samples, seed=self.seed,
-            data=self.data, ranges=self.captured.ranges, pinned=self._matched.pinned,
+            data=self.data, sizes=self.captured.sizes, pinned=self._matched.pinned,
         )  # fmt: skip
         self._findings = Findings()
         self._references = References(self.captured, made, self._findings, 4.0, self.progress)

@@ -17,7 +17,8 @@ from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
 from bnfold.gate.engines import Setting
-from bnfold.graph.capture import Captured, copied
+from bnfold.graph.capture import Captured
+from bnfold.graph.copies import copied
 from bnfold.graph.interpret import Runner, raise_tensor
 from bnfold.report import Placement
 from bnfold.runtime.placement import placement

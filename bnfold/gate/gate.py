@@ -116,8 +116,7 @@ class Gate:
         self._match()
         made = batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
-            ranges=captured.ranges, pinned=self._matched.pinned, runs=MIN_SAMPLES if _has_summaries(captured) else 1,
-            alike=captured.batches_alike,
+            sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if _has_summaries(captured) else 1,
         )  # fmt: skip
         found = self._search(made)
         self._references = References(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from bnfold.gate.draw import draw, index_limits
 from bnfold.gate.stored import Rows
+from bnfold.graph.dimensions import Sizes
 
 BATCHES = (1, 2, 7)
 #: A verdict rests on at least this many samples, whatever is asked for.
@@ -49,10 +50,9 @@ def batches(
     samples: int = 16,
     seed: int = 0,
     data: Mapping[str, Rows] | None = None,
-    ranges: Mapping[str, tuple[int, int | None]] | None = None,
+    sizes: Sizes | None = None,
     pinned: Mapping[str, int] | None = None,
     runs: int = 1,
-    alike: Collection[str] = (),
 ) -> list[Batch]:
     """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
 
@@ -65,10 +65,9 @@ def batches(
         seed: of the generator.
         data: real samples, by input name, in place of random ones: in order and over again, cropped or repeated along
             dynamic axes.
-        ranges: lowest and highest size by symbol.
+        sizes: those that the program takes.
         pinned: the only size to use, by symbol.
         runs: how many batches to make at least.
-        alike: symbols that always have the size of the batch: first axes of which nobody said that they differ.
     """
     inputs = [n for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)]
     shapes = {n.name: n.meta["val"].shape for n in inputs}
@@ -79,20 +78,21 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     made: list[Batch] = []
     offset = 0
-    counts = _counts(max(samples, MIN_SAMPLES), (ranges or {}).get(str(batch_symbol)), known=batch_symbol is not None)
-    together = [symbol for symbol in symbols if str(symbol) in alike and symbol != batch_symbol]
-    others = list(_other_sizes({s: n for s, n in symbols.items() if s not in together}, batch_symbol, ranges or {}))
+    known = sizes or Sizes()
+    counts = _counts(max(samples, MIN_SAMPLES), known.ranges.get(str(batch_symbol)), known=batch_symbol is not None)
+    leads = {symbol: known.alike.get(str(symbol), str(symbol)) for symbol in symbols}
+    others = list(_other_sizes({s: n for s, n in symbols.items() if leads[s] == str(s)}, batch_symbol, known))
     if pinned:
-        only = {symbol: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
-        others = [dict(sizes) for sizes in dict.fromkeys(tuple({**sizes, **only}.items()) for sizes in others)]
+        leaders = {str(symbol): symbol for symbol in symbols}
+        only = {leaders[leads[symbol]]: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
+        others = [dict(each) for each in dict.fromkeys(tuple({**each, **only}.items()) for each in others)]
         if batch_symbol in only:
             counts = [only[batch_symbol]] * -(-max(samples, MIN_SAMPLES) // only[batch_symbol])
     counts += [counts[0]] * (max(len(others), runs) - len(counts))
     for i, count in enumerate(counts):
-        sizes = {
-            **others[i % len(others)],
-            **(dict.fromkeys((batch_symbol, *together), count) if batch_symbol is not None else {}),
-        }
+        chosen = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
+        by_name = {str(symbol): size for symbol, size in chosen.items()}
+        now = {symbol: by_name[lead] for symbol, lead in leads.items() if lead in by_name}
         scale_at = 0 if data is None else offset
         flat = []
         for name, leaf in zip(names, example):
@@ -100,14 +100,14 @@ def batches(
                 flat.append(leaf)
             elif data is not None and name in data:
                 rows = _rows(data[name], leaf, offset, count, batch_symbol is not None)
-                flat.append(_resized(rows, [_size(s, sizes) for s in shapes[name]]))
+                flat.append(_resized(rows, [_size(s, now) for s in shapes[name]]))
             else:
-                shape = [_size(s, sizes) for s in shapes[name]]
+                shape = [_size(s, now) for s in shapes[name]]
                 batched = batch_symbol is not None and bool(shape) and shape[0] == count
-                legal = [(_size(rows, sizes), shift) for rows, shift in limits.get(name, ())]
+                legal = [(_size(rows, now), shift) for rows, shift in limits.get(name, ())]
                 flat.append(draw(shape, leaf, generator, scale_at if batched else None, i, legal))
         offset += count
-        words = ", ".join(f"{k}={v}" for k, v in sizes.items() if k != batch_symbol and k not in together)
+        words = ", ".join(f"{symbol}={size}" for symbol, size in chosen.items() if symbol != batch_symbol)
         made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words))
     return made
 
@@ -143,24 +143,27 @@ def _counts(samples: int, limits: tuple[int, int | None] | None, *, known: bool)
     return counts if high is None or high in counts or high > 64 else [*counts, high]
 
 
-def _other_sizes(
-    symbols: Mapping[Any, int], batch: Any, ranges: Mapping[str, tuple[int, int | None]]
-) -> Iterator[dict[Any, int]]:
+def _other_sizes(symbols: Mapping[Any, int], batch: Any, known: Sizes) -> Iterator[dict[Any, int]]:
+    """Sizes of everything but the batch: the example's, and others that the program takes."""
     others = {s: n for s, n in symbols.items() if s != batch}
     yield dict(others)
-    if not others:
-        return
+    beside = {str(batch): symbols[batch]} if batch in symbols else {}
 
-    def within(symbol: Any, size: float) -> int:
-        low, high = ranges.get(str(symbol), (1, None))
-        return max(int(size), low) if high is None else min(max(int(size), low), high)
+    def taken(wanted: Mapping[Any, float]) -> Iterator[dict[Any, int]]:
+        found: dict[Any, int] = {}
+        for symbol, size in wanted.items():
+            low, high = known.ranges.get(str(symbol), (1, None))
+            near = known.near(str(symbol), max(int(size), low) if high is None else min(max(int(size), low), high))
+            found[symbol] = others[symbol] if near is None else near
+        if found and known.takes({**beside, **{str(symbol): size for symbol, size in found.items()}}):
+            yield found
 
     for turn in range(len(FACTORS)):
         factors = (FACTORS[turn], FACTORS[turn - 1]) if turn else (FACTORS[0], FACTORS[0])
-        yield {symbol: within(symbol, n * factors[i % 2]) for i, (symbol, n) in enumerate(others.items())}
-    declared = [symbol for symbol in others if ranges.get(str(symbol), (1, None))[1] is not None]
+        yield from taken({symbol: n * factors[i % 2] for i, (symbol, n) in enumerate(others.items())})
+    declared = [symbol for symbol in others if known.ranges.get(str(symbol), (1, None))[1] is not None]
     for end in (0, FAR) if declared else ():
-        yield {**others, **{symbol: within(symbol, others[symbol] * end) for symbol in declared}}
+        yield from taken({**others, **{symbol: others[symbol] * end for symbol in declared}})
 
 
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:

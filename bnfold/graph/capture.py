@@ -7,28 +7,27 @@ eval mode and captured. Buffers are copied because an operator may update them i
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.export._unlift import _check_input_constraints_pre_hook
+from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
-from torch.fx import GraphModule
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError, InputError
-from bnfold.graph.failures import explained, quiet
+from bnfold.graph.asking import Asked, ask
+from bnfold.graph.copies import copied, eval_copy, twin
+from bnfold.graph.dimensions import Sizes, name_of, number
 from bnfold.graph.functional import make_functional
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.regions import hidden_batch_norms, inline_regions
 from bnfold.graph.scripted import converted, in_eval_mode, name_modules, positional
-from bnfold.graph.stale import refuse_stale
+from bnfold.graph.stale import refuse_stale, refuse_state
+from bnfold.graph.tracing import Say, trace
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,14 @@ class Captured:
     Attributes:
         program: functional program in training IR.
         eager: the module that was captured, in eval mode; an ExportedProgram's own module, which checks its guards.
-        declared: whether somebody said which axes are dynamic; else the first axis of every input is the batch.
         masters: float32 (or wider) constants by name that a lower-precision program was rounded from.
         spec: how flat inputs make up ``(args, kwargs)``.
         flat: the example inputs, flat.
         names: for every flat input its name in the graph.
         dims: symbolic dimension -> the name that the user knows it by.
         notes: what a user should know, such as a batch that the model turned out to fix.
+        in_place: how many in-place operators are left.
+        sizes: those for which the program holds.
     """
 
     program: ExportedProgram
@@ -56,13 +56,12 @@ class Captured:
     masters: Mapping[str, Tensor] | None = None
     notes: tuple[str, ...] = ()
     in_place: int = 0
-    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
-    declared: bool = True
+    sizes: Sizes = field(default_factory=Sizes)
 
     @property
-    def batches_alike(self) -> set[str]:
-        """The symbols of first axes that torch.export keeps apart and of which nobody said that they may differ."""
-        return {symbol for symbol, name in self.dims.items() if name.endswith("_batch") and not self.declared}
+    def ranges(self) -> Mapping[str, tuple[int, int | None]]:
+        """Lowest and highest size by symbol; None where there is no highest."""
+        return self.sizes.ranges
 
     def run_eager(self, flat: tuple[Any, ...]) -> list[Any]:
         """The eager module's flat outputs for flat inputs."""
@@ -85,20 +84,24 @@ def capture(
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
     static: bool = False,
+    say: Say = lambda words: None,
 ) -> Captured:
     """Captures ``model`` in eval mode.
 
     Args:
         model: a module, or a program that torch.export captured before.
-        args: positional example inputs; for a dynamic batch their batch is 2 or more.
+        args: positional example inputs. An axis that is to be dynamic and of size 1 is repeated, for torch.export takes
+            a size of 1 for a constant; the example stays as it is where the model takes no other size.
         kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.export.export``; by default the first axis of every tensor whose size equals
-            the first tensor's is the batch and dynamic.
+        dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, or hints. By default the first axis of every
+            tensor whose size equals the first tensor's is the batch and dynamic.
         dtype: the floating-point dtype to convert parameters, buffers and inputs to first.
         static: no dimension is dynamic, unless ``dynamic_shapes`` says so.
+        say: called with what a user should know while it takes long.
 
     Raises:
-        CaptureError: torch.export cannot capture the model, or the model writes to its inputs or buffers.
+        CaptureError: torch.export cannot capture the model, the model writes to its inputs or buffers or keeps state
+            from call to call, or its code fixes a dimension that was given a name.
         InputError: no example inputs.
     """
     if isinstance(model, ExportedProgram):
@@ -108,7 +111,7 @@ def capture(
             if model.example_inputs is None:
                 raise InputError("the program holds no example inputs", hint="Give them as args")
             args, kwargs = model.example_inputs
-        return _captured(model, model.module(), tuple(args or ()), dict(kwargs or {}), None, None)
+        return _captured(model, model.module(), Asked(tuple(args or ()), dict(kwargs or {})), None)
     if args is None and not kwargs:
         raise InputError("no example inputs", hint="Give them with --input NAME:DTYPE[N,...]")
     args, kwargs = _distinct(tuple(args or ()), dict(kwargs or {}))
@@ -124,15 +127,10 @@ def capture(
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
         )
-    asked = _dynamic_batch(module, args, kwargs) if dynamic_shapes is None and not static else dynamic_shapes
-    program = _export(module, args, kwargs, asked)
-    bounded = None if asked is dynamic_shapes else _bounded_batch(program)
-    if bounded is None:
-        captured = _captured(program, module, args, kwargs, asked, masters)
-        return replace(captured, declared=dynamic_shapes is not None)
-    # ONNX cannot say "up to 4": a batch that holds for some sizes only must not look like one that holds for all.
-    captured = _captured(_export(module, args, kwargs, None), module, args, kwargs, None, masters)
-    return replace(captured, notes=(*captured.notes, f"the batch is fixed: the model's code takes {bounded} only"))
+    found = ask(partial(trace, module, say), module, args, kwargs, dynamic_shapes, static=static)
+    if found.traced.assigned:
+        refuse_state(twin(module), found.args, found.kwargs, found.traced.assigned)
+    return _captured(found.traced.program, module, found, masters)
 
 
 def _capture_script(
@@ -145,86 +143,6 @@ def _capture_script(
     captured = capture(converted(eager, args), args, dynamic_shapes=dynamic_shapes, dtype=dtype, static=static)
     name_modules(captured.program)
     return replace(captured, eager=eager if dtype is None else eager.to(dtype))
-
-
-def eval_copy(model: nn.Module) -> nn.Module:
-    """A structural copy in eval mode that shares ``model``'s parameters and owns its buffers.
-
-    Raises:
-        CaptureError: the model cannot be copied, or has lazy layers that have seen no input.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(
-            "a TorchScript module holds no Python code that could be captured",
-            where=type(model).__name__,
-            hint="Give the nn.Module that it was traced or scripted from",
-        )
-    if any(
-        isinstance(p, (UninitializedParameter, UninitializedBuffer)) for p in (*model.parameters(), *model.buffers())
-    ):
-        raise CaptureError(
-            "the model has lazy layers that have seen no input yet",
-            hint="Run it once on an example, or load its weights",
-        )
-    # What was made under inference_mode cannot be traced, so of that an ordinary copy is taken.
-    duplicate = _copied(model, {id(p): _ordinary(p) if p.is_inference() else p for p in model.parameters()})
-    try:
-        return duplicate.eval()
-    except NotImplementedError as error:
-        hint = "Of an ExportedProgram give the program itself, not its module()"
-        raise CaptureError(f"the model cannot be put into eval mode: {error}".rstrip("."), hint=hint) from error
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy that computes what ``model`` does, also where ``copy.deepcopy`` alone fails or forgets hooks.
-
-    Raises:
-        CaptureError: the model cannot be copied.
-    """
-    return _copied(model, {})
-
-
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """The copy, with what ``memo`` holds in place of what has those ids."""
-    memo = {id(b): b.clone() for b in model.buffers() if b.is_inference()} | memo
-    # Old-style weight_norm and pruning keep what they computed last as a plain attribute, which deepcopy refuses.
-    plain = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
-    memo |= {id(tensor): tensor.detach().clone() for tensor in plain}
-    try:
-        duplicate = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"the model cannot be copied: {type(error).__name__}: {error}",
-            hint="bnfold works on a copy so that yours stays as it is; give a model that copy.deepcopy accepts",
-        ) from error
-    for module in model.modules():
-        if isinstance(module, GraphModule) and id(vars(module)) in memo:
-            # A GraphModule copies all it has, and then builds a new one of its graph alone: no hooks, no attributes.
-            twin = memo[id(module)]
-            vars(twin).update(memo[id(vars(module))])
-            type(twin).__name__ = type(module).__name__  # a class of its own
-    _refuse_unlike(model, duplicate)
-    return duplicate
-
-
-def _refuse_unlike(model: nn.Module, duplicate: nn.Module) -> None:
-    """Raises CaptureError where a class's own ``__deepcopy__`` made something else than a copy."""
-    copies = dict(duplicate.named_modules(remove_duplicate=False))
-    for name, module in model.named_modules(remove_duplicate=False):
-        twin = copies.pop(name, None)
-        if twin is None or twin is module or _make(twin) != _make(module):
-            raise CaptureError(
-                f"the copy of a {type(module).__name__} that its __deepcopy__ makes is "
-                + ("none" if twin is None else "the module itself" if twin is module else "of another class or hooks"),
-                where=f"module '{name}'" if name else type(model).__name__,
-                hint="bnfold works on a copy so that yours stays as it is; take __deepcopy__ out of that class",
-            )
-
-
-def _make(module: nn.Module) -> tuple[type, int, int]:
-    """What a module and its copy have in common; every GraphModule is of a class of its own."""
-    kind = GraphModule if isinstance(module, GraphModule) else type(module)
-    return kind, len(module._forward_hooks), len(module._forward_pre_hooks)
 
 
 def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -240,75 +158,10 @@ def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     return distinct
 
 
-def _ordinary(parameter: Tensor) -> Tensor:
-    return nn.Parameter(parameter.clone(), requires_grad=False)
-
-
-def _dynamic_batch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves or leaves[0].shape[0] < 2:
-        return None
-    batch = leaves[0].shape[0]
-
-    def spec(leaf: Any) -> Any:
-        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
-
-    try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the inputs do not fit forward: {error}", hint=f"Its signature is {inspect.signature(module.forward)}"
-        ) from error
-    if any(
-        parameter.kind is parameter.VAR_KEYWORD
-        for parameter in bound.signature.parameters.values()
-        if parameter.name in bound.arguments
-    ):
-        raise CaptureError(
-            "torch.export takes no dynamic batch through **kwargs",
-            hint="Name them in forward's signature, or use --static",
-        )
-    return pytree.tree_map(spec, dict(bound.arguments))
-
-
-def _bounded_batch(program: ExportedProgram) -> str | None:
-    """The sizes of a first axis for which the capture holds, where the model's code sets an upper limit."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim:
-            size: Any = value.shape[0]
-            limits = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
-            if limits is not None and limits.upper.is_Integer:
-                return f"batches of {max(int(limits.lower), 1)} to {int(limits.upper)}"
-    return None
-
-
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    try:
-        with torch.no_grad(), quiet():
-            return torch.export.export(_called(module), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
-        raise explained(error, module, lambda: _called(module)(*args, **kwargs)) from error
-
-
-def _called(module: nn.Module) -> nn.Module:
-    """The module as torch.export must be given it: the graph of a GraphModule it runs without the module's hooks."""
-    hooks = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {_check_input_constraints_pre_hook}
-    if not isinstance(module, GraphModule) or not hooks:
-        return module
-    plain: nn.Module = type(type(module).__name__, (nn.Module,), {"forward": type(module).forward})()
-    vars(plain).update(vars(module))
-    return plain
-
-
 def _captured(
-    program: ExportedProgram,
-    eager: nn.Module | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    masters: Mapping[str, Tensor] | None,
+    program: ExportedProgram, eager: nn.Module, found: Asked, masters: Mapping[str, Tensor] | None
 ) -> Captured:
+    args, kwargs = found.args, found.kwargs
     signature = program.graph_signature
     user = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
     constants = {s.arg.name: s.target or "" for s in signature.input_specs if s.kind is not InputKind.USER_INPUT}
@@ -330,58 +183,47 @@ def _captured(
     flat, spec = pytree.tree_flatten((args, kwargs))
     if len(flat) != len(user):
         raise InputError(f"the program takes {len(user)} inputs, {len(flat)} were given", hint=f"They are {user}")
-    dims, notes = _dimensions(functional, flat, user, dynamic_shapes)
+    dims, alike = _dimensions(functional, user, found)
+    sizes, notes = replace(Sizes.of(functional), alike=alike), list(found.notes)
+    if found.declared or len(dims) - len(alike) > 1:
+        notes += [f"sizes that it takes: {words}"] if (words := sizes.words(dims)) else []
     if hidden := hidden_batch_norms(functional.graph_module):
         notes.append(
             f"{hidden} BatchNorms stay unseen in regions of their own (autocast that is on, torch.cond): take them out "
             "of the region to have them folded"
         )
-    ranges = {
-        str(symbol): (int(r.lower), int(r.upper) if r.upper.is_Integer else None)
-        for symbol, r in program.range_constraints.items()
-        if r.lower.is_Integer
-    }
-    return Captured(functional, eager, spec, tuple(flat), tuple(user), dims, masters, tuple(notes), in_place, ranges)
+    return Captured(
+        functional, eager, spec, tuple(flat), tuple(user), dims, masters, tuple(notes), in_place, sizes
+    )  # fmt: skip
 
 
-def _dimensions(
-    program: ExportedProgram, flat: list[Any], user: list[str], dynamic_shapes: Any
-) -> tuple[dict[str, str], list[str]]:
-    """Names for the symbolic dimensions: the user's own, ``batch`` for a first axis, ``dim`` for the rest."""
-    asked = dict(_asked(dynamic_shapes, user))
+def _dimensions(program: ExportedProgram, user: list[str], found: Asked) -> tuple[dict[str, str], dict[str, str]]:
+    """Names for the symbolic dimensions, and which always have the size of another.
+
+    The names are the user's own, ``batch`` for a first axis, ``dim`` for the rest. What has one name, and the first
+    axes of which nobody said that they differ, are alike.
+    """
     dims: dict[str, str] = {}
-    notes: list[str] = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op != "placeholder" or node.name not in user or not isinstance(value, Tensor):
-            continue
-        sizes: Any = value.shape
-        for axis, size in enumerate(sizes):
-            wanted = asked.get(node.name, {}).get(axis) if isinstance(asked.get(node.name), dict) else None
-            expression = None if isinstance(size, int) else size.node.expr
-            if expression is not None and expression.is_symbol:
-                symbol = str(expression)
-                name = getattr(wanted, "__name__", None)
-                fresh = name or ("batch" if axis == 0 else f"{node.name}_dim{axis}")
-                if symbol not in dims:
-                    dims[symbol] = fresh if fresh not in dims.values() else f"{node.name}_{fresh}"
-            elif expression is not None and not expression.is_number:  # such as 8*h
-                root = getattr(getattr(wanted, "root", None), "__name__", None)
+    alike: dict[str, str] = {}
+    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    for name, axes in zip(user, found.axes(len(user))):
+        shape: Any = values[name].shape if isinstance(values[name], Tensor) else ()
+        for axis, size in enumerate(shape):
+            if number(size) is not None:
+                continue
+            own, expression = name_of(axes.get(axis)), size.node.expr
+            if not expression.is_symbol:  # such as 8*h
+                root = getattr(getattr(axes.get(axis), "root", None), "__name__", own)
                 for symbol in sorted(map(str, expression.free_symbols)):
-                    dims.setdefault(symbol, root or f"{node.name}_dim{axis}_{len(dims)}")
-            elif wanted is not None:
-                notes.append(f"axis {axis} of input '{node.name}' is fixed at {size}: the model's code specialises it")
-    return dims, notes
-
-
-def _asked(dynamic_shapes: Any, user: list[str]) -> Iterator[tuple[str, Any]]:
-    if dynamic_shapes is None:
-        return
-    leaves = pytree.tree_leaves(
-        dynamic_shapes, is_leaf=lambda x: x is None or (isinstance(x, dict) and all(isinstance(k, int) for k in x))
-    )
-    if len(leaves) == len(user):
-        yield from zip(user, leaves)
+                    dims.setdefault(symbol, root or f"{name}_dim{axis}_{len(dims)}")
+                continue
+            symbol, fresh = str(expression), own or ("batch" if axis == 0 else f"{name}_dim{axis}")
+            same = next((s for s, known in dims.items() if known == fresh), None)
+            if symbol not in dims and same is not None and (own or (axis == 0 and not found.declared)):
+                alike[symbol] = same
+            if symbol not in dims:
+                dims[symbol] = fresh if own or same is None else f"{name}_{fresh}"
+    return dims, alike
 
 
 def input_shapes(captured: Captured) -> dict[str, tuple[Any, ...]]:

@@ -34,7 +34,7 @@ def explained(error: Exception, module: nn.Module, run: Callable[[], object]) ->
         hint = "dynamic_shapes must have the structure of the inputs"
     elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
         hint = "Check the number, names, shapes and dtypes of the inputs (--input)"
-    elif _fails(run):
+    elif fails(run):
         hint = "The model itself fails on this input: give it one that it takes (--input)"
     where = _user_place(error, module)
     return CaptureError(f"{type(error).__name__}: {message}".rstrip(":. "), where=where, hint=hint)
@@ -53,7 +53,8 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _fails(run: Callable[[], object]) -> bool:
+def fails(run: Callable[[], object]) -> bool:
+    """Whether it raises."""
     try:
         with torch.no_grad(), quiet():
             run()
@@ -62,13 +63,18 @@ def _fails(run: Callable[[], object]) -> bool:
     return False
 
 
+def is_torchs(file: str) -> bool:
+    """Whether code is torch's, bnfold's or Python's own plumbing rather than a model's."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+    return file.startswith(ours) or "contextlib" in file
+
+
 def _user_place(error: BaseException, module: nn.Module) -> str | None:
     """File, line and module of the user's code that an exception came from."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_filename
-        if not name.startswith((*ours, "<")) and "contextlib" not in name:
+        if not is_torchs(name):
             owner = frame.f_locals.get("self")
             path = next((n for n, m in module.named_modules() if m is owner), None)
             found = f"{Path(name).name}:{line} in {frame.f_code.co_name}" + (f" (module '{path}')" if path else "")

@@ -40,7 +40,7 @@ def rebuild(
     module_call_graph: list[ModuleCallEntry] | None = None,
 ) -> ExportedProgram:
     """An ExportedProgram like ``old`` around another graph. Its constructor validates."""
-    return ExportedProgram(
+    new = ExportedProgram(
         root=old.graph_module,
         graph=graph,
         graph_signature=signature,
@@ -51,6 +51,8 @@ def rebuild(
         constants=constants,
         verifiers=old.verifiers,
     )
+    new._guards_code = old._guards_code  # of a program out of a file no constructor finds them again
+    return new
 
 
 def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedProgram:

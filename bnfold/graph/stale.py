@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError
+from bnfold.graph.failures import quiet
 
 
 def refuse_stale(model: nn.Module, duplicate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -34,6 +35,35 @@ def refuse_stale(model: nn.Module, duplicate: nn.Module, args: tuple[Any, ...], 
             where=type(model).__name__,
             hint="bnfold works on a copy so that yours stays as it is; keep what hooks collect in attributes that they "
             "find through their module argument, or use methods",
+        )
+
+
+def refuse_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Sequence[str]) -> None:
+    """Raises CaptureError where what ``module`` assigns to its attributes changes what comes out the next time.
+
+    What is kept for later and changes nothing, such as anchors of the last size, is none.
+
+    Args:
+        module: whose state is of no use to anybody.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        assigned: names of the attributes.
+    """
+    other = pytree.tree_map_only(Tensor, lambda x: x * 0.5 if x.is_floating_point() else x.flip(-1), (args, kwargs))
+    answers = []
+    for given in ((args, kwargs), other, (args, kwargs)):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=()), quiet():
+                torch.manual_seed(0)
+                answers.append(pytree.tree_leaves(module(*given[0], **given[1])))
+        except Exception:  # whoever runs it next says why
+            return
+    tensors = [[leaf for leaf in answer if isinstance(leaf, Tensor)] for answer in answers[::2]]
+    if not all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*tensors)):
+        raise CaptureError(
+            "the model keeps state from call to call: the same input gives another result the next time",
+            where=", ".join(f"attribute '{name}'" for name in assigned[:3]),
+            hint="A file keeps nothing. Take the state as an input and return it, or set it anew where forward begins",
         )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from bnfold.errors import InputError, UsageError
 from bnfold.graph.scripted import signature
@@ -169,24 +168,3 @@ def _random(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generato
     except RuntimeError as error:
         what = f"an input of shape {list(shape)} does not fit into memory"
         raise InputError(what, where=f"--input {spec.name or ''}".strip()) from error
-
-
-def widen_batch(
-    args: Sequence[Any], kwargs: Mapping[str, Any], batch: int = 2
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeat a batch of 1, which ``torch.export`` would take for a constant.
-
-    When the first tensor that is no scalar has a leading dimension of 1, every tensor with a leading dimension of 1
-    is repeated ``batch`` times along it. Tensors are found at any depth of lists, tuples and dictionaries. The
-    caller's stay.
-    """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    first = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
-    if first is not None and first.shape[0] == 1:
-        leaves = [_repeat(leaf, batch) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    widened: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
-    return widened
-
-
-def _repeat(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    return tensor.repeat(batch, *[1] * (tensor.ndim - 1)) if tensor.ndim and tensor.shape[0] == 1 else tensor

@@ -21,7 +21,7 @@ import torch
 
 from bnfold.errors import InputError, UsageError
 from bnfold.files import require_file, there
-from bnfold.graph.capture import copied
+from bnfold.graph.copies import copied
 from bnfold.loading import checkpoint, hubs
 from bnfold.loading.checkpoint import Kind
 from bnfold.loading.normalize import Normalization, put_in_front

@@ -99,7 +99,7 @@ _CALLS = {
         "Not",
     ),
     *("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictGreaterThan", "StrictLessThan"),
-    *("GreaterThan", "LessThan", "L.size", "And", "Or", "Not", "and", "or", "not"),
+    *("GreaterThan", "LessThan", "L.size", "And", "Or", "Not", "and", "or", "not", "max", "min", "abs"),
 }
 _FREE_TEXT = {"as_string", "as_strings", "metadata"}
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bnfold.errors import InputError
-from bnfold.graph.capture import copied
+from bnfold.graph.copies import copied
 from bnfold.loading.calibrated_file import gain_statistics, switch_on
 from bnfold.loading.weights_file import read_notes, save_weights
 from bnfold.report import Change, Ledger

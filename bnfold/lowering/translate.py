@@ -24,6 +24,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from bnfold.errors import LowerError
+from bnfold.graph.whole_layers import whole_recurrent
+from bnfold.lowering.translations import TRANSLATIONS
 
 _ATEN = torch.ops.aten
 
@@ -68,8 +70,11 @@ class _Decomposed(ExportedProgram):
 
 def _by_torch(program: ExportedProgram, opset: int | None) -> ir.Model:
     try:
-        with quiet(), torch.no_grad():
-            result = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+        with quiet(), torch.no_grad(), whole_recurrent():
+            result = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=opset,
+                custom_translation_table=TRANSLATIONS,
+            )  # fmt: skip
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -144,6 +149,12 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _become(node: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> None:
     node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def _module_of(node: fx.Node) -> str | None:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(next(reversed(stack.values()))[0]) if stack else ""
+    return f"module '{path.split('@')[0]}'" if path else None
 
 
 def _size(node: fx.Node) -> tuple[Any, ...]:
@@ -225,6 +236,16 @@ def _converted(node: fx.Node, given: dict[str, Any]) -> None:
         _become(node, _ATEN._to_copy.default, given["self"], dtype=dtype)
 
 
+def _projected(node: fx.Node, given: dict[str, Any]) -> None:
+    """ONNX's LSTM returns its state as it is; torch.onnx (2.13) would take the projection for a bias."""
+    state, cell = given["hx"]
+    if _size(state)[2] != _size(cell)[2]:
+        raise LowerError(
+            "ONNX's LSTM has no projections (proj_size)", where=_module_of(node),
+            hint="Use an LSTM without, and a linear layer behind it",
+        )  # fmt: skip
+
+
 def _attended(node: fx.Node, given: dict[str, Any]) -> None:
     """torch.onnx takes attention on (batch, heads, length, features) alone: other leading axes become those two."""
     lead, mask = _size(node)[:-2], given["attn_mask"]
@@ -277,6 +298,7 @@ _REWRITES: dict[OpOverload, Callable[[fx.Node, dict[str, Any]], None]] = {
     _ATEN.conv3d.padding: _named_padding,
     _ATEN.batch_norm.default: _normalise,
     _ATEN.scaled_dot_product_attention.default: _attended,
+    _ATEN.lstm.input: _projected,
     _ATEN.to.dtype: _converted,
     _ATEN.to.dtype_layout: _converted,
 }

@@ -105,7 +105,7 @@ def torch_contestant(
     import torch
     from torch.utils import _pytree as pytree
 
-    from bnfold.graph.capture import copied
+    from bnfold.graph.copies import copied
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ProviderError("this torch cannot use CUDA", hint="Leave --source out, or use --device cpu")

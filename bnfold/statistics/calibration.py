@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.errors import InputError, UsageError
-from bnfold.graph.capture import copied, eval_copy
+from bnfold.graph.copies import copied, eval_copy
 from bnfold.loading.user_code import unended
 from bnfold.report import CalibratedLayer
 from bnfold.statistics.batches import Batches, rereadable

@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 
 from bnfold.errors import BnfoldError
 from bnfold.gate.data import load_data, select, stored_batches
-from bnfold.graph.capture import Captured, eval_copy, tensor_inputs
+from bnfold.graph.capture import Captured, tensor_inputs
+from bnfold.graph.copies import eval_copy
 from bnfold.graph.interpret import Runner
 from bnfold.report import FINDINGS, Finding, NormHealth
 from bnfold.statistics.batches import call, data_batches

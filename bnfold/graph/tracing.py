@@ -1,0 +1,118 @@
+"""Tracing: torch.export of a twin of the module, as torch.onnx.export goes about it, with what it leaves unsaid."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export._unlift import _check_input_constraints_pre_hook
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from bnfold.graph.copies import twin
+from bnfold.graph.failures import explained, fails, is_torchs, quiet
+from bnfold.graph.whole_layers import whole_recurrent
+
+#: A module that runs so often in one call is being walked step by step, which a trace takes long for.
+STEPS = 100
+#: Called with what a user should know while it takes long.
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program; for every size that the code fixes where it does; and the attributes that forward assigned."""
+
+    program: ExportedProgram
+    places: dict[str, str]
+    assigned: tuple[str, ...]
+
+
+def trace(module: nn.Module, say: Say, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Traced:
+    """The program of ``module``, which stays as it is.
+
+    Where torch.export's tracing of plain Python fails, its strict one is tried, which compiles the code.
+
+    Raises:
+        CaptureError: both fail.
+    """
+    copy = twin(module)
+    places: dict[str, str] = {}
+    with torch.no_grad(), quiet(), whole_recurrent(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with _placing(places), _counting(copy, say):
+                program = torch.export.export(_called(copy), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            failure = explained(error, copy, lambda: _called(twin(module))(*args, **kwargs))
+            if fails(lambda: _called(twin(module))(*args, **kwargs)):
+                raise failure from error
+            try:
+                with _placing(places):
+                    strictly = _called(twin(module))
+                    program = torch.export.export(strictly, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
+            except Exception:
+                raise failure from error
+    said = (str(warning.message) for warning in caught)
+    found = (re.findall(r"self\.([^\s,]+)", words) for words in said if "assigned during export" in words)
+    names = (name for each in found for name in each if "._flat_weights[" not in f".{name}")
+    return Traced(program, places, tuple(dict.fromkeys(names)))
+
+
+def _called(module: nn.Module) -> nn.Module:
+    """The module as torch.export must be given it: the graph of a GraphModule it runs without the module's hooks."""
+    hooks = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {_check_input_constraints_pre_hook}
+    if not isinstance(module, GraphModule) or not hooks:
+        return module
+    plain: nn.Module = type(type(module).__name__, (nn.Module,), {"forward": type(module).forward})()
+    vars(plain).update(vars(module))
+    return plain
+
+
+@contextmanager
+def _placing(places: dict[str, str]) -> Iterator[None]:
+    """Notes, for every size that becomes a number, which line of the user's code made it one."""
+    fix = ShapeEnv._set_replacement
+
+    def noting(self: ShapeEnv, symbol: Any, number: Any, *more: Any) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and is_torchs(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None and getattr(number, "is_Integer", False):
+            for source in self.var_to_sources.get(symbol, ()):
+                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+                places.setdefault(source.name, where)
+        fix(self, symbol, number, *more)
+
+    ShapeEnv._set_replacement = noting  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv._set_replacement = fix  # type: ignore[method-assign]
+
+
+@contextmanager
+def _counting(module: nn.Module, say: Say) -> Iterator[None]:
+    """Says which module is walked step by step, while that goes on."""
+    names = {id(each): name for name, each in module.named_modules()}
+    counts: dict[int, int] = {}
+
+    def count(each: nn.Module, args: Any) -> None:
+        counts[id(each)] = steps = counts.get(id(each), 0) + 1
+        if steps == STEPS and id(each) in names:
+            say(f"'{names[id(each)]}' is walked step by step, {steps} so far: a shorter example is captured faster")
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(count).remove)
+        yield

@@ -1,0 +1,47 @@
+"""Operators that ONNX has and torch.onnx (2.13) does not write: it walks them step by step, a node for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from onnxscript import opset18 as op
+
+
+def _rnn(activation: str) -> Callable[..., Any]:
+    """``h' = activation(W x + b + R h + c)``, layer by layer, in both directions where asked."""
+
+    def translated(
+        data: Any, state: Any, parameters: Sequence[Any], has_biases: bool, num_layers: int, dropout: float,
+        train: bool, bidirectional: bool, batch_first: bool,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        directions, kinds = 2 if bidirectional else 1, 4 if has_biases else 2
+        sequence = op.Transpose(data, perm=[1, 0, 2]) if batch_first else data
+        last = []
+        for layer in range(num_layers):
+            own = parameters[layer * directions * kinds :][: directions * kinds]
+
+            def both(kind: int, own: Sequence[Any] = own) -> Any:
+                each = [op.Unsqueeze(tensor, [0]) for tensor in own[kind::kinds]]
+                return op.Concat(*each, axis=0) if len(each) > 1 else each[0]
+
+            given, first = layer * directions, op.Concat(both(2), both(3), axis=1) if has_biases else None
+            states, final = op.RNN(
+                sequence, both(0), both(1), first, None, op.Slice(state, [given], [given + directions], [0]),
+                activations=[activation] * directions, direction="bidirectional" if bidirectional else "forward",
+                hidden_size=int(own[1].shape[1]),
+            )  # fmt: skip
+            # (length, directions, batch, features) -> (length, batch, directions and features)
+            sequence = op.Reshape(op.Transpose(states, perm=[0, 2, 1, 3]), [0, 0, -1])
+            last.append(final)
+        final = op.Concat(*last, axis=0) if len(last) > 1 else last[0]
+        return (op.Transpose(sequence, perm=[1, 0, 2]) if batch_first else sequence), final
+
+    return translated
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.rnn_tanh.input: _rnn("Tanh"),
+    torch.ops.aten.rnn_relu.input: _rnn("Relu"),
+}
