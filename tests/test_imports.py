@@ -82,7 +82,7 @@ ALLOWED: dict[str, str] = {
     "outputs": "candidates decisions following judge names reference report",
     "bisection": "candidates capture engines errors file_graph following functional matching optimizers"
     " reference report runtime samples sites stored",
-    "file_graph": "errors",
+    "file_graph": "model_file",
     "optimizers": "",
     "following": "candidates decisions judge reference",
     "decisions": "aten interpret judge samples",
@@ -98,7 +98,7 @@ ALLOWED: dict[str, str] = {
     "devices": "candidates placement reference report",
     "engines": "interpret report runtime",
     "runners": "candidates capture engines judge names reference runner runtime subject",
-    "candidates": "capture copies engines errors interpret placement report runtime",
+    "candidates": "capture copies engines errors interpret model_file placement report runtime",
     "matching": "capture errors names runtime",
     "baseline": "errors files report store",
     "judge": "",
@@ -106,7 +106,7 @@ ALLOWED: dict[str, str] = {
     "draw": "",
     "store": "errors files",
     # ONNX files in float64
-    "evaluator": "aten attributes deciding errors nodes subject",
+    "evaluator": "aten attributes deciding errors model_file nodes subject",
     "nodes": "attributes operators subject",
     "operators": "attributes recurrent resize windows",
     "windows": "attributes",
@@ -121,6 +121,7 @@ ALLOWED: dict[str, str] = {
     "arithmetic": "device session",
     "session": "device errors files",
     "device": "",
+    "model_file": "errors files",
     "runner": "errors user_code",
     # the health of BatchNorms, and statistics from data
     "diagnose": "batches batchnorms capture copies data distance errors findings interpret layers report",
@@ -151,7 +152,7 @@ ALLOWED: dict[str, str] = {
 }
 ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim"}
 KNOWS_ONNX = {
-    "file_graph",
+    "model_file",
     "lower",
     "translate",
     "translations",

@@ -26,6 +26,7 @@ from bnfold.evaluate.attributes import Attributes
 from bnfold.evaluate.deciding import deciding
 from bnfold.evaluate.nodes import OPERATORS, raised, tensor
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
+from bnfold.runtime.model_file import read_model
 
 #: Operators that move elements alone: their weights are raised after the move, not before it.
 _PICKING = {"Gather", "GatherElements", "GatherND", "Slice", "Constant", "Identity", "Shape", "Size"}
@@ -76,12 +77,7 @@ class File64:
         self._where = "the model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
         if not isinstance(model, onnx.ModelProto):
             path, beside = Path(model), Path(model).parent
-            try:
-                model = onnx.load_model(path, load_external_data=False)
-            except OSError:
-                raise
-            except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
-                raise InputError("this is no ONNX file, or a damaged one", where=self._where) from error
+            model = read_model(path)
         held = {tensor.name for tensor in model.graph.initializer}
         self.inputs = tuple(_value_info(v) for v in model.graph.input if v.name not in held)
         self.outputs = tuple(_value_info(v) for v in model.graph.output)

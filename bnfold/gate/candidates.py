@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from bnfold.errors import InputError
 from bnfold.gate.engines import Setting
 from bnfold.graph.capture import Captured
 from bnfold.graph.copies import copied
 from bnfold.graph.interpret import Runner, raise_tensor
 from bnfold.report import Placement
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.placement import placement
 from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
 
@@ -267,10 +267,7 @@ def needs_widening(path: Path, device: Device) -> bool:
     """Whether the file holds bfloat16, and ONNX Runtime cannot run that on the device, such as the CPU."""
     import onnx
 
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-    except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
-        raise InputError("this is no ONNX file, or a damaged one", where=str(path), hint="Export it again") from error
+    model = read_model(path)
     half = onnx.TensorProto.BFLOAT16
     holds = any(t.data_type == half for t in model.graph.initializer) or any(
         v.type.tensor_type.elem_type == half for v in model.graph.input
@@ -280,9 +277,7 @@ def needs_widening(path: Path, device: Device) -> bool:
 
 def quantised_nodes(path: Path) -> int:
     """How many of a file's nodes compute with integers in place of floats, or convert to them."""
-    import onnx
-
-    graph = onnx.load_model(path, load_external_data=False).graph
+    graph = read_model(path).graph
     return sum(re.search(r"[Qq]uantizeLinear|QLinear|Integer$", node.op_type) is not None for node in graph.node)
 
 

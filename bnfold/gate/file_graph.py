@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnfold.errors import InputError
+from bnfold.runtime.model_file import read_model
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,9 @@ class FileGraph:
         """Reads a file, its external data excepted.
 
         Raises:
-            InputError: it is no ONNX file.
+            InputError: it is no ONNX file, or its external data lie anywhere else than they may.
         """
-        import onnx
-
-        try:
-            model = onnx.load_model(path, load_external_data=False)
-        except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
-            raise InputError(
-                "this is no ONNX file, or a damaged one", where=str(path), hint="Export it again"
-            ) from error
+        model = read_model(path)
         made = {name for node in model.graph.node for name in node.output if name}
         values: list[FileValue] = []
         moving = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
