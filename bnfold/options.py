@@ -17,6 +17,7 @@ from bnfold.eager.eager import WrittenBack
 from bnfold.eager.eager import write_back as write_into_class
 from bnfold.gate.gate import LIMIT
 from bnfold.graph.capture import Captured
+from bnfold.graph.wrapped import unwrapped
 from bnfold.loading.load import Provenance
 from bnfold.report import Ledger
 from bnfold.runtime.runner import TIME_LIMIT
@@ -75,7 +76,7 @@ class Folded:
         them, so that ``.program`` may be less folded than this one. ``bnfold.prepare(other, written.ledger)`` gives
         another instance of the class the structure that ``written.module.state_dict()`` loads into.
         """
-        return write_into_class(self.captured, model)
+        return write_into_class(self.captured, model if isinstance(model, ExportedProgram) else unwrapped(model))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
 from bnfold.gate.parts import Spread as Parts
+from bnfold.graph.wrapped import unwrapped
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
@@ -278,6 +279,7 @@ def inspect(
     options = replace(options or Options(), **more, allow_nonfinite=True)
     clock = Clock(options.progress)
     captured, planned, missing, notes = None, None, list[Finding](), list[str]()
+    model = model if isinstance(model, ExportedProgram) else unwrapped(model)
     if args is not None or kwargs or isinstance(model, ExportedProgram):
         try:
             folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, replace(options, data=None), clock)
@@ -326,6 +328,7 @@ def save_calibrated(
     options, path = options or Options(), Path(path)
     if isinstance(model, ExportedProgram):
         raise UsageError("a .pt2 program has no layers to calibrate", hint="Give the code that builds the model")
+    model = unwrapped(model)
     store.check_destination(path, sources=options.sources)
     read, samples = data_batches(model, data, batch)
     options.progress("calibrate", 0, 1)

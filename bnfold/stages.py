@@ -23,6 +23,7 @@ from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured, capture, input_shapes
 from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
+from bnfold.graph.wrapped import refuse_mixed, unwrapped
 from bnfold.loading.load import Provenance
 from bnfold.loading.specs import dtype_name
 from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
@@ -136,6 +137,10 @@ def capture_model(
         raise CaptureError(
             "the model is on the meta device, without values", hint="Load its weights: to_empty(), then load_state_dict"
         )
+    if not isinstance(model, ExportedProgram):
+        model = unwrapped(model)
+        if dtype is None:
+            refuse_mixed(model, args or (), kwargs or {})
     wanted = None if dtype is None else getattr(torch, dtype_name(dtype))
     return capture(
         model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, dtype=wanted, static=static,
@@ -241,6 +246,7 @@ def source_facts(provenance: Provenance | None, model: Model | None = None) -> d
         "weights": provenance.weights,
         "sha256": provenance.sha256,
         "parameters": provenance.parameters,
+        "left_out": list(provenance.left_out),
     }
 
 

@@ -95,7 +95,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(net.state_dict(), "good.pt")
     safetensors.torch.save_file(net.state_dict(), "good.safetensors")
     torch.save({"fc.weight": torch.ones(2)}, "keys.pt")
-    torch.save({f"module.{key}": value for key, value in net.state_dict().items()}, "prefixed.pt")
+    torch.save({f"net.{key}": value for key, value in net.state_dict().items()}, "prefixed.pt")
     torch.save(nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7)).state_dict(), "shapes.pt")
     torch.save(net, "module.pt")
     torch.save(Evil(tmp_path / "proof"), "evil.pt")
@@ -175,7 +175,7 @@ BAD: dict[str, tuple[str, int, str]] = {
     "pickled module": ("module.pt", 3, "--unsafe-pickle"),
     "keys": (f"{NET} --weights keys.pt", 3, "missing"),
     "shapes": (f"{NET} --weights shapes.pt", 3, "instead of"),
-    "prefix": (f"{NET} --weights prefixed.pt", 3, "--strip-prefix module. makes it fit"),
+    "prefix": (f"{NET} --weights prefixed.pt", 3, "--strip-prefix net. makes it fit"),
     "weights as source": ("good.pt", 3, "holds weights and no model"),
     "safetensors as source": ("good.safetensors", 3, "holds weights and no model"),
     "cut program": ("cut.pt2", 3, "cut short or damaged"),

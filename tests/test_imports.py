@@ -29,15 +29,15 @@ ALLOWED: dict[str, str] = {
     "bench": "contestants report runtime threads",
     "contestants": "capture copies errors runtime scripted",
     # the data flow
-    "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph files gate lower options"
-    " parts program_file report runtime schemes stages store structure user_code",
+    "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph files gate lower"
+    " options parts program_file report runtime schemes stages store structure user_code wrapped",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
-    "stages": "_version baseline capture data decisions equalize errors folding graph inputs load lower"
-    " merge names options ranges report runner runtime specs store stored",
-    "options": "capture eager gate load report runner",
+    "stages": "_version baseline capture data decisions equalize errors folding graph inputs load"
+    " lower merge names options ranges report runner runtime specs store stored wrapped",
+    "options": "capture eager gate load report runner wrapped",
     # the stages, each with the parts that are its own
-    "load": "capture copies checkpoint errors files hubs normalize program_file script_file structure user_code"
-    " weights_file",
+    "load": "capture checkpoint copies errors files fitting hubs"
+    " inert normalize program_file script_file structure user_code weights_file wrapped",
     "hubs": "errors files normalize",
     "normalize": "errors",
     "user_code": "errors",
@@ -51,7 +51,10 @@ ALLOWED: dict[str, str] = {
     "program_file": "allowed checkpoint errors program",
     "script_file": "checkpoint errors",
     "allowed": "",
-    "checkpoint": "calibrated_file errors files",
+    "fitting": "calibrated_file checkpoint errors inert",
+    "inert": "",
+    "wrapped": "copies errors",
+    "checkpoint": "errors files inert",
     "inputs": "errors scripted specs",
     "specs": "errors",
     "capture": "asking copies dimensions errors functional program regions scripted stale tracing",

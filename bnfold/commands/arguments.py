@@ -110,16 +110,15 @@ def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> 
 
 
 _SOURCE: tuple[_Row, ...] = (
-    _file("--weights", help="Checkpoint: .safetensors, or from torch.save."),
+    _file("--weights", help="Checkpoint: .safetensors, from torch.save, an index of shards, or a folder of one."),
     _row("--weights-key", metavar="KEY", help="Where in the checkpoint the weights are, e.g. ema.module."),
     _row("--strip-prefix", metavar="TEXT", help="Taken off the checkpoint's keys, e.g. 'module.' with the dot."),
+    _row("--ignore", multiple=True, metavar="PATTERN", help="Keys of it to leave out, e.g. 'criterion.*'; repeatable."),
     _row("--arg", "args", multiple=True, metavar="NAME=VALUE", help="Argument of the factory; repeatable."),
     _flag("--unsafe-pickle", help="Load pickled objects. THE FILE CAN THEN RUN ANY CODE."),
 )
-source_options = _options("The model", *_SOURCE)
-model_options = _options(
-    "The model",
-    *_SOURCE,
+_STRICT = _flag("--strict", help="Refuse --weights with keys that no part of the model has; they are left out else.")
+_CONVERTED: tuple[_Row, ...] = (
     _row(
         "--dtype",
         type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -129,6 +128,9 @@ model_options = _options(
     _flag("--normalize", help="Put (x - mean) / std in front, of the model's own configuration; it then folds."),
     _row("--mean-std", metavar="MEAN/STD", help="The same by hand: 0.485,0.456,0.406/0.229,0.224,0.225 or 0.5/0.5."),
 )
+source_options = _options("The model", *_SOURCE, _STRICT)
+model_options = _options("The model", *_SOURCE, _STRICT, *_CONVERTED)
+inspected_options = _options("The model", *_SOURCE, *_CONVERTED)
 input_options = _options(
     "Its inputs",
     _row(
@@ -141,7 +143,7 @@ input_options = _options(
 health_options = _options(
     "The health",
     _file("--data", metavar="FILE.npz", help="Samples in arrays named like the inputs, to compare statistics with."),
-    _flag("--strict", help="Exit code 1 if there is an error or a warning."),
+    _flag("--strict", help="Exit code 1 if there is an error or a warning; refuse keys that the model lacks."),
 )
 calibration_options = _options(
     "The statistics",

@@ -14,8 +14,8 @@ from bnfold.commands.arguments import (
     debug_option,
     health_options,
     input_options,
+    inspected_options,
     json_option,
-    model_options,
     report_options,
 )
 from bnfold.commands.running import load_model, pipeline_options, present, quiet, working
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("source")
-@model_options
+@inspected_options
 @input_options
 @health_options
 @report_options

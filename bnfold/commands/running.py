@@ -61,6 +61,7 @@ def load_source(job: Job) -> Loaded:
     return load(
         job.source, weights=given["weights"], weights_key=given["weights_key"], strip_prefix=given["strip_prefix"],
         factory_args=job.factory_args, unsafe_pickle=given["unsafe_pickle"],
+        strict=bool(given.get("strict")), ignore=given["ignore"],
         normalize=by_hand or bool(given.get("normalize")),
     )  # fmt: skip
 

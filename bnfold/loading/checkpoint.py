@@ -7,27 +7,22 @@ member's checksum nor bounds what a compressed member inflates to.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import json
 import pickle
 import re
 import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from bnfold.errors import InputError
 from bnfold.files import require_file, there
-from bnfold.loading.calibrated_file import switch_on
-
-Shapes = Mapping[str, "tuple[int, ...] | None"]
+from bnfold.loading import inert
 
 #: Keys under which training code puts its weights. Others are reached with ``--weights-key`` only: an optimizer's
 #: moments carry the names and shapes of the weights too.
@@ -183,7 +178,10 @@ def verify_archive(path: Path, *, inflated: int = 0) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file's bytes, in hexadecimal; of an index of shards, that of the list of theirs."""
+    if path.name.endswith(INDEX):
+        parts = [f"{sha256(path.parent / name)}  {name}\n" for name in sorted(set(shards_of(path).values()))]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -202,64 +200,49 @@ def unpickle(path: Path, kind: Kind, *, unsafe: bool = False, mmap: bool = True)
     """
     if kind is Kind.TORCH:
         verify_archive(path)
+    mmap = mmap and kind is Kind.TORCH and not unsafe
     try:
-        # A Namespace of options sits in many checkpoints and can do nothing but hold attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(
-                path, map_location="cpu", weights_only=not unsafe, mmap=mmap and kind is Kind.TORCH and not unsafe
-            )
+        if not unsafe:
+            return inert.load(path, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=False)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if kind is Kind.LEGACY and named is None:
+        if kind is Kind.LEGACY and not re.search(r"GLOBAL|Can only|unrecognized function", str(error)):
             raise InputError("the file is cut short or damaged", where=str(path), hint=_DAMAGED) from error
-        raise InputError(
-            f"the file holds pickled Python objects{f' ({named[1]})' if named else ''}, not only tensors",
-            where=str(path),
-            hint="Loading such a file can run any code; if you trust where it comes from, pass --unsafe-pickle, "
-            "else ask for the weights alone (torch.save(model.state_dict(), ...) or safetensors)",
-        ) from error
+        raise needs_code(path, named[1] if named else "") from error
+    except (ImportError, AttributeError) as error:
+        if not unsafe:
+            raise _unreadable(path, error) from error
+        what = f"the pickle asks for what is not installed here ({_first_line(error)})"
+        hint = "Install it; weights alone are read without it, where you leave out --unsafe-pickle"
+        raise InputError(what, where=str(path), hint=hint) from error
     except Exception as error:
-        raise InputError(
-            f"the file cannot be loaded ({type(error).__name__}: {_first_line(error)})", where=str(path), hint=_DAMAGED
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def load_weights(
-    model: torch.nn.Module, path: Path, *, key: str | None = None, strip_prefix: str | None = None, unsafe: bool = False
-) -> None:
-    """Copy a checkpoint's weights into ``model``, strictly, as ``load_state_dict`` does.
+def needs_code(path: Path, name: str) -> InputError:
+    """What is said of a file whose pickled objects would have to be restored by running their code."""
+    return InputError(
+        f"the file holds pickled Python objects{f' ({name})' if name else ''}, not only tensors",
+        where=str(path),
+        hint="Loading such a file can run any code; if you trust where it comes from, pass --unsafe-pickle, "
+        "else ask for the weights alone (torch.save(model.state_dict(), ...) or safetensors)",
+    )
 
-    Args:
-        model: changed in place; its dtypes and flags stay.
-        path: .safetensors, or what ``torch.save`` wrote.
-        key: where in the checkpoint the state dict is, with dots for nested keys ("ema.module").
-        strip_prefix: taken off every key that begins with it.
-        unsafe: let a pickle import and call anything.
 
-    A file of bnfold calibrate may hold running statistics that the model's class builds without: the model gets them.
+def _unreadable(path: Path, error: Exception) -> InputError:
+    what = f"the file cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+    return InputError(what, where=str(path), hint=_DAMAGED)
+
+
+def read(path: Path, *, unsafe: bool = False) -> Any:
+    """What a file of weights holds, or all the files that an index of shards names.
 
     Raises:
-        InputError: see ``identify`` and ``unpickle``; several state dicts fit or none is there; keys or shapes differ.
+        InputError: see ``identify`` and ``unpickle``; a shard is missing, or lacks what the index says that it has.
     """
-    switch_on(model, path)
-    expected = {name: _shape(value) for name, value in model.state_dict().items()}
-    state = _select(_read(path, unsafe), expected, path, key, strip_prefix)
-    try:
-        model.load_state_dict(state, strict=True)
-    except Exception as error:
-        difference = _difference(expected, state)
-        # A module's own loading hook may object to weights whose keys and shapes fit.
-        what = str(difference or error)[:400]
-        prefix = _fitting_prefix(expected, state)
-        hint = (
-            f"--strip-prefix {prefix} makes it fit"
-            if prefix
-            else "Check that the model is built as it was trained (--arg name=value) and that these are its weights"
-        )
-        raise InputError(f"the weights do not fit the model: {what}", where=str(path), hint=hint) from error
-
-
-def _read(path: Path, unsafe: bool) -> Any:
+    if path.name.endswith(INDEX):
+        return _read_shards(path, unsafe)
     kind = identify(path)
     if kind is Kind.SCRIPT:
         raise InputError(
@@ -280,137 +263,58 @@ def _read(path: Path, unsafe: bool) -> Any:
         raise InputError(what, where=str(path), hint=_DAMAGED) from error
 
 
-def _select(
-    content: Any, expected: Shapes, path: Path, key: str | None, strip_prefix: str | None
-) -> Mapping[str, torch.Tensor]:
-    """The one state dict in a checkpoint that is meant."""
-    if key is not None:
-        content = _descend(content, key, path)
-    found = dict(_candidates(content)) if isinstance(content, Mapping) else {}
-    if not found:
-        holds = f"holds {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else "is no mapping"
-        raise InputError(
-            f"there is no state dict here: the content {holds} ({type(content).__name__})",
-            where=str(path),
-            hint="--weights-key says where it is",
-        )
-    stripped = {name: _strip(_checked(state, path), strip_prefix, path) for name, state in found.items()}
-    if len(stripped) == 1:
-        return next(iter(stripped.values()))
-    fitting = [
-        name
-        for name, state in stripped.items()
-        if not _difference(expected, state) or _fitting_prefix(expected, state) is not None
-    ]
-    if len(fitting) == 1:
-        return stripped[fitting[0]]
-    outer = f"{key}." if key else ""
-    names = [f"{outer}{name}" for name in fitting or stripped]
-    raise InputError(
-        f"{'several' if fitting else 'none'} of the state dicts in it {'fit' if fitting else 'fits'} the model: "
-        + ", ".join(names),
-        where=str(path),
-        hint=f"Pick one, for example --weights-key {names[0]}",
-    )
+#: How the name of an index of shards ends.
+INDEX = ".index.json"
+_IN_FOLDERS = (*(f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}"), "model.safetensors", "pytorch_model.bin")
 
 
-def _descend(content: Any, key: str, path: Path) -> Any:
-    if isinstance(content, Mapping):
-        if key in content:
-            return content[key]
-        for name, inner in content.items():
-            if isinstance(name, str) and key.startswith(f"{name}."):
-                return _descend(inner, key[len(name) + 1 :], path)
-        raise InputError(
-            f"there is no key {key!r} in the checkpoint", where=str(path), hint=f"It has {', '.join(map(str, content))}"
-        )
-    raise InputError(f"there is no key {key!r}: the entry is a {type(content).__name__}", where=str(path))
+def resolve(path: Path) -> Path:
+    """The file that a folder of weights stands for; of a file, itself.
+
+    Raises:
+        InputError: there is none in the folder, or several.
+    """
+    if not there(path) or not path.is_dir():
+        return path
+    found = [path / name for name in _IN_FOLDERS if (path / name).exists()][:1]
+    for pattern in (f"*{INDEX}", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin"):
+        found = found or sorted(path.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(each.name for each in found[:_SHOWN]) or "none"
+        raise InputError(f"the folder holds {names}", where=str(path), hint="Name one file of weights in it")
+    return found[0]
 
 
-def _candidates(
-    content: Mapping[Any, Any], path: str = "", depth: int = 2
-) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
-    inner = {key: content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)} if depth else {}
-    found = [pair for key, value in inner.items() for pair in _candidates(value, f"{path}.{key}".strip("."), depth - 1)]
-    if found:
-        yield from found
-    elif any(isinstance(value, torch.Tensor) for value in content.values()) and all(
-        isinstance(k, str) for k in content
-    ):
-        yield path, content
+def _read_shards(index: Path, unsafe: bool) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    shards = shards_of(index)
+    for name in dict.fromkeys(shards.values()):
+        shard = read(index.parent / name, unsafe=unsafe)
+        mine = [key for key, file in shards.items() if file == name]
+        lacking = [key for key in mine if key not in shard] if isinstance(shard, Mapping) else mine
+        if lacking:
+            raise InputError(f"the shard lacks {lacking[0]}", where=str(index.parent / name), hint=_DAMAGED)
+        content |= {key: shard[key] for key in mine}
+    return content
 
 
-def _checked(state: Mapping[str, Any], path: Path) -> Mapping[str, torch.Tensor]:
-    for key, value in state.items():
-        # get_extra_state() of a module may return anything; its key ends so.
-        if not isinstance(value, torch.Tensor) and not str(key).endswith("_extra_state"):
-            raise InputError(f"entry {key!r} of the state dict is a {type(value).__name__}, no tensor", where=str(path))
-    return state
+def shards_of(index: Path) -> dict[str, str]:
+    """The file of every key that an index names, beside it.
 
-
-def _strip(state: Mapping[str, torch.Tensor], prefix: str | None, path: Path) -> Mapping[str, torch.Tensor]:
-    if not prefix:
-        return state
-    stripped = OrderedDict((key.removeprefix(prefix), value) for key, value in state.items())
-    if len(stripped) < len(state):
-        raise InputError(f"without the prefix {prefix!r} two keys become one", where=str(path))
-    if stripped.keys() == state.keys():
-        hint = f"The first key is {next(iter(state))!r}"
-        raise InputError(f"no key of the weights begins with {prefix!r}", where=str(path), hint=hint)
-    # The versions of the modules that wrote the weights: load_state_dict translates old ones.
-    if metadata := getattr(state, "_metadata", None):
-        renamed = {f"{name}.".removeprefix(prefix).removesuffix("."): value for name, value in metadata.items()}
-        stripped._metadata = renamed  # type: ignore[attr-defined]
-    return stripped
-
-
-def _fitting_prefix(expected: Shapes, state: Mapping[str, torch.Tensor]) -> str | None:
-    """The prefix without which the keys of ``state`` are those of the model, if there is one."""
-    anchor = max((name for name in expected if not name.endswith("num_batches_tracked")), key=len, default=None)
-    prefixes = {key.removesuffix(anchor) for key in state if anchor and key.endswith(f".{anchor}")}
-    for prefix in sorted(prefixes, key=len):
-        stripped = {key.removeprefix(prefix): value for key, value in state.items()}
-        if len(stripped) == len(state) and not _difference(expected, stripped):
-            return prefix
-    return None
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Keys of the model that the weights lack, keys that the model lacks, and shapes that differ."""
-
-    missing: list[str]
-    unexpected: list[str]
-    shaped: list[str]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shaped)
-
-    def __str__(self) -> str:
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.shaped}
-        return "; ".join(f"{len(keys)} {label}: {_shorten(keys)}" for label, keys in parts.items() if keys)
-
-
-def _difference(expected: Shapes, state: Mapping[str, torch.Tensor]) -> _Difference:
-    shapes = {key: _shape(value) for key, value in state.items()}
-    return _Difference(
-        # Old BatchNorm layers had no counter; load_state_dict then starts one.
-        [f"{k} {v}" for k, v in expected.items() if k not in shapes and not k.endswith("num_batches_tracked")],
-        [f"{k} {v}" for k, v in shapes.items() if k not in expected],
-        [
-            f"{k} {shapes[k]} instead of {v}"
-            for k, v in expected.items()
-            if v is not None and shapes.get(k) is not None and shapes[k] != v
-        ],
-    )
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) and not is_lazy(value) else None
-
-
-def _shorten(items: list[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
+    Raises:
+        InputError: it is no index, or names a file outside of its folder.
+    """
+    require_file(index)
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()) or not found:
+            raise ValueError("weight_map names no files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"this is no index of shards ({_first_line(error)})", where=str(index)) from error
+    for name in found.values():
+        if Path(name).name != name or name in ("", "..") or name.endswith(INDEX) or "\\" in name:
+            raise InputError(f"the index names {name!r}, which is no file beside it", where=str(index))
+    return found
 
 
 def _first_line(error: BaseException) -> str:

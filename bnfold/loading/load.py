@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,10 @@ import torch
 from bnfold.errors import InputError, UsageError
 from bnfold.files import require_file, there
 from bnfold.graph.copies import copied
-from bnfold.loading import checkpoint, hubs
+from bnfold.graph.wrapped import unwrapped
+from bnfold.loading import checkpoint, hubs, inert
 from bnfold.loading.checkpoint import Kind
+from bnfold.loading.fitting import descend, load_weights
 from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program
 from bnfold.loading.script_file import load_script
@@ -42,6 +44,7 @@ class Provenance:
         sha256: of the weights file, or of the file that is the source; None where there is no file.
         parameters: number of parameter elements, a shared one counted once.
         notes: bnfold's own in the weights' file, which say how the model was rebuilt; a file written of it keeps them.
+        left_out: keys of the weights that no part of the model has.
     """
 
     source: str
@@ -49,6 +52,7 @@ class Provenance:
     sha256: str | None
     parameters: int
     notes: Mapping[str, str] = field(default_factory=dict, repr=False)
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class _Request:
     strip_prefix: str | None = None
     factory_args: Mapping[str, Any] = field(default_factory=dict)
     unsafe_pickle: bool = False
+    strict: bool = False
+    ignore: Sequence[str] = ()
 
 
 def load(
@@ -88,6 +94,8 @@ def load(
     strip_prefix: str | None = None,
     factory_args: Mapping[str, Any] | None = None,
     unsafe_pickle: bool = False,
+    strict: bool = False,
+    ignore: Sequence[str] = (),
     normalize: bool | Normalization = False,
 ) -> Loaded:
     """Load the model that ``source`` names.
@@ -95,12 +103,16 @@ def load(
     Args:
         source: ``net.pt2``, a TorchScript archive, ``pkg.module:factory``, ``path/to/file.py:factory``, ``timm:NAME``,
             ``torchvision:NAME``, ``hf:DIR-or-ID``, or ``net.pt`` with a pickled module.
-        weights: checkpoint for what the factory builds (.safetensors, or written by ``torch.save``); of a model that
-            bnfold folded in its own class, the class is given the folded structure first.
-        weights_key: where in the checkpoint the state dict is, with dots for nested keys.
+        weights: checkpoint for what the factory builds (.safetensors, written by ``torch.save``, an index of shards,
+            or a folder of one); of a model that bnfold folded in its own class, the class is given the folded
+            structure first.
+        weights_key: where in the checkpoint the state dict is, with dots for nested keys; of a pickled module as the
+            source, where that is.
         strip_prefix: taken off every key of the state dict that begins with it.
         factory_args: keyword arguments of the factory.
         unsafe_pickle: allow pickles that can run any code.
+        strict: refuse weights that hold keys which no part of the model has; by default they are left out.
+        ignore: patterns of keys to leave out, such as ``criterion.*``.
         normalize: put this normalisation of images in front, or with True that of the model's own configuration.
 
     Raises:
@@ -109,8 +121,9 @@ def load(
         InputError: a file is missing, damaged or of another kind; the user's code fails; the weights do not fit.
         CaptureError: a model that is there already, or that is to be folded like its weights, cannot be copied.
     """
+    file = checkpoint.resolve(Path(weights)) if weights else None
     request = _Request(
-        source, Path(weights) if weights else None, weights_key, strip_prefix, dict(factory_args or {}), unsafe_pickle
+        source, file, weights_key, strip_prefix, dict(factory_args or {}), unsafe_pickle, strict, tuple(ignore)
     )
     row = next((row for row in _SOURCES if row.matches(source)), None) if "\0" not in source else None
     if row is None:
@@ -118,8 +131,8 @@ def load(
         raise UsageError(f"{source!r} is no source of a model", hint=f"A source is one of: {forms}")
     if not row.takes_weights and (weights or factory_args):
         raise UsageError(f"{row.form} takes neither --weights nor --arg: it is a whole model", where=source)
-    if (weights_key or strip_prefix) and not weights:
-        raise UsageError("--weights-key and --strip-prefix need --weights", where=source)
+    if (strip_prefix or ignore or (weights_key and row.read is not _from_file)) and not weights:
+        raise UsageError("--weights-key, --strip-prefix and --ignore need --weights", where=source)
     loaded = row.read(request)
     return _normalized(loaded, source, normalize) if normalize else loaded
 
@@ -139,14 +152,21 @@ def _from_file(request: _Request) -> Loaded:
     if kind is Kind.SCRIPT:
         return _loaded(request, load_script(path), None, {}, sha256=checkpoint.sha256(path))
     content = checkpoint.unpickle(path, kind, unsafe=request.unsafe_pickle)
+    if request.weights_key:
+        content = descend(content, request.weights_key, path)
+    if stub := inert.stub_in(content, checkpoint.WRAPPERS):
+        raise checkpoint.needs_code(path, stub)
     if isinstance(content, Mapping):
-        inner = [content[key] for key in checkpoint.WRAPPERS if isinstance(content.get(key), torch.nn.Module)]
-        if len(inner) != 1:
+        inner = [key for key in checkpoint.WRAPPERS if isinstance(content.get(key), torch.nn.Module)]
+        if len(inner) > 1:
+            what = f"the file holds several models: {', '.join(inner)}"
+            raise InputError(what, where=request.source, hint=f"Pick one, for example --weights-key {inner[0]}")
+        if not inner:
             raise _only_weights(request.source)
-        content = inner[0]
+        content = content[inner[0]]
     if not isinstance(content, torch.nn.Module):
         raise InputError(f"the file holds a {type(content).__name__}, no module", where=request.source)
-    return _loaded(request, content, *_own_example(content), sha256=checkpoint.sha256(path))
+    return _loaded(request, content, *_own_example(unwrapped(content)), sha256=checkpoint.sha256(path))
 
 
 def _only_weights(source: str) -> InputError:
@@ -229,28 +249,27 @@ def _from_attribute(request: _Request, module: ModuleType, name: str) -> Loaded:
             f"{name!r} is a {type(factory).__name__} and cannot be called", where=request.source, hint=hint
         )
     model, args, kwargs = _unpack(result, request.source)
+    model = unwrapped(model)
     if args is None and not kwargs:
         args, kwargs = _own_example(model)
     if args is None and not kwargs and isinstance(example := getattr(module, "example_inputs", None), tuple):
         args = example
     if request.weights is None:
         return _loaded(request, model, args, kwargs, sha256=None)
-    return _loaded(request, _weighted(request, model), args, kwargs, sha256=checkpoint.sha256(request.weights))
+    model, left_out = _weighted(request, model)
+    return _loaded(request, model, args, kwargs, sha256=checkpoint.sha256(request.weights), left_out=left_out)
 
 
-def _weighted(request: _Request, model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the weights that the user names."""
+def _weighted(request: _Request, model: torch.nn.Module) -> tuple[torch.nn.Module, list[str]]:
+    """The model with the weights that the user names, and the keys of these that were left out."""
     assert request.weights is not None
     if stored_ledgers(request.weights):
         model = prepare(model, request.weights)
-    checkpoint.load_weights(
-        model,
-        request.weights,
-        key=request.weights_key,
-        strip_prefix=request.strip_prefix,
-        unsafe=request.unsafe_pickle,
-    )
-    return model
+    left_out = load_weights(
+        model, request.weights, key=request.weights_key, strip_prefix=request.strip_prefix,
+        unsafe=request.unsafe_pickle, strict=request.strict, ignore=request.ignore,
+    )  # fmt: skip
+    return model, left_out
 
 
 def _call(factory: Callable[..., Any], request: _Request) -> Any:
@@ -303,10 +322,10 @@ def _own_example(model: torch.nn.Module) -> tuple[tuple[Any, ...] | None, dict[s
 def _from_hub(request: _Request) -> Loaded:
     hub, _, name = request.source.partition(":")
     named = hubs.open_named(hub, name, request.factory_args, weights=request.weights is not None)
-    model = named.model if request.weights is None else _weighted(request, named.model)
+    model, left_out = (named.model, []) if request.weights is None else _weighted(request, named.model)
     file = request.weights or named.file
     sha256 = checkpoint.sha256(file) if file else None
-    loaded = _loaded(request, model, named.args, named.kwargs, sha256=sha256)
+    loaded = _loaded(request, model, named.args, named.kwargs, sha256=sha256, left_out=left_out)
     provenance = loaded.provenance
     if request.weights is None:
         provenance = replace(provenance, weights=named.weights)
@@ -343,6 +362,7 @@ def _loaded(
     kwargs: dict[str, Any],
     *,
     sha256: str | None,
+    left_out: Sequence[str] = (),
 ) -> Loaded:
     parameters = {id(p): p.numel() for p in model.parameters() if not torch.nn.parameter.is_lazy(p)}
     provenance = Provenance(
@@ -351,7 +371,10 @@ def _loaded(
         sha256=sha256,
         parameters=sum(parameters.values()),
         notes=read_notes(request.weights) if request.weights else {},
+        left_out=tuple(left_out),
     )
+    if isinstance(model, torch.nn.Module):
+        model = unwrapped(model)
     return Loaded(model, args, dict(kwargs), provenance)
 
 

@@ -18,6 +18,7 @@ from bnfold.report import REASONS, CheckReport, Entry, ExportReport, LayerRange,
 
 #: Rows of a table, or lines of outputs, that are shown without --verbose.
 _SHOWN, _PROBLEMS = 20, 8
+_LISTED = 12
 
 
 def export_report(report: ExportReport, page: Page, *, destination: str, dry_run: bool, verbose: bool) -> None:
@@ -46,7 +47,7 @@ def fold_plan(report: ExportReport, page: Page, *, verbose: bool) -> None:
 
 def check_report(source: dict[str, Any], path: str, report: CheckReport, page: Page, *, verbose: bool) -> None:
     """What ``check`` prints."""
-    page.line("Loaded", _model(source), subject=source["source"])
+    loaded(source, (), page)
     page.line("Against", subject=path)
     _checked(report, page, verbose=verbose)
     page.line("Verdict", _verdict(report.verdict))
@@ -65,6 +66,10 @@ def problems(report: CheckReport) -> str:
 def loaded(source: dict[str, Any], notes: Sequence[str], page: Page) -> None:
     """The first line of every report: the model."""
     page.line("Loaded", _model(source), subject=source["source"])
+    if left := source.get("left_out"):
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+        what = f"left out of the weights, as no part of the model has them: {', '.join(left[:_LISTED])}{more}"
+        notes = (what, *notes)
     for note in notes:
         page.line("", f"note: {note}")
 
