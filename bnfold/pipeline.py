@@ -16,7 +16,6 @@ from torch.export import ExportedProgram
 
 from bnfold import store
 from bnfold.errors import CaptureError, LowerError, UsageError
-from bnfold.files import require_file
 from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
@@ -38,6 +37,7 @@ from bnfold.report import (
     Finding,
     Ledger,
 )
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import (
     capture_model,
@@ -371,7 +371,6 @@ def bisect(
         CaptureError: torch.export cannot capture the model.
     """
     options, path = replace(options or Options(), **more, allow_nonfinite=True), Path(path)
-    require_file(path)
     device, clock = resolve_device(options.device, options.provider_options), Clock(options.progress)
     made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
     if made:
@@ -415,7 +414,7 @@ def check(
     """
     options, path = replace(options or Options(), **more), None if path is None else Path(path)
     if path is not None:
-        require_file(path)
+        read_model(path)  # before anything is computed
     elif options.runner is None:
         raise UsageError("there is nothing to judge", hint="Name an ONNX file, or a --runner")
     expect(options)

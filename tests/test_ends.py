@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -340,3 +341,19 @@ def test_names_in_files_are_spelt_out(folder: Path) -> None:
     torch.save(net, "net.pt")
     result = run("inspect", "net.pt", "--unsafe-pickle", "--input", "input[N,3,8,8]", "-v")
     assert result.exit_code == 0 and "[31mred" in result.stdout and visible(result), repr(result.output)
+
+
+def test_every_command_refuses_data_outside_of_a_models_folder(folder: Path) -> None:
+    held = onnx.TensorProto(name="w", data_type=1, dims=[2], data_location=onnx.TensorProto.EXTERNAL)
+    held.external_data.add(key="location", value="../secret")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [], [held])
+    (folder / "in").mkdir()
+    (folder / "in" / "net.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (folder / "secret").write_bytes(bytes(8))
+    for command in (
+        ["check", "in/net.onnx", "nets.py:Net"],
+        ["bisect", "in/net.onnx", "nets.py:Net"],
+        ["bench", "in/net.onnx"],
+    ):
+        result = run(*command, "-q")
+        assert result.exit_code == 3 and "outside of the model's folder" in result.stderr, result.output

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import bnfold
 from bnfold.cli import cli
-from bnfold.errors import InputError
+from bnfold.errors import InputError, UsageError
 from bnfold.graph.wrapped import unwrapped
 from bnfold.loading import checkpoint, inert
 from bnfold.loading.fitting import load_weights
@@ -270,8 +270,10 @@ def test_a_whole_module_is_picked_by_key(tmp_path: Path) -> None:
         load(path, unsafe_pickle=True)
     picked = load(path, weights_key="ema", unsafe_pickle=True).model
     assert isinstance(picked, Net) and picked.head.weight.dtype is torch.float16
-    with pytest.raises(InputError, match=r"Net.*--unsafe-pickle"):
+    with pytest.raises(UsageError, match=r"need --weights.*--unsafe-pickle"):
         load(path, weights_key="ema")
+    with pytest.raises(InputError, match=r"Net.*--unsafe-pickle"):
+        load(path)
 
 
 def shards(folder: Path, *, save_one: Callable[[dict[str, torch.Tensor], Path], Any], suffix: str) -> Path:

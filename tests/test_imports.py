@@ -26,10 +26,10 @@ ALLOWED: dict[str, str] = {
     "fleet": "_version errors lower pipeline providers render report store threads",
     "render": "_version doctor errors report",
     "doctor": "_version runtime",
-    "bench": "contestants report runtime threads",
+    "bench": "contestants model_file report runtime threads",
     "contestants": "capture copies errors runtime scripted",
     # the data flow
-    "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph files gate lower"
+    "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate lower model_file"
     " options parts program_file report runtime schemes stages store structure user_code wrapped",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
     "stages": "_version baseline capture data decisions equalize errors folding graph inputs load"

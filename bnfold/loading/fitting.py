@@ -223,7 +223,7 @@ def _fitting_prefixes(expected: Shapes, state: State) -> list[str]:
     """The prefixes without which the keys of ``state`` are those of the model."""
     anchor = max((name for name in expected if not name.endswith("num_batches_tracked")), key=len, default=None)
     prefixes = {key.removesuffix(anchor) for key in state if anchor and key.endswith(f".{anchor}")}
-    stripped = {prefix: {key: key.removeprefix(prefix) for key in state} for prefix in sorted(prefixes, key=len)}
+    stripped = {prefix: {key: key.removeprefix(prefix) for key in state} for prefix in sorted(prefixes)}
     used = {p: {key: name for key, name in names.items() if name in expected} for p, names in stripped.items()}
     return [prefix for prefix, names in used.items() if _fits(expected, state, names)]
 

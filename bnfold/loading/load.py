@@ -131,8 +131,10 @@ def load(
         raise UsageError(f"{source!r} is no source of a model", hint=f"A source is one of: {forms}")
     if not row.takes_weights and (weights or factory_args):
         raise UsageError(f"{row.form} takes neither --weights nor --arg: it is a whole model", where=source)
-    if (strip_prefix or ignore or (weights_key and row.read is not _from_file)) and not weights:
-        raise UsageError("--weights-key, --strip-prefix and --ignore need --weights", where=source)
+    pickled = row.read is _from_file and unsafe_pickle
+    if (strip_prefix or ignore or (weights_key and not pickled)) and not weights:
+        hint = "Of several models in one file --weights-key picks one, with --unsafe-pickle"
+        raise UsageError("--weights-key, --strip-prefix and --ignore need --weights", where=source, hint=hint)
     loaded = row.read(request)
     return _normalized(loaded, source, normalize) if normalize else loaded
 

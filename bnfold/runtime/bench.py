@@ -31,6 +31,7 @@ from bnfold.runtime.contestants import (
     torch_contestant,
     written,
 )
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import Device, installed_runtimes, pip_problem, resolve_device
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def bench(
     tell = progress or (lambda stage, done, total: None)
     tell("open", 0, 1)
     where = resolve_device(device, provider_options)
+    for path in paths:
+        read_model(Path(path))
     feeds = [random_feeds(sized_inputs(paths[0], batch=batch, shapes=shapes), seed)]
     feeds += [matched_feeds(path, feeds[0], paths[0]) for path in paths[1:]]
     with contextlib.ExitStack() as stack:
