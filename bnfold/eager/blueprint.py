@@ -226,7 +226,8 @@ def _calls_of_one_tensor(captured: Captured) -> set[int]:
 
     handles = [child.register_forward_hook(note, with_kwargs=True) for child in captured.eager.modules()]
     try:
-        captured.run_eager(captured.flat)
+        with torch.compiler.set_stance("force_eager"):  # torch.cond compiles its branches, hooks and all
+            captured.run_eager(captured.flat)
     finally:
         for handle in handles:
             handle.remove()

@@ -275,6 +275,30 @@ def needs_widening(path: Path, device: Device) -> bool:
     return holds and not has_bfloat16(device)
 
 
+def refuse_training(path: Path) -> None:
+    """Raises InputError where a file was written in training mode, which ONNX Runtime refuses without saying why."""
+    import onnx
+
+    for node in onnx.load_model(path, load_external_data=False).graph.node:
+        mode = any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
+        more = node.op_type == "BatchNormalization" and len([name for name in node.output if name]) > 1
+        if node.op_type in ("BatchNormalization", "Dropout") and (mode or more):
+            raise InputError(
+                f"the file's {node.op_type} '{node.name or node.output[0]}' is in training mode "
+                f"({'training_mode=1' if mode else 'it returns the statistics of the batch'})",
+                where=str(path),
+                hint="Call model.eval() and write the file anew",
+            )
+
+
+def half_inside(path: Path) -> bool:
+    """Whether a file computes in float16, whatever its inputs and outputs are."""
+    import onnx
+
+    graph = onnx.load_model(path, load_external_data=False).graph
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+
+
 def quantised_nodes(path: Path) -> int:
     """How many of a file's nodes compute with integers in place of floats, or convert to them."""
     graph = read_model(path).graph

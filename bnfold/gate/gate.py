@@ -25,9 +25,11 @@ from bnfold.gate.candidates import (
     EagerCandidate,
     OnnxCandidate,
     TorchCandidate,
+    half_inside,
     needs_widening,
     probe_session,
     quantised_nodes,
+    refuse_training,
 )
 from bnfold.gate.data import Labels
 from bnfold.gate.devices import judge_device
@@ -226,9 +228,17 @@ class Gate:
             self._findings.notes.append(
                 "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
             )
+        if self.folded is None:
+            refuse_training(self.path)
         probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
         self._findings.notes += self._matched.notes
+        held = self.captured.program.state_dict.values()
+        if self.folded is None and half_inside(self.path) and not any(v.dtype == torch.float16 for v in held):
+            self._findings.notes.append(
+                "the file computes in float16 and the model does not: judge it against the model in that dtype "
+                "(--dtype float16, dtype=torch.float16)"
+            )
         if self.folded is None and (nodes := quantised_nodes(self.path)):
             self._findings.notes.append(
                 f"the file is quantised ({nodes} nodes): no such file equals a float model; what that costs is "

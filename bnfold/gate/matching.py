@@ -7,7 +7,7 @@ how a deployed file is read; only where the file returns more than the model the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -173,10 +173,21 @@ def _check(mine: _Input, theirs: ValueInfo) -> None:
         )
     if _pins(mine, theirs) is None:
         raise InputError(
-            f"the file's input {_words(theirs)} does not fit the model's {mine}",
+            f"the file's input {_words(theirs)} does not fit the model's {mine}{_layouts(mine, theirs)}",
             hint="Give the model inputs of the file's shape (--input); a size that the model fixes is not judged at "
             "another: leave out --static",
         )
+
+
+def _layouts(mine: _Input, theirs: ValueInfo) -> str:
+    """What is said where one of them has its channels first and the other last."""
+    first, last = ("NCHW", "NHWC") if len(mine.shape) == 4 else ("channels first", "channels last")
+    channels, *others = mine.shape[1:] or (None,)
+    for given, ours, its in (((*others, channels), first, last), ((mine.shape[-1:] + mine.shape[1:-1]), last, first)):
+        moved = replace(mine, shape=(*mine.shape[:1], *given))
+        if others and moved.shape != mine.shape and _pins(moved, theirs) is not None:
+            return f": the model takes {ours} and the file {its}, so one of them needs a transposition in front"
+    return ""
 
 
 def _pins(mine: _Input, theirs: ValueInfo) -> dict[str, int] | None:

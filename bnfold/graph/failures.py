@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from bnfold.errors import CaptureError
 
@@ -30,6 +31,11 @@ def explained(error: Exception, module: nn.Module, run: Callable[[], object]) ->
     if "constraints violated" in text.lower():
         message = " ".join(text.split("Suggested fixes")[0].split())[:400]
         hint = "The model fixes a dimension that is declared dynamic: fix it with --static or a number in --input"
+    elif _packs(error):
+        hint = (
+            "torch.export cannot trace packed sequences: give the layer the padded input, and mask what comes after a "
+            "sequence's end or gather its last step"
+        )
     elif "dynamic_shapes" in text:
         hint = "dynamic_shapes must have the structure of the inputs"
     elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():
@@ -60,6 +66,15 @@ def fails(run: Callable[[], object]) -> bool:
             run()
     except Exception:
         return True
+    return False
+
+
+def _packs(error: BaseException) -> bool:
+    """Whether it was raised where sequences of several lengths are packed into one, or unpacked."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        packing = frame.f_code.co_name in ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence")
+        if packing or any(isinstance(value, PackedSequence) for value in frame.f_locals.values()):
+            return True
     return False
 
 

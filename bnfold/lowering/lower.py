@@ -128,9 +128,22 @@ def save(lowered: Lowered, path: Path, *, external: str | None = None) -> None:
     except onnx.checker.ValidationError as error:
         raise LowerError(f"onnx.checker rejects the file: {error}", hint="Please report this model") from error
     except onnx.shape_inference.InferenceError as error:
-        raise LowerError(
-            f"onnx's shape inference rejects the file: {error}", hint="Please report this model"
-        ) from error
+        raise _rejected(str(error)) from error
+
+
+def _rejected(text: str) -> LowerError:
+    """What onnx's shape inference says of a file, and the module that it says it of: nodes are named after theirs."""
+    found = re.search(r"op_type: ?(\w+), node name: ?([^)]*)\): (.*)", text, re.S)
+    if found is None:
+        return LowerError(f"onnx's shape inference rejects the file: {text}", hint="Please report this model")
+    operator, node, reason = found.groups()
+    module = node.rpartition("/")[0]
+    return LowerError(
+        f"onnx's shape inference rejects the {operator} that it is written as: {reason.rpartition('] ')[2]}",
+        where=f"module '{module}'" if module else f"node '{node}'",
+        hint="Its sizes may hold for the example alone: fix them with --static or numbers in --input, else please "
+        "report this model",
+    )
 
 
 def relocate(path: Path, data: str, digest: str) -> None:

@@ -42,11 +42,15 @@ class Progress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """A stage has done so much of its work."""
         part, stage = stage, _PART_OF.get(stage, stage)
+        if ": " in stage:  # what a user should know while it takes long
+            stage = stage.partition(": ")[0]
+            if self._bar is None and not self._quiet:
+                self._console.print(part)
         if stage != self._stage:
             self._finish()
             self._stage, self._began = stage, time.perf_counter()
         if self._bar is not None:
-            words = stage if part == stage else f"{stage}: {part}"
+            words = part if part.startswith(stage) else f"{stage}: {part}"
             self._bar.update(0, description=words, completed=done, total=total if total > 1 else None)
 
     def _finish(self) -> None:
