@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from bnfold.errors import InputError
 from bnfold.gate.engines import Setting
 from bnfold.graph.capture import Captured
 from bnfold.graph.copies import copied
@@ -277,9 +278,7 @@ def needs_widening(path: Path, device: Device) -> bool:
 
 def refuse_training(path: Path) -> None:
     """Raises InputError where a file was written in training mode, which ONNX Runtime refuses without saying why."""
-    import onnx
-
-    for node in onnx.load_model(path, load_external_data=False).graph.node:
+    for node in read_model(path).graph.node:
         mode = any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
         more = node.op_type == "BatchNormalization" and len([name for name in node.output if name]) > 1
         if node.op_type in ("BatchNormalization", "Dropout") and (mode or more):
@@ -295,7 +294,7 @@ def half_inside(path: Path) -> bool:
     """Whether a file computes in float16, whatever its inputs and outputs are."""
     import onnx
 
-    graph = onnx.load_model(path, load_external_data=False).graph
+    graph = read_model(path).graph
     return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
 
 
