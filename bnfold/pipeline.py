@@ -83,7 +83,7 @@ def fold(
         model: a module in any mode (eval mode is what is folded), or an ExportedProgram.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
+        dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
         dtype: convert to this floating-point dtype, a name will do; folding still starts from the stored constants.
         static: make no dimension dynamic by default.
         merge: make one contraction of parallel and sequential ones.
@@ -120,7 +120,7 @@ def export(
         path: where the file goes; untouched unless the verdict is a pass.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
+        dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
         options: everything else, or its fields one by one as keyword arguments (``device="openvino"``).
 
     Returns:
@@ -266,7 +266,7 @@ def inspect(
         model: a module in any mode, or a program, of which only its graph's normalisations can be known.
         args: positional example inputs, as for ``torch.export.export``; without any there is no fold plan.
         kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.export.export``; by default the batch, axis 0, is dynamic.
+        dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
         options: as for ``export``; with ``data=`` running statistics are compared with those of the data.
 
     Returns:
@@ -363,7 +363,7 @@ def bisect(
         model: the unfolded model.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.export.export``.
+        dynamic_shapes: as for ``torch.onnx.export``.
         options: as for ``export``; whether to fold and to merge is taken from the file.
 
     Raises:
@@ -404,7 +404,7 @@ def check(
         model: the unfolded model.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.export.export``.
+        dynamic_shapes: as for ``torch.onnx.export``.
         options: as for ``export``.
         spread: goes through all the parts of the data, of which ``options.data`` is the first.
 
