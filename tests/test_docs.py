@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bnfold import semantics
 from bnfold.cli import cli
 from bnfold.errors import EXIT_CODES
 from bnfold.report import FINDINGS, REASONS
+from bnfold.runtime.runtime import PROVIDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,3 +61,25 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.parametrize("module", sorted(p for p in (ROOT / "bnfold").rglob("*.py")), ids=lambda p: p.name)
 def test_no_module_outgrows_a_head(module: Path) -> None:
     assert len(module.read_text().splitlines()) <= 430, "split it along the data flow"
+
+
+def test_the_requirements_without_a_gpu_are_those_of_the_package() -> None:
+    """But for the runtime, of which that without CUDA is taken everywhere."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [line.partition(";")[0].strip() for line in project["dependencies"]]
+    lines = [line for line in (ROOT / "requirements-cpu.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == [line for line in wanted if not line.startswith("onnxruntime-gpu")]
+    assert any(line.startswith("onnxruntime>=") for line in lines)
+
+
+def test_every_provider_is_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "docs" / "providers.md").read_text(), re.MULTILINE)
+    assert rows == [(row.name, row.ort_name) for row in PROVIDERS]
+    for row in PROVIDERS:
+        assert f"`{row.name}`" in README, "the README names them too"
+
+
+def test_only_the_runtime_knows_cuda() -> None:
+    """A provider is a row: nothing outside of runtime/ tells one by its name."""
+    files = [p for p in (ROOT / "bnfold").rglob("*") if p.suffix in {".py", ".json"} and p.parent.name != "runtime"]
+    assert [str(p) for p in files if '"cuda"' in p.read_text()] == []

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bnfold.report import Latency
-from bnfold.runtime.bench import Device, machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
+from bnfold.runtime.bench import machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
 from bnfold.runtime.runtime import cuda_problem
 
 
@@ -44,7 +44,7 @@ class Settings:
         """Whether ``name`` is to be measured."""
         return not self.only or name in self.only
 
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[str]:
         """Where to measure."""
         return ["cpu", "cuda"] if self.device == "auto" and cuda_problem() is None else ["cpu"]
 
@@ -102,7 +102,7 @@ def sentence(found: dict[str, str]) -> str:
     )
 
 
-def race(paths: Sequence[Path], settings: Settings, device: Device) -> list[Latency]:
+def race(paths: Sequence[Path], settings: Settings, device: str) -> list[Latency]:
     """Files on the same random inputs, in turn; ratios refer to the first."""
     feeds = [random_feeds(sized_inputs(paths[0]))]
     feeds += [matched_feeds(path, feeds[0], paths[0]) for path in paths[1:]]
