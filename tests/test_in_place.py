@@ -106,3 +106,51 @@ def test_rows_of_a_softmax_that_were_written_are_no_weights(write):
     assert operators(folded.program)["batch_norm"] == write
     with torch.no_grad():
         assert_close(folded.module(x := noise(3, 5, 4, seed=1)), net(x))
+
+
+# -- in the model's own class: an Identity returns its argument, where a BatchNorm returned a new tensor ---------------
+
+
+class Rectified(nn.Module):
+    """A scale, then a ReLU that writes to its argument; ``source`` says whose that would be without the scale."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.first, self.second, self.third = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.source == "its own":
+            return self.second(self.act(self.norm(self.first(x))))
+        y = x if self.source == "the caller's" else x.tanh()
+        found = self.act(self.norm(y).flatten(1)).view(x.shape) if self.source == "a view" else self.act(self.norm(y))
+        return self.second(found) + (0 if self.source == "the caller's" else self.third(y))
+
+
+@pytest.mark.parametrize("source", ["its own", "the caller's", "another's", "a view"])
+def test_no_identity_lets_somebody_elses_value_be_written_to(source):
+    net = Rectified(source).eval()
+    net.norm.weight.data = torch.tensor([0.5, 2.0, 1.0, 3.0])
+    x = noise(*IMAGE, dtype=torch.float32)
+    back = bnfold.fold(net, (x.clone(),), merge=False).write_back(net)
+    assert isinstance(back.module.norm, nn.Identity) == (source == "its own")
+    kept = x.clone()
+    with torch.no_grad():
+        found, wanted = back.module(x), net(kept.clone())
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("stored", [torch.tensor([1, 2, 3, 4]), torch.tensor([1.0, 2.0, 3.0, 4.0]).half()])
+def test_no_scale_is_written_into_a_tensor_of_another_dtype(stored):
+    net = build(lambda m, x: x.sigmoid() * m.steps * m.gain, steps=stored, gain=nn.Parameter(noise(4))).float()
+    net.steps = stored
+    folded = bnfold.fold(net, (x := noise(2, 4, dtype=torch.float32),), merge=False)
+    back = folded.write_back(net)
+    (refused,) = back.refused
+    assert f"is of {stored.dtype}" in "".join(r.detail for r in refused.refusals)
+    with torch.no_grad():
+        for module in (folded.module, back.module):
+            torch.testing.assert_close(module(x), net(x))
+    assert back.module.steps.dtype == stored.dtype

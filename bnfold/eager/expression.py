@@ -200,6 +200,10 @@ class _Attempt:
             several = f"is used {len(live)} times, and each use would need its own"
             self._blame(edits, value, f"'{home.name}' {several if len(live) > 1 else 'would need another shape'}")
             return
+        dtype = self._graph.dtype(self._graph.call(self._nodes[value]).at(slot))
+        if now is not None and now.dtype != dtype:
+            self._blame(edits, value, f"'{home.name}' is of {now.dtype} and would be rounded")
+            return
         if now is None:
             module, _, parameter = home.name.rpartition(".")
             self._changes[home.name] = Change(module, "parameter", parameter, tuple(found[0].shape))

@@ -67,7 +67,29 @@ def _objection(captured: Captured, changes: Sequence[Change], expected: Sequence
         return "the model's code also holds it elsewhere than under its name"
     if len(through) < len(changes) or not all(map(_equal, found, expected)):
         return f"{instead} computes something else"
+    copies, themselves = (_left_behind(captured, changes, copied) for copied in (True, False))
+    if not all(map(_equal, copies, themselves)):
+        return f"{instead} writes to a value in place that it had a new one of"
     return None
+
+
+def _left_behind(captured: Captured, changes: Sequence[Change], copied: bool) -> list[Any]:
+    """Outputs, and inputs as they are afterwards, with ``changes``: each new module acts on its argument or a copy.
+
+    What it returns may be its argument, where the old one made a new tensor.
+    """
+
+    def probe(old: nn.Module, new: nn.Module) -> nn.Module:
+        made = copy.copy(new)
+        made._forward_hooks, made._forward_pre_hooks = OrderedDict(), OrderedDict()
+        made.forward = lambda x: new.forward(x.clone() if copied else x)
+        return made
+
+    assert captured.eager is not None
+    model = eval_copy(captured.eager)
+    restructure(model, changes, probe)
+    flat = tuple(value.clone() if isinstance(value, Tensor) else value for value in captured.flat)
+    return [*replace(captured, eager=model).run_eager(flat), *flat]
 
 
 def _equal(one: Any, other: Any) -> bool:

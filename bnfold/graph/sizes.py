@@ -166,7 +166,9 @@ def _coincidences(number: int, fixed: set[int]) -> int:
 def _solved(size: torch.SymInt) -> Iterator[tuple[Any, int]]:
     """The example size of the symbol in a size such as ``s`` or ``8*s``."""
     expression = size.node.expr
-    if len(expression.free_symbols) == 1:
+    if expression.is_symbol:
+        yield expression, int(size.node.hint)
+    elif len(expression.free_symbols) == 1:
         (symbol,) = expression.free_symbols
         found = [int(n) for n in sympy.solve(expression - int(size.node.hint), symbol) if n.is_integer]
         yield from ((symbol, n) for n in found[:1])
