@@ -33,7 +33,7 @@ half, single, double = torch.float16, torch.float32, torch.float64
 SIZES = ((1, 13, 17), (2, 11, 9), (3, 16, 23), (2, 22, 14), (3, 5, 7))
 #: In float64 nothing is rounded that counts; else an error may be so many times the one that the program itself has.
 RELATIVE, NOISES = 1e-9, 16.0
-LONGEST = 14
+LONGEST = 9
 
 
 #: Operators whose result looks like their operand.
@@ -63,9 +63,8 @@ class Hostile(Program):
             if shape is None:
                 value = target(*plain[0], **plain[1])
             else:
-                value = torch.empty(
-                    shape, dtype=torch.result_type(*plain[0][:2]) if len(plain[0]) == 2 else plain[0][0].dtype
-                )
+                pair = plain[0] if target in _PAIRWISE else (plain[0][0], 1.0)
+                value = torch.empty(shape, dtype=torch.result_type(*pair))
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = value
         node.meta["nn_module_stack"] = {"L__self__": ("", "Net")}
@@ -86,7 +85,7 @@ class Hostile(Program):
             return shape
         if target is not aten.conv2d.default:
             return None
-        x, weight, _, stride, padding = args[:5]
+        x, weight, _, stride, padding = (*args, *[None, [1, 1], [0, 0]][len(args) - 2 :])[:5]
         sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding)]
         return [x.shape[0], weight.shape[0], *sizes]
 
@@ -313,10 +312,45 @@ class Grower:
         self.p.call(aten.fill_.Scalar, part, 0.75)
         return None
 
+    # -- what meets a fold ------------------------------------------------------------------------------------------
+
+    def around(self, x: Node) -> Node:
+        """Something hostile between an affine and a contraction that would take it."""
+        hostile = self.pick([self.pad, self.moved, self.moved, self.reshaped, self.average, self.by_size, self.cast,
+                             self.same, self.attention, self.scaling, self.conv])  # fmt: skip
+        if self.pick([True, False]):
+            return self.linear(hostile(self.norm(self.activation(x))))
+        affine = self.pick([self.norm, self.scaling])
+        return self.activation(affine(hostile(self.pick([self.conv, self.linear])(x))))
+
+    def rewritten(self, x: Node) -> Node:
+        """Reads a value, writes to it, and then makes of both what would be merged or composed."""
+        y = self.activation(x)
+        linear = [self.pointwise, self.pointwise, self.linear, self.scaling, self.same]
+        first = self.pick(linear)(self.same(y) if self.pick([True, False, False]) else y)
+        self.p.call(aten.fill_.Scalar, self.p.call(aten.select.int, y, 1, 0), 0.75)
+        self.made.append(y)
+        kind = self.pick(["chain", "sum", "cat"])
+        if kind == "chain":
+            return self.pick(linear)(first)
+        second = self.pick(linear[:-1] if self.channels(first) == 2 else linear)(y)
+        if str(second.meta["val"].shape) != str(first.meta["val"].shape):
+            self.made.append(first)
+            return second
+        if kind == "cat":
+            return self.p.call(aten.cat.default, [first, second], 1)
+        return self.p.call(aten.add.Tensor, first, second)
+
+    def pointwise(self, x: Node) -> Node:
+        count, dtype = self.channels(x), self.dtype_of(x)
+        weight = self.constant(self.normal(2, count, 1, 1) / count, dtype)
+        return self.p.call(aten.conv2d.default, x, weight, self.constant(self.normal(2), dtype))
+
     # -- the whole -------------------------------------------------------------------------------------------------
 
     def layers(self) -> list[Callable[[Node], Node | None]]:
-        common = [self.norm, self.norm, self.conv, self.conv, self.conv, self.scaling, self.activation, self.join]
+        common = [self.norm, self.conv, self.scaling, self.activation, self.join, self.around, self.around, self.around]
+        common += [self.rewritten]
         rare = [self.linear, self.same, self.cast, self.pad, self.moved, self.reshaped, self.average, self.by_size]
         return [*common, *common, *rare, self.write, self.write, self.attention]
 
@@ -325,7 +359,7 @@ class Grower:
         return len(shape) == 4 and shape[1] in (2, 4) and value.meta["val"].is_floating_point()
 
     def grow(self) -> ExportedProgram:
-        for _ in range(self.random.randrange(3, LONGEST)):
+        for _ in range(self.random.randrange(2, LONGEST)):
             x = self.pick([self.made[-1]] * 3 + self.made[-4:])
             before = len(self.made), list(self.p.graph.nodes)
             try:
