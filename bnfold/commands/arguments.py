@@ -23,6 +23,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Row = tuple[Sequence[str], dict[str, Any]]
 _PATH = click.Path(path_type=Path)
 _NO_GROUP = "Help"
+#: Of whatever is counted: more is a slip of the hand.
+_MOST = 2**31 - 1
 
 
 class _Data(click.Path):
@@ -159,7 +161,7 @@ calibration_options = _options(
         help="sequential: each layer behind measured ones, a pass over the data per level. one-pass: with batch "
         "statistics in front, as in training.",
     ),
-    _number("--batch-size", type=click.IntRange(1), default=64, help="Samples at a time."),
+    _number("--batch-size", type=click.IntRange(1, _MOST), default=64, help="Samples at a time."),
 )  # fmt: skip
 gate_options = _options(
     "The check",
@@ -168,7 +170,7 @@ gate_options = _options(
         help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known. For "
         "check also several files: 'shards/*.npz', here or as a URL for fsspec.",
     ),
-    _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
+    _number("--samples", type=click.IntRange(1, _MOST), default=10, help="Samples to compare, 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
     _flag("--adversarial", help="Also look by gradient for inputs that overflow, or differ most; takes its time."),
     _number("--limit", type=float, default=4.0, callback=_finite, help="Largest error, in the unfolded model's own."),
@@ -178,7 +180,7 @@ gate_options = _options(
 bisect_options = _options(
     "The search",
     _file("--data", metavar="FILE.npz", help="Real samples in arrays named like the inputs."),
-    _number("--samples", type=click.IntRange(1), default=10, help="Samples to compare, 10 at least."),
+    _number("--samples", type=click.IntRange(1, _MOST), default=10, help="Samples to compare, 10 at least."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
 )
 _DEVICE: tuple[_Row, ...] = (
@@ -211,7 +213,7 @@ output_options = _options(
 )
 onnx_options = _options(
     "The file",
-    _row("--opset", type=click.IntRange(1), metavar="N", help="ONNX operator set. Default: torch.onnx's."),
+    _row("--opset", type=click.IntRange(1, _MOST), metavar="N", help="ONNX operator set. Default: torch.onnx's."),
     _row("--external-data/--no-external-data", default=None, help="Weights in a file beside it. Default: above 1 GB."),
     _flag("--no-fold", help="Export the model as it is, to compare with."),
     _flag("--no-simplify", help="Leave out onnxsim."),
@@ -236,7 +238,7 @@ report_options = _options(
 json_option = _options("The report", _JSON)
 _WORKERS: tuple[_Row, ...] = (
     _row("--scheduler", metavar="ADDRESS", help="Of Dask's distributed, as tcp://host:8786. Default: this machine."),
-    _row("--workers", type=click.IntRange(1), metavar="N", help="Of this machine. Default: as many as fit."),
+    _row("--workers", type=click.IntRange(1, _MOST), metavar="N", help="Of this machine. Default: as many as fit."),
 )
 workers_options = _options("The workers", *_WORKERS)
 fleet_options = _options(
@@ -253,10 +255,15 @@ fleet_report_options = _options("The report", _JSON, _QUIET)
 bench_options = _options(
     "The measurement",
     _row("--source", metavar="SOURCE", help="Measure this torch model as well, on the same inputs."),
-    _number("--runs", type=click.IntRange(6), default=50, help="Rounds; each contestant has a turn in each."),
-    _number("--warmup", type=click.IntRange(0), default=5, help="Calls of each that do not count."),
-    _row("--threads", type=click.IntRange(1), metavar="N", help="For one call. Default: what ONNX Runtime chooses."),
-    _row("--batch", type=click.IntRange(1), metavar="N", help="Size of a dynamic batch. Default: 1."),
+    _number("--runs", type=click.IntRange(6, _MOST), default=50, help="Rounds; each contestant has a turn in each."),
+    _number("--warmup", type=click.IntRange(0, _MOST), default=5, help="Calls of each that do not count."),
+    _row(
+        "--threads",
+        type=click.IntRange(1, _MOST),
+        metavar="N",
+        help="For one call. Default: what ONNX Runtime chooses.",
+    ),
+    _row("--batch", type=click.IntRange(1, _MOST), metavar="N", help="Size of a dynamic batch. Default: 1."),
     _row("--input", "inputs", multiple=True, metavar="NAME[1,3,224,224]", help="Whole shape of an input; repeatable."),
     _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the inputs and of the order."),
     *_DEVICE,
