@@ -43,21 +43,18 @@ def fleet_report(report: FleetReport, page: Page, *, where: str) -> None:
 
 def fleet_sections(report: FleetReport) -> Iterator[Section]:
     """What did not pass, every model, and what it rests on."""
-    bad = [
-        (_link(row), _verdict(row), str(row.exit_code), row.said) for row in report.rows if row.outcome != "pass"
-    ]  # fmt: skip
+    bad = [f"{row.name} ({row.outcome}, exit code {row.exit_code}): {row.said}" for row in report.rows if row.exit_code]
     if bad:
-        table = Table("Models without a pass", ("model", "outcome", "exit code", "what happened"), bad)
-        yield section("problems", "What did not pass", ("wide", table))
+        yield section("problems", "What did not pass", ("alert", bad))
     heads = (
         "model",
         "outcome",
-        "BatchNorm folded",
+        "folded",
         "ratio",
         "size",
         "latency",
         "seconds",
-        "since the last run",
+        "changed",
         "source",
     )
     rows = [
