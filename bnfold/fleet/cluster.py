@@ -22,7 +22,8 @@ _Result = TypeVar("_Result")
 DEATHS = 3
 #: Memory that a worker of this machine is to have at least, in bytes.
 _ROOM = 2 * 10**9
-_WAIT = 60.0
+#: Seconds until a scheduler must answer, and until a first worker must be there.
+_CONNECT, _WAIT = 30, 60.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def connected(where: Where, *, tasks: int, gpus: bool = False) -> Iterator[Clien
         settings: dict[str, Any] = {
             "distributed.scheduler.allowed-failures": DEATHS - 1,
             "distributed.scheduler.worker-saturation": 1.0,  # what waits for a worker does not die with it
-            "distributed.comm.timeouts.connect": "10s",
+            "distributed.comm.timeouts.connect": f"{_CONNECT}s",
             "distributed.worker.daemon": False,
             "distributed.diagnostics.nvml": False,
             "logging.distributed": "critical",
@@ -68,7 +69,7 @@ def connected(where: Where, *, tasks: int, gpus: bool = False) -> Iterator[Clien
         stack.enter_context(dask.config.set(settings))
         try:
             address: Any = where.scheduler or stack.enter_context(_machine(where, tasks, gpus))
-            client = stack.enter_context(distributed.Client(address, timeout=10))
+            client = stack.enter_context(distributed.Client(address, timeout=_CONNECT))
             client.wait_for_workers(1, timeout=_WAIT)
         except (OSError, TimeoutError, ValueError) as error:
             what = f"no scheduler with workers answers: {error}" if where.scheduler else f"no worker started: {error}"
