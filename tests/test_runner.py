@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import InputError, UsageError
+from bnfold.render.advice import next_steps
 from bnfold.report import CheckReport
 from bnfold.runtime.runner import Crashed, NoAnswer, Raised, UserRunner, arrays, takes_path
 
@@ -184,6 +185,7 @@ def test_a_wrong_runner_keeps_a_right_file_from_being_written(folder: Path) -> N
     report = bnfold.export(Net(), "net.onnx", (X,), device="cpu", runner=lambda inputs, path: inputs["x"][:, :3])
     assert not report.passed and not Path("net.onnx").exists()
     assert [e.verdict for e in report.check.engines] == ["pass", "fail"]
+    assert not any("bisect" in command for _, command in next_steps(report)), "the file is right"
 
 
 # -- what does not -----------------------------------------------------------------------------------------------------
@@ -320,6 +322,8 @@ def test_the_command_line_judges_a_runner_alone(folder: Path) -> None:
     assert result.exit_code == 0 and "runner engine.py:right" in result.stdout, result.output
     result = run("check", "net.py:make", "--runner", "engine.py:off")
     assert result.exit_code == 1 and "times the noise" in result.stdout
+    again = "python -m bnfold check net.py:make --runner engine.py:off --verbose"
+    assert again in result.stdout and "bisect" not in result.stdout, "there is no file to look into"
     assert run("check", "net.py:make", "--runner", "engine.py:absent").exit_code == 3
     assert run("check", "net.py:make").exit_code == 2
     assert run("check", "a.onnx", "net.py:make", "more", "--runner", "engine.py:right").exit_code == 2

@@ -58,7 +58,7 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
     kind, suffix = report.kind, ".pt2" if report.kind == "fold" else ".onnx"
     asked = Path(report.source.get("given", {}).get("output") or f"net{suffix}")
     if isinstance(report, CheckReport):
-        file, kept = report.file or "net.onnx", True
+        file, kept = report.file or ("" if check.engines else "net.onnx"), True  # a runner needs none
     else:
         kept = report.file is not None
         file = report.file.path if report.file is not None else str(asked.with_stem(f"{asked.stem}.failed"))
@@ -69,7 +69,8 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
         steps.append(("judge it on more samples, and real ones", again(data="samples.npz", samples=more)))
     if not kept:
         steps.append(("keep the file that failed", again(keep_failed="")))
-    if suffix == ".onnx" and check.verdict == "fail":
+    file_stands = any(e.verdict == "fail" for e in check.engines[1:]) and check.engines[0].verdict == "pass"
+    if suffix == ".onnx" and check.verdict == "fail" and file and not file_stands:
         steps.append(("find the first module that goes wrong", _call(report.source, "bisect", file)()))
     if suffix == ".onnx":
         steps.append(("see every candidate and every output", _call(report.source, "check", file)(verbose="")))
@@ -91,7 +92,7 @@ def _call(source: Mapping[str, Any], kind: str, file: str) -> Callable[..., str]
             more.pop("--data", None)  # real samples are there already
         words = [str(given.get("source", source["source"]))]
         words += [word for group in known if group[0] not in more for word in group]
-        words = [kind, file, *words] if kind in ("check", "bisect") else [kind, *words, "-o", file]
+        words = [kind, *filter(None, [file]), *words] if kind in ("check", "bisect") else [kind, *words, "-o", file]
         for name, value in more.items():
             words += [name, *value]
         return "python -m bnfold " + shlex.join(words)
@@ -100,7 +101,7 @@ def _call(source: Mapping[str, Any], kind: str, file: str) -> Callable[..., str]
         known = {"data": "samples", "samples": options.get("samples", ""), "keep_failed": "True"}
         words = [f"{name}={known[name]}" for name in options if name in known]
         function = "pipeline.save_folded" if kind == "fold" else kind
-        given = [repr(file), "model"] if kind in ("check", "bisect") else ["model", repr(file)]
+        given = [repr(file or None), "model"] if kind in ("check", "bisect") else ["model", repr(file)]
         return f"bnfold.{function}({', '.join([*given, 'args', *words])})"
 
     return command if "weights" in source else python  # which only what was loaded from a file has
