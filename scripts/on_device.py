@@ -9,8 +9,10 @@ A step starts no other net when its seconds are over, and says how many it got t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -29,7 +31,7 @@ from suites.common import Table, geometric_mean, quiet, spread
 
 import bnfold
 from bnfold.errors import BnfoldError
-from bnfold.report import CheckReport
+from bnfold.report import CheckReport, Latency
 from bnfold.runtime.bench import machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
 from bnfold.runtime.contestants import Contestant
 from bnfold.runtime.runtime import Device, arithmetic, device_of, installed_runtimes, open_session, resolve_device
@@ -38,6 +40,26 @@ from bnfold.runtime.runtime import Device, arithmetic, device_of, installed_runt
 GATE, BINDING, TENSORRT = 20, 5, 5
 #: Nets of published size for the latency.
 LATENCY = ("ResNet-50", "MobileNetV2", "LeViT-256")
+
+
+class TimeUp(Exception):  # noqa: N818
+    """A step's seconds are over; whatever it was at counts as failed, and what it has found is written."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeUp in the midst of what runs for longer."""
+
+    def ring(*_: object) -> None:
+        raise TimeUp("not done in time")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass
@@ -106,23 +128,35 @@ def binding(step: Step) -> str:
     """Bound inputs and outputs against plain runs, and what the copies to the device and back cost."""
     rows, wrong, factors = [], 0, []
     for name in step.nets(BINDING):
-        path = _exported(step, name)
-        session = open_session(path, device=step.device)
-        inputs = sized_inputs(path)
-        problem = None
-        for seed in (0, 1, 0):  # memory of an earlier run shows when the inputs change
-            problem = problem or session.binding_problem(random_feeds(inputs, seed))
-        feeds = random_feeds(inputs)
-        bound = Contestant("bound", session.bind(feeds))
-        copied = Contestant("copied", lambda s=session, f=feeds: s.run(f))
-        first, other = measure([bound, copied], rounds=6 if step.quick else 30)
+        try:
+            problem, first, other = _bound(step, name)
+        except Exception as error:
+            problem = _words(error)
+            rows.append((name, problem, "", ""))
+        else:
+            factors.append(other.ratio)
+            rows.append((name, problem or "agree", f"{first.median * 1e3:.3f} ms", spread(other)))
         wrong += problem is not None
-        factors.append(other.ratio)
-        rows.append((name, problem or "agree", f"{first.median * 1e3:.3f} ms", spread(other)))
     columns = ("net", "bound and plain outputs", "bound", "with copies to the device and back")
     step.write(Table("IO binding", columns, rows).markdown())
+    if not factors:
+        raise RuntimeError(rows[0][1] if rows else "no time for a single net")
     many = f"{len(rows) - wrong} of {len(rows)} nets agree"
     return f"{many}; with copies a run takes {geometric_mean(factors):.2f} times as long"
+
+
+def _bound(step: Step, name: str) -> tuple[str | None, Latency, Latency]:
+    """How bound runs of a net differ from plain ones, and the latency of bound ones and of ones with copies."""
+    path = _exported(step, name)
+    session = open_session(path, device=step.device)
+    inputs = sized_inputs(path)
+    problem = None
+    for seed in (0, 1, 0):  # memory of an earlier run shows when the inputs change
+        problem = problem or session.binding_problem(random_feeds(inputs, seed))
+    feeds = random_feeds(inputs)
+    contestants = [Contestant("bound", session.bind(feeds)), Contestant("copied", lambda: session.run(feeds))]
+    first, other = measure(contestants, rounds=6 if step.quick else 30)
+    return problem, first, other
 
 
 def latency(step: Step) -> str:
@@ -274,13 +308,15 @@ def main() -> int:
     options = dict(text.partition("=")[::2] for text in given.provider_option)
     torch.manual_seed(0)
     try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        # Nothing new is begun after the deadline; what was begun before has some more seconds.
+        limit = time_limit(given.seconds + 15)
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, limit:
             warnings.simplefilter("ignore")
             device = resolve_device(device_of(given.device).provider.ort_name, options)
             step = Step(device, deadline, given.quick, Path(folder), given.page)
             said = about(device) if given.step == "machine" else STEPS[given.step](step)
             step.write(f"**{given.step}**: {said}")
-    except (BnfoldError, RuntimeError) as error:
+    except (BnfoldError, RuntimeError, TimeUp) as error:
         print(f"failed: {error}")
         return 1
     print(said)

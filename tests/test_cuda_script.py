@@ -15,6 +15,7 @@ from wheels import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 import on_device
 
+from bnfold.report import Latency
 from bnfold.runtime.runtime import CPU, Device, Provider, problem, resolve_device
 
 torch.set_num_threads(1)
@@ -92,3 +93,17 @@ def test_late_steps_begin_nothing(tmp_path: Path) -> None:
     for run in (on_device.gate, on_device.latency):
         with pytest.raises(RuntimeError, match="no time for a single net"):
             run(late)
+
+
+def test_what_takes_too_long_is_a_row_and_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = on_device.Step(GPU, time.monotonic() + 0.5, True, tmp_path, tmp_path / "page.md")
+    answers = iter([(None, *[Latency("x", CPU, 1.0, 1.0, 1, 2.0, (1.0, 3.0))] * 2)])
+
+    def slow(step: on_device.Step, name: str) -> object:
+        return next(answers, None) or time.sleep(60)
+
+    monkeypatch.setattr(on_device, "_bound", slow)
+    with on_device.time_limit(1.0):
+        said = on_device.binding(made)
+    assert said == "1 of 2 nets agree; with copies a run takes 2.00 times as long"
+    assert "TimeUp: not done in time" in made.page.read_text()
