@@ -159,7 +159,8 @@ class Torture:
                     if not any(whole.items() <= now.items() for whole in wholes):
                         part.fault(f"trial {i}, external data {external}: neither file is whole: {sorted(now)}")
                     if by == signal.SIGTERM:
-                        part.fault(unruly(ended))
+                        # Before the command line has begun, it ends any process.
+                        part.fault(None if ended.struck == by and now == before else unruly(ended))
                         if now not in wholes:
                             part.fault(f"trial {i}, external data {external}: left {sorted(now)}")
                     commit(place / "other", b"any run in this folder clears up", external=False)
@@ -306,7 +307,6 @@ class Torture:
             os.chdir(self.folder)
 
     def run(self, name: str, trials: int) -> Part:
-        """One part."""
         getattr(self, name)(trials)
         return self.parts.pop()
 

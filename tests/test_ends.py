@@ -357,3 +357,24 @@ def test_every_command_refuses_data_outside_of_a_models_folder(folder: Path) -> 
     ):
         result = run(*command, "-q")
         assert result.exit_code == 3 and "outside of the model's folder" in result.stderr, result.output
+
+
+SWALLOWED = """
+import signal, sys, time, weakref
+from bnfold.commands.ends import heed_signals
+heed_signals()
+class Thing: pass
+thing = Thing()
+reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.{name}))
+try:
+    del thing
+    time.sleep(60)
+except BaseException as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(("name", "kind"), [("SIGTERM", "Terminated"), ("SIGINT", "KeyboardInterrupt")])
+def test_a_signal_in_a_callback_is_not_lost(name: str, kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED.format(name=name)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == (f"{kind}\n", "")

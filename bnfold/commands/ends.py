@@ -29,6 +29,21 @@ def heed_signals() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
+    sys.unraisablehook = _once_more
+
+
+def _once_more(swallowed: sys.UnraisableHookArgs) -> None:
+    """An interrupt that strikes in a destructor or a callback of a weak reference is lost there: it comes again."""
+    interrupt = swallowed.exc_value
+    if not isinstance(interrupt, KeyboardInterrupt) or not hasattr(signal, "setitimer"):
+        sys.__unraisablehook__(swallowed)
+        return
+
+    def strike(number: int, frame: FrameType | None) -> None:
+        raise interrupt
+
+    signal.signal(signal.SIGALRM, strike)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def ignore_signals() -> None:
