@@ -274,7 +274,7 @@ class Torture:
 
     def gadgets(self, trials: int) -> None:
         """Pickles that call something when they are read."""
-        self._read("pickle gadgets", "gadgets", hostile_files.gadgets, codes={3})
+        self._read("pickle gadgets", "gadgets", hostile_files.gadgets, codes={0, 3})
 
     def bombs(self, trials: int) -> None:
         """Small files that would be large, or claim to be."""
