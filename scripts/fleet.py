@@ -67,7 +67,7 @@ def in_one_process(folder: str) -> None:
     began = time.monotonic()
     for row in read_rows(Path(folder) / "models.toml"):
         reports = [word for suffix in ("json", "html") for word in ("--report", str(out / f"{row.name}.{suffix}"))]
-        sys.argv = ["bnfold", "export", *row.words({}), "-q", "-o", str(out / f"{row.name}.onnx"), *reports]
+        sys.argv = ["bnfold", "export", row.source, *row.words({}), "-q", "-o", str(out / f"{row.name}.onnx"), *reports]
         try:
             runpy.run_module("bnfold", run_name="__main__")
         except SystemExit as end:

@@ -50,9 +50,9 @@ def test_every_option_becomes_words_of_the_command_line(tmp_path: Path) -> None:
         weights = "s3://bucket/w.safetensors"
     """
     (row,) = rows_of(text, tmp_path)
-    assert row.name == "make"
+    assert (row.name, row.source) == ("make", "net.py:make")
     assert row.words({"weights": "/tmp/w.safetensors"}) == [
-        "net.py:make", "--arg=width=32", "--arg=kind='a b'", "--arg=wide=False", "--no-external-data",
+        "--arg=width=32", "--arg=kind='a b'", "--arg=wide=False", "--no-external-data",
         "--input=x:float32[N,3,H,W]", "--input=y:int64[N]", "--limit=2.5", "--samples=20",
         "--weights=/tmp/w.safetensors",
     ]  # fmt: skip

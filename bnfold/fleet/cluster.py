@@ -142,11 +142,11 @@ def spread(
         futures += some
     for batch in as_completed(futures).batches():
         for future in batch:
-            yield index[future.key], _outcome(future)
+            yield index[future.key], _outcome(client, future)
             future.release()
 
 
-def _outcome(future: Any) -> Any:
+def _outcome(client: Client, future: Any) -> Any:
     from distributed import KilledWorker
     from distributed.client import FutureCancelledError
 
@@ -157,8 +157,9 @@ def _outcome(future: Any) -> Any:
     except KilledWorker as error:
         died = f"{error.allowed_failures + 1} workers died while they ran it"
         return ProviderError(died, hint="They were out of memory, or their machines went away")
-    except FutureCancelledError as error:
-        hint = "What is done is stored: run the same command again"
-        raise SchedulerGoneError("the scheduler went away", hint=hint) from error
     except Exception as error:
+        # What is raised depends on what was under way: a task, or the way of its result.
+        if isinstance(error, FutureCancelledError) or client.status != "running":
+            hint = "What is done is stored: run the same command again"
+            raise SchedulerGoneError("the scheduler went away", hint=hint) from error
         return BnfoldError(f"internal: {type(error).__name__}: {error}")

@@ -70,8 +70,8 @@ class Row:
     bench: bool = False
 
     def words(self, files: Mapping[str, str]) -> list[str]:
-        """The source and the options as the command line has them; ``files`` says where some are."""
-        found = [self.source]
+        """The options as the command line has them; ``files`` says where some are."""
+        found: list[str] = []
         for name, value in self.options.items():
             if isinstance(value, bool):
                 found.append(f"--{name}" if value else f"--no-{name}")

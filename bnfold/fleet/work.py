@@ -133,11 +133,12 @@ def _export(order: Order, out: Folder, files: dict[str, Path]) -> ModelRow:
         urls = {name: str(path) for name, path in files.items() if is_url(str(row.options[name]))}
         words = ["export", *row.words(urls), "-q", "-o", str(folder / model)]
         words += [word for name in reports for word in ("--report", str(folder / name))]
+        words += ["--", row.source]  # whatever that is, it is no option
         hidden = (str(near.resolve()), *(str(path.parent) for name, path in files.items() if name in urls))
         command = Command(tuple(words), order.folder, hidden, _timeout(order), _memory(order))
         ended, tries = _obeyed(command)
         written = [name for name in (model, *reports) if _stamp(near / name) not in (None, old[name])]
-        found = _read(row, ended, near, written)
+        found = _read(order, ended, near, written)
         found = replace(found, tries=tries, key=key_of(order, limits=ended.how != "exit"))
         if found.file and row.bench:
             found = _timed(found, command, folder, near)
@@ -178,21 +179,23 @@ def _nursery() -> Iterator[Nursery]:
         _idle.append(nursery)
 
 
-def _read(row: Row, ended: Ended, folder: Path, written: list[str]) -> ModelRow:
+def _read(order: Order, ended: Ended, folder: Path, written: list[str]) -> ModelRow:
     """The row of an export that has ended, from its exit code and its report."""
+    row, report = order.row, f"{order.row.name}.json"
     code, said = ended.code, _last_error(ended.said)
     if ended.how == "time":
-        code, said = 4, f"it did not end within its time limit of {ended.seconds:.0f} s. Give it more: timeout"
+        code, said = 4, f"it did not end within its time limit of {_timeout(order):g} s. Give it more: timeout"
     elif ended.how == "memory":
         code, said = 6, f"it grew to {ended.peak / 1e9:.3g} GB, beyond its memory limit. Give it more: memory"
     elif code < 0:
         name = signal.Signals(-code).name
         code, said = 5, f"its process was killed {TRIES} times, at last by {name}: out of memory, or a crash"
+    elif code == 0 and report not in written:
+        code, said = 4, "its process ended without a verdict: the model's code ends it"
     found = ModelRow(
         row.name, row.source, _VERDICTS.get(code, "error"), code, "" if code == 0 else said,
         seconds=round(ended.seconds, 3), memory=ended.peak,
     )  # fmt: skip
-    report = f"{row.name}.json"
     if ended.how != "exit" or report not in written:
         return found
     document = json.loads((folder / report).read_text(encoding="utf-8"))
