@@ -147,7 +147,7 @@ def spread(
 
 
 def _outcome(client: Client, future: Any) -> Any:
-    from distributed import KilledWorker
+    from distributed import CommClosedError, KilledWorker
     from distributed.client import FutureCancelledError
 
     try:
@@ -159,7 +159,7 @@ def _outcome(client: Client, future: Any) -> Any:
         return ProviderError(died, hint="They were out of memory, or their machines went away")
     except Exception as error:
         # What is raised depends on what was under way: a task, or the way of its result.
-        if isinstance(error, FutureCancelledError) or client.status != "running":
+        if isinstance(error, (FutureCancelledError, CommClosedError)) or client.status != "running":
             hint = "What is done is stored: run the same command again"
             raise SchedulerGoneError("the scheduler went away", hint=hint) from error
         return BnfoldError(f"internal: {type(error).__name__}: {error}")
