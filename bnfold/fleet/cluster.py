@@ -147,8 +147,9 @@ def spread(
 
 
 def _outcome(client: Client, future: Any) -> Any:
-    from distributed import CommClosedError, KilledWorker
+    from distributed import KilledWorker
     from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
 
     try:
         return future.result()
