@@ -26,6 +26,7 @@ from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
 from bnfold.loading.user_code import unended
 from bnfold.lowering.lower import lower
+from bnfold.onnx_flow import check_file
 from bnfold.options import Clock, Folded, Model, Options
 from bnfold.report import (
     Bisection,
@@ -387,7 +388,7 @@ def bisect(
 @unended()
 def check(
     path: str | Path | None,
-    model: Model,
+    model: Model | str | Path,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -399,9 +400,8 @@ def check(
     """The gate alone: judges an existing ONNX file against a torch model.
 
     Args:
-        path: the ONNX file; its inputs are matched to the model's by name, else by position and shape. None where
-            ``runner=`` alone is judged.
-        model: the unfolded model.
+        path: the ONNX file; its inputs are matched by name, else by position and shape. None with ``runner=`` alone.
+        model: the unfolded model; or an ONNX file, with which the other is compared as it stands.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.onnx.export``.
@@ -417,6 +417,8 @@ def check(
         read_model(path)  # before anything is computed
     elif options.runner is None:
         raise UsageError("there is nothing to judge", hint="Name an ONNX file, or a --runner")
+    if not isinstance(model, Model):
+        return check_file(path, model, options, whole=spread is None)
     expect(options)
     asked, clock = judging(options), Clock(options.progress)
     with clock("capture"):
@@ -424,6 +426,5 @@ def check(
         data, labels = read_data(options.data, captured, options.progress)
     verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **asked).judge()
     verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)
-    if not options.dry_run:
-        keep_baseline(verdict, options)
+    keep_baseline(verdict, options)
     return replace(verdict, source=source_facts(options.provenance, model), file=None if path is None else str(path))

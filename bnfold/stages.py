@@ -87,8 +87,9 @@ def compared(verdict: CheckReport, options: Options) -> CheckReport:
 
 
 def keep_baseline(verdict: CheckReport | None, options: Options) -> None:
-    """Writes the baseline where that is asked for and the verdict is a pass."""
-    if options.baseline is not None and options.update_baseline and verdict is not None and verdict.passed:
+    """Writes the baseline where that is asked for, on no dry run, and the verdict is a pass."""
+    asked = options.update_baseline and not options.dry_run
+    if asked and options.baseline is not None and verdict is not None and verdict.passed:
         write_baseline(verdict, Path(options.baseline))
 
 
@@ -238,9 +239,14 @@ def _rewritten(options: Options) -> str:
 
 def source_facts(provenance: Provenance | None, model: Model | None = None) -> dict[str, Any]:
     """What a report says about the model: its source, its weights' file and SHA-256, how many parameters."""
+    held = () if model is None or provenance is not None else model.parameters()
+    return provenance_facts(provenance, type(model).__name__, sum(p.numel() for p in held if not is_lazy(p)))
+
+
+def provenance_facts(provenance: Provenance | None, source: str, parameters: int) -> dict[str, Any]:
+    """The same of what has a name and so many parameters, where nothing else is known."""
     if provenance is None:
-        held = () if model is None else model.parameters()
-        return {"source": type(model).__name__, "parameters": sum(p.numel() for p in held if not is_lazy(p))}
+        return {"source": source, "parameters": parameters}
     return {
         "source": provenance.source,
         "weights": provenance.weights,

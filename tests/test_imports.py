@@ -30,13 +30,17 @@ ALLOWED: dict[str, str] = {
     "contestants": "capture copies errors runtime scripted",
     # the data flow
     "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate lower model_file"
-    " options parts program_file report runtime schemes stages store structure user_code wrapped",
+    " onnx_flow options parts program_file report runtime schemes stages store structure user_code wrapped",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
     "stages": "_version baseline capture data decisions equalize errors folding graph inputs load"
     " lower merge names options ranges report runner runtime specs store stored wrapped",
     "options": "capture eager gate load report runner wrapped",
     # the stages, each with the parts that are its own
-    "load": "capture checkpoint copies errors files fitting hubs"
+    # One ONNX file against another
+    "onnx_flow": "data errors file_gate onnx_file options report stages",
+    "file_gate": "decisions errors evaluator judge reference report runtime subject",
+    "onnx_file": "errors model_file",
+    "load": "onnx_file capture checkpoint copies errors files fitting hubs"
     " inert normalize program_file script_file structure user_code weights_file wrapped",
     "hubs": "errors files normalize",
     "normalize": "errors",
@@ -167,6 +171,7 @@ KNOWS_ONNX = {
     "evaluator",
     "nodes",
     "deciding",
+    "onnx_file",
 }
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {

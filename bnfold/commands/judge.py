@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 @report_options
 @debug_option
 def check(named: tuple[str, ...], **given: Any) -> int:
-    """Judge an existing ONNX file against a torch model, or whatever else runs the model.
+    """Judge an existing ONNX file against a torch model or another file, or whatever else runs the model.
 
     \b
     bnfold check net.onnx net.py:make --weights net.safetensors --data samples.npz
+    bnfold check simplified.onnx net.onnx
     bnfold check net.onnx net.py:make --weights net.safetensors --data 'shards/*.npz' --workers 4
     bnfold check net.onnx net.py:make --device openvino --provider-option device_type=CPU
     bnfold check --runner engine.py:infer net.py:make --weights net.safetensors
@@ -55,7 +56,7 @@ def check(named: tuple[str, ...], **given: Any) -> int:
         from bnfold import pipeline
         from bnfold.stages import source_facts
 
-        loaded, inputs = load_model(job)
+        loaded, inputs = load_model(job, files=True)
         with sharded(job, partial(looker, job, file), progress, "accuracy") as (data, spread):
             options = replace(pipeline_options(job, loaded, progress), data=data)
             report = pipeline.check(file, loaded.model, **inputs, options=options, spread=spread)

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from bnfold.commands.arguments import Job
 from bnfold.commands.terminal import Unfailing, fail, show, write
-from bnfold.errors import UsageError
+from bnfold.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from bnfold.loading.load import Loaded
@@ -33,14 +33,24 @@ _OWN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "keep_fail
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
 
-def load_model(job: Job, *, optional: bool = False) -> tuple[Loaded, dict[str, Any]]:
-    """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any."""
+def load_model(job: Job, *, optional: bool = False, files: bool = False) -> tuple[Loaded, dict[str, Any]]:
+    """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any.
+
+    ``files``: whether it may be an ONNX file, which has its inputs in it.
+    """
     import torch
 
     from bnfold.loading.inputs import model_inputs
 
     given, specs, ranges = job.given, job.specs, job.ranges
     loaded = load_source(job)
+    if job.source.lower().endswith(".onnx"):
+        if not files:
+            hint = "Give the PyTorch model that it was made from; check compares one file with another"
+            raise InputError("this is an ONNX file, not a PyTorch model or checkpoint", where=job.source, hint=hint)
+        if specs or ranges:
+            raise UsageError("--input and --dynamic do not apply to an ONNX file", hint="Its inputs are in the file")
+        return loaded, {}
     if given["static"] and not isinstance(loaded.model, torch.nn.Module):
         raise UsageError("--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file")
     if optional and not specs and not ranges and loaded.args is None and not loaded.kwargs:

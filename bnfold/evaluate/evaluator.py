@@ -7,7 +7,8 @@ narrower floats keep float64. Values go as soon as nobody reads them any more, w
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from bnfold.evaluate.nodes import OPERATORS, raised, tensor
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
 from bnfold.runtime.model_file import read_model
 
+_EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+#: Operators whose operands beside the first say how large a result is.
+_SIZING = {"Resize", "Upsample", "Range"}
 #: Operators that move elements alone: their weights are raised after the move, not before it.
 _PICKING = {"Gather", "GatherElements", "GatherND", "Slice", "Constant", "Identity", "Shape", "Size"}
 
@@ -51,6 +55,8 @@ class _Watch:
     keep: Collection[str] = ()
     follow: Mapping[str, Array] = field(default_factory=dict)
     decide: bool = False
+    jitter: tuple[float, int] | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
     kept: dict[str, Array] = field(default_factory=dict)
     decided: dict[str, Array] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
@@ -62,6 +68,7 @@ class File64:
     Args:
         model: path of an ONNX file, or a model; it is not changed.
         beside: the folder of a model's external data.
+        weights: its initializers, where they have been read already.
 
     Attributes:
         inputs: those that a run needs; an initializer that is an input as well has its own value unless one is given.
@@ -72,7 +79,13 @@ class File64:
         MissingOperatorError: an operator has no implementation.
     """
 
-    def __init__(self, model: onnx.ModelProto | str | os.PathLike[str], *, beside: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto | str | os.PathLike[str],
+        *,
+        beside: Path | None = None,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> None:
         self.name = "the file in float64"
         self._where = "the model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
         if not isinstance(model, onnx.ModelProto):
@@ -81,9 +94,10 @@ class File64:
         held = {tensor.name for tensor in model.graph.initializer}
         self.inputs = tuple(_value_info(v) for v in model.graph.input if v.name not in held)
         self.outputs = tuple(_value_info(v) for v in model.graph.output)
-        self._weights = {t.name: _Weight(t, beside) for t in model.graph.initializer}
+        if weights is None:
+            weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
         self._evaluator = _Evaluator(_weightless(model), where=self._where)
-        self._evaluator.rt_inits_.update(self._weights)
+        self._evaluator.rt_inits_.update(weights)  # type: ignore[arg-type]
 
     def run(
         self,
@@ -92,6 +106,7 @@ class File64:
         *,
         follow: Mapping[str, Array] | None = None,
         decide: bool = False,
+        jitter: tuple[float, int] | None = None,
     ) -> Run:
         """One run.
 
@@ -102,6 +117,8 @@ class File64:
                 values, rounded numbers): forced into this run where its shape fits, and told in ``turns`` where this
                 run would have decided otherwise.
             decide: return every decision on floats in ``decided``.
+            jitter: disturbs every floating-point initializer by up to half of this, relative, or half of the epsilon of
+                its own dtype where that is larger: what rounding it once does. With the seed of that.
 
         Raises:
             InputError: an input is missing, or an operator fails on these, which is named.
@@ -109,13 +126,25 @@ class File64:
         """
         if missing := [value.name for value in self.inputs if value.name not in inputs]:
             raise InputError(f"nothing is given for input {', '.join(missing)}", where=self._where)
-        watch = _Watch(set(keep), follow or {}, decide)
+        watch = _Watch(set(keep), follow or {}, decide, jitter)
         with np.errstate(all="ignore"), torch.no_grad():
             outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
         return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns))
 
+    def shapes(self, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+        """The shape of every value that nodes of the main graph compute, from one run.
 
-class _Weight:
+        Raises:
+            BnfoldError: as for ``run``.
+        """
+        watch = _Watch(shapes={})
+        with np.errstate(all="ignore"), torch.no_grad():
+            self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
+        assert watch.shapes is not None
+        return watch.shapes
+
+
+class Weight:
     """An initializer, read and raised where it is used: there is never a second model in memory."""
 
     def __init__(self, tensor: onnx.TensorProto, beside: Path | None) -> None:
@@ -174,7 +203,7 @@ class _Evaluator(ReferenceEvaluator):
     def __init__(self, proto: Any, *, new_ops: Any = None, where: str = "", **options: Any) -> None:
         self._where = where
         super().__init__(proto, new_ops=new_ops or OPERATORS, **options)
-        reads = [(*node.input, *_implicit(node)) for node in self.nodes_]
+        reads = [(*node.input, *outer_names(node)) for node in self.nodes_]
         last = {name: i for i, names in enumerate(reads) for name in names}
         outputs = set(self.output_names)
         self._dead: list[list[str]] = [[] for _ in reads]
@@ -182,6 +211,9 @@ class _Evaluator(ReferenceEvaluator):
             if name and name not in outputs:
                 self._dead[i].append(name)
         self._read = set(last) | outputs
+        #: Numbers that sizes are computed from.
+        sizing = [node for node in self.nodes_ if node.op_type in _SIZING]
+        self._exact = {n for node in sizing for n in node.input[node.op_type != "Range" :]}
 
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
         try:
@@ -203,10 +235,19 @@ class _Evaluator(ReferenceEvaluator):
         own = set(self.input_names)
         values.update((name, value) for name, value in self.rt_inits_.items() if name not in own or name not in values)
         for node, dead in zip(self.rt_nodes_, self._dead):
-            results = self._compute(node, values, attributes)
+            if watch.jitter is not None:
+                weights = [n for n in node.input if isinstance(values.get(n), Weight) and n not in self._exact]
+                drawn = {n: _disturbed(n, values[n], *watch.jitter) for n in weights}
+                results = self._compute(node, {**values, **drawn} if drawn else values, attributes)
+                if node.op_type == "Constant" and np.size(results[0]) > 1 and node.output[0] not in self._exact:
+                    results = [_disturbed(node.output[0], results[0], *watch.jitter)]
+            else:
+                results = self._compute(node, values, attributes)
             if watch.follow or watch.decide:
                 results = _decided(node, values, results, watch)
             for name, value in zip(node.output, results):
+                if watch.shapes is not None and isinstance(value, np.ndarray):
+                    watch.shapes[name] = value.shape
                 if name in self._read or name in watch.keep:
                     values[name] = value
                 if name in watch.keep:
@@ -241,11 +282,34 @@ class _Evaluator(ReferenceEvaluator):
         return results
 
 
+def _disturbed(name: str, weight: Any, jitter: float, seed: int) -> Array:
+    array: Array = _stored(weight)
+    if array.dtype.name not in _EPSILONS:
+        return array
+    rng = np.random.default_rng(zlib.crc32(f"{seed} {name}".encode()))
+    size = max(jitter, _EPSILONS[array.dtype.name])
+    return array.astype(np.float64) * (1 + size * (rng.random(array.shape) - 0.5))
+
+
+def node_evaluator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Callable[[Mapping[str, Array]], list[Any]]:
+    """One node in float64, from the values that it reads by name to one result per name of ``node.output``."""
+    graph = onnx.GraphProto(node=[node])
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+    evaluator = _Evaluator(graph, opsets=dict(opsets))
+
+    def run(given: Mapping[str, Array]) -> list[Any]:
+        with np.errstate(all="ignore"), torch.no_grad():
+            found = iter(evaluator.run(None, {name: raised(x) for name, x in given.items()}))
+        return [raised(next(found)) if name else None for name in node.output]
+
+    return run
+
+
 def _stored(value: Any) -> Any:
-    return value.array() if isinstance(value, _Weight) else value
+    return value.array() if isinstance(value, Weight) else value
 
 
-def _implicit(node: onnx.NodeProto) -> set[str]:
+def outer_names(node: onnx.NodeProto) -> set[str]:
     """What the bodies of a node may read from outside."""
     found: set[str] = set()
     stack = list(node.attribute)

@@ -60,14 +60,14 @@ class Loaded:
     """A model as its source gave it: neither its mode nor any flag is changed.
 
     Attributes:
-        model: the module or exported program.
+        model: the module, exported program or ONNX file.
         args: positional example inputs where the source carries them.
         kwargs: example inputs by name.
         provenance: where it came from.
         normalization: how its images are normalised, where the source knows that; ``args`` are.
     """
 
-    model: torch.nn.Module | torch.export.ExportedProgram
+    model: Any
     args: tuple[Any, ...] | None
     kwargs: dict[str, Any]
     provenance: Provenance
@@ -146,6 +146,8 @@ def _from_file(request: _Request) -> Loaded:
     path = Path(request.source)
     if path.suffix == ".py" and there(path):
         raise UsageError("the factory's name is missing", where=request.source, hint=f"Write {request.source}:FACTORY")
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        return _from_onnx(request, path)
     kind = checkpoint.identify(path)
     if kind is Kind.PROGRAM:
         return _from_program(request, path)
@@ -169,6 +171,14 @@ def _from_file(request: _Request) -> Loaded:
     if not isinstance(content, torch.nn.Module):
         raise InputError(f"the file holds a {type(content).__name__}, no module", where=request.source)
     return _loaded(request, content, *_own_example(unwrapped(content)), sha256=checkpoint.sha256(path))
+
+
+def _from_onnx(request: _Request, path: Path) -> Loaded:
+    from bnfold.loading.onnx_file import read_onnx  # onnx is for those who have such a file
+
+    file = read_onnx(path)
+    provenance = Provenance(_public(request.source), None, checkpoint.sha256(path), file.elements)
+    return Loaded(file, None, {}, provenance)
 
 
 def _only_weights(source: str) -> InputError:

@@ -1,0 +1,111 @@
+"""ONNX files as sources: read without their external data, and refused where they are not what they claim to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from bnfold.errors import InputError
+from bnfold.runtime.model_file import read_model
+
+_AGAIN = "Export it again, or fetch it again and compare its size with the original's"
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file as a model: ``model`` is its content without external data, not to be changed."""
+
+    path: Path
+    model: onnx.ModelProto
+
+    @property
+    def elements(self) -> int:
+        """How many numbers its initializers hold."""
+        return sum(math.prod(tensor.dims) for tensor in self.model.graph.initializer)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The size of its initializers."""
+        return sum(_bytes(tensor) for tensor in self.model.graph.initializer)
+
+    @property
+    def opset(self) -> int:
+        """The version of its default operator set."""
+        return next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+    def loaded(self) -> onnx.ModelProto:
+        """The whole content, external data in it, to change."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        onnx.external_data_helper.load_external_data_for_model(model, str(self.path.parent))
+        return model
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Read a file.
+
+    Raises:
+        InputError: it is missing, no ONNX file, of an operator set that onnx does not know, claims more weights than it
+            holds, has external data outside its folder, or functions that call themselves.
+    """
+    where, model = str(path), read_model(path)
+    file = OnnxFile(path, model)
+    if not model.graph.node or not model.opset_import:
+        raise InputError("this is no ONNX file, or one without operators", where=where, hint=_AGAIN)
+    newest = onnx.defs.onnx_opset_version()
+    if not 7 <= file.opset <= newest:
+        raise InputError(
+            f"its operator set is {file.opset}, and those from 7 to {newest} can be read", where=where,
+            hint="Convert it: onnx.version_converter.convert_version",
+        )  # fmt: skip
+    for tensor in model.graph.initializer:
+        if problem := _problem(tensor):
+            raise InputError(f"initializer '{tensor.name}' {problem}", where=where, hint=_AGAIN)
+    if name := next(_recursive(model), None):
+        raise InputError(f"its function '{name}' calls itself", where=where)
+    return file
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    """What a tensor takes; two numbers of four bits share a byte."""
+    count: int = math.prod(tensor.dims)
+    try:
+        size = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except KeyError:
+        return count
+    narrow = onnx.TensorProto.DataType.Name(tensor.data_type).endswith(("INT4", "E2M1"))
+    return -(-count // 2) if narrow else count * size
+
+
+def _problem(tensor: onnx.TensorProto) -> str | None:
+    if any(dim < 0 for dim in tensor.dims):
+        return f"is of shape {list(tensor.dims)}"
+    size = _bytes(tensor)
+    if onnx.external_data_helper.uses_external_data(tensor):
+        lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
+        return next((f"has {n} bytes of external data and claims {size}" for n in lengths if n != str(size)), None)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return None
+    if tensor.HasField("raw_data"):
+        return None if len(tensor.raw_data) == size else f"holds {len(tensor.raw_data)} bytes and claims {size}"
+    held = max(len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data), len(tensor.double_data),
+               len(tensor.uint64_data))  # fmt: skip
+    return None if held or not size else f"holds nothing and claims {size} bytes"
+
+
+def _recursive(model: onnx.ModelProto) -> Iterator[str]:
+    """The functions that call themselves, through one another too."""
+    calls = {(f.domain, f.name): {(n.domain, n.op_type) for n in f.node} for f in model.functions}
+    for name in calls:
+        seen, waiting = set[tuple[str, str]](), [name]
+        while waiting:
+            for called in calls.get(waiting.pop(), set()) & calls.keys():
+                if called == name:
+                    yield name[1]
+                if called not in seen:
+                    seen.add(called)
+                    waiting.append(called)
