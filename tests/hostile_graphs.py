@@ -227,7 +227,8 @@ class Grower:
             at = self.p.call(operator.mod, n, count)
             return self.p.call(aten.unsqueeze.default, self.p.call(aten.select.int, x, 1, at), 1)
         if kind == "repeat":
-            return self.p.call(aten.repeat.default, x, [1, 1, self.p.call(operator.add, n, 1), 1])
+            times = self.p.call(operator.add, self.p.call(operator.mod, n, 2), 1)
+            return self.p.call(aten.repeat.default, x, [1, 1, times, 1])
         if kind == "shuffle" and count == 4:
             y = self.p.call(aten.transpose.int, self.p.call(aten.unflatten.int, x, 1, [2, 2]), 1, 2)
             return self.p.call(aten.flatten.using_ints, y, 1, 2)
@@ -272,6 +273,8 @@ class Grower:
 
     def attention(self, x: Node) -> Node:
         """Averages rows of a value with the rows of a softmax, which may have been written to."""
+        if self.p.shape(x)[2] * self.p.shape(x)[3] > 300:
+            return self.norm(x)  # the matrix of weights is the square of that
         rows = self.p.call(aten.transpose.int, self.p.call(aten.flatten.using_ints, x, 2), 1, 2)
         weights = self.p.call(aten.matmul.default, rows, self.p.call(aten.transpose.int, rows, 1, 2))
         weights = self.p.call(aten.softmax.int, weights, -1)
