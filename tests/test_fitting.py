@@ -6,8 +6,10 @@ import datetime
 import enum
 import functools
 import json
+import os
 import pathlib
 import pickle
+import subprocess
 import sys
 import types
 from collections import OrderedDict, defaultdict
@@ -231,17 +233,26 @@ class Gadget:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_gadget_runs(legacy: bool, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
-    gadgets = [
-        Gadget(exec, f"open({str(trap)!r}, 'w').close()"), Gadget(Path.touch, trap), Gadget(open, str(trap), "w"),
-        Gadget(getattr, trap, "touch"), Gadget(map, Path.touch, [trap]), Gadget(np.save, str(trap), 1),
-        Gadget(torch.save, 1, str(trap)), Gadget(torch.hub.download_url_to_file, "file:///etc/hostname", str(trap)),
-        Gadget(pickle.loads, pickle.dumps(Gadget(Path.touch, trap))), Gadget(np.memmap, str(trap), "f4", "w+", 0, (4,)),
+    of_no_data = [
+        Gadget(exec, f"open({str(trap)!r}, 'w').close()"), Gadget(open, str(trap), "w"), Gadget(os.mkdir, str(trap)),
+        Gadget(subprocess.Popen, ["touch", str(trap)]),
+        Gadget(pickle.loads, pickle.dumps(Gadget(Path.touch, trap))),
     ]  # fmt: skip
-    for gadget in gadgets:
+    inert_beside_weights = [
+        Gadget(Path.touch, trap), Gadget(getattr, trap, "touch"), Gadget(map, Path.touch, [trap]),
+        Gadget(np.save, str(trap), 1), Gadget(torch.save, 1, str(trap)),
+        Gadget(torch.hub.download_url_to_file, "file:///etc/hostname", str(trap)),
+        Gadget(np.memmap, str(trap), "f4", "w+", 0, (4,)),
+    ]  # fmt: skip
+    for gadget in (*of_no_data, *inert_beside_weights):
         path = save(
             {"state_dict": weights(), "x": gadget}, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy
         )
-        assert load_weights(Net(), path) == []
+        if gadget in of_no_data:
+            with pytest.raises(InputError, match="--unsafe-pickle"):
+                load_weights(Net(), path)
+        else:
+            assert load_weights(Net(), path) == []
         with pytest.raises(InputError, match="--unsafe-pickle"):
             load_weights(Net(), save(gadget, path, _use_new_zipfile_serialization=not legacy))
     assert not [each for each in tmp_path.iterdir() if each.name.startswith("trap")]

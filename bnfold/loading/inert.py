@@ -1,7 +1,9 @@
 """Pickled checkpoints read inertly: tensors and numbers as data, objects of any class as stubs, nothing as code.
 
 torch's restricted unpickler runs only what it is given by name. What it does not know it is given as a stub: a class
-that takes whatever the pickle says of an object, and does nothing. Arrays of NumPy are built here of their bytes.
+that takes whatever the pickle says of an object, and does nothing. Arrays of NumPy are built here of their bytes. A
+file that names ``eval`` or ``subprocess.Popen`` could do no harm here either, and is refused all the same: whoever
+wrote it meant to run something.
 """
 
 from __future__ import annotations
@@ -18,6 +20,13 @@ import torch
 
 #: Classes that a file may name; each is found by reading the file once more.
 _CLASSES = 500
+#: Modules of Python's own that no data is made of.
+_CODE = {
+    "_io", "_pickle", "_posixsubprocess", "_socket", "asyncio", "code", "codeop", "ctypes", "imp", "importlib", "io",
+    "marshal", "multiprocessing", "nt", "os", "pdb", "pickle", "posix", "pty", "runpy", "shutil", "signal", "socket",
+    "subprocess", "sys", "tempfile", "timeit", "trace", "urllib", "webbrowser", "zipimport",
+}  # fmt: skip
+_RUNNING = {"__import__", "breakpoint", "compile", "eval", "exec", "execfile", "exit", "input", "open", "quit"}
 
 
 class Stub:
@@ -104,7 +113,7 @@ def load(path: Path, *, mmap: bool) -> Any:
             built = re.search(r"Can only (SETITEMS?|append|extend) .* but got <class '(.+?)'>", text, re.DOTALL)
             if unknown is not None:
                 name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
-                if name in known:
+                if name in known or not _is_data(name):
                     raise
                 known[name] = _stub(name)
             elif built is not None and known.get(built[2]) not in (None, _mapping, _sequence):
@@ -112,6 +121,12 @@ def load(path: Path, *, mmap: bool) -> Any:
             else:
                 raise
     raise UnpicklingError(f"it names more than {_CLASSES} classes")
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file of data may name this: no module that runs things, and no builtin that does."""
+    module, _, own = name.partition(".")
+    return own not in _RUNNING if module in ("builtins", "__builtin__") else module not in _CODE
 
 
 def _stub(name: str) -> type[Stub]:
