@@ -9,6 +9,7 @@ wrote it meant to run something.
 from __future__ import annotations
 
 import re
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,8 +126,9 @@ def load(path: Path, *, mmap: bool) -> Any:
 
 def _is_data(name: str) -> bool:
     """Whether a file of data may name this: no module that runs things, and no builtin that does."""
-    module, _, own = name.partition(".")
-    return own not in _RUNNING if module in ("builtins", "__builtin__") else module not in _CODE
+    old, _, own = name.partition(".")
+    module = IMPORT_MAPPING.get(old, old)  # old protocols write Python 2's names
+    return own not in _RUNNING if module == "builtins" else module not in _CODE
 
 
 def _stub(name: str) -> type[Stub]:
