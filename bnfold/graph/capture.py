@@ -23,6 +23,7 @@ from bnfold.graph.asking import Asked, ask
 from bnfold.graph.copies import copied, eval_copy, twin
 from bnfold.graph.dimensions import Sizes, name_of, number
 from bnfold.graph.functional import make_functional
+from bnfold.graph.names import read_by_name
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.regions import hidden_batch_norms, inline_regions
 from bnfold.graph.scripted import converted, in_eval_mode, name_modules, positional
@@ -172,6 +173,7 @@ def _captured(
         )
     graph = copy_graph(program.graph)
     inline_regions(graph, program.graph_module)
+    read_by_name(graph, program)
     in_place = make_functional(graph, inputs=set(user), constants=constants)
     outputs = ExportGraphSignature(list(signature.input_specs), output_specs(program, graph))
     functional = rebuild(program, graph, outputs, dict(program.state_dict), dict(program.constants))

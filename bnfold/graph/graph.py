@@ -55,6 +55,8 @@ class Graph:
     def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
         self.program = program
         self.graph = copy_graph(program.graph)
+        for node in self.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+            self.graph.erase_node(node)  # of a dtype and a device that the tensor has in the graph anyhow
         self.graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
         self._masters = dict(masters or {})
         self._pending: dict[Node, Tensor] = {}
@@ -235,7 +237,7 @@ class Graph:
             assert value is not None
             if leaves and value.numel() <= sum(n.meta["val"].numel() for n in leaves):
                 names = [self._targets[n] for n in leaves if n in self._targets]
-                new = self._placeholder(
+                new = self.new_constant(
                     value, self.dtype(node), common_name(names) or self._invent(self.call(node), "constant")
                 )
                 self.bypass(node, new)
@@ -278,7 +280,7 @@ class Graph:
         call = self.call(value)
         old = call.at(slot)
         origin = self._origin.get(old) or self._targets.get(old) if isinstance(old, Node) else None
-        new = self._placeholder(tensor, self._slot_dtype(call, slot), origin or self._invent(call, slot))
+        new = self.new_constant(tensor, self._slot_dtype(call, slot), origin or self._invent(call, slot))
         self._set(call, slot, new)
 
     def set_operand(self, value: Node, slot: str, operand: Node) -> None:
@@ -288,6 +290,13 @@ class Graph:
         self._set(call, slot, operand)
         self._sweep(old)
 
+    def become(self, value: Node, target: OpOverload, *args: Any) -> None:
+        """Lets another operator make a value, which stays what it is; what nobody reads any more goes."""
+        old = value.all_input_nodes
+        value.target, value.args, value.kwargs = target, args, {}
+        for node in old:
+            self._sweep(node)
+
     def take_shape(self, value: Node, of: Node) -> None:
         """Gives ``value``, whose constants are about to change, the shape of another value."""
         value.meta["val"] = of.meta["val"]
@@ -295,7 +304,7 @@ class Graph:
 
     def add_after(self, value: Node, tensor: Tensor) -> Node:
         """Adds a constant to a value, for all its readers."""
-        new = self._placeholder(tensor, self.dtype(value), self._invent(self.call(value), "bias"))
+        new = self.new_constant(tensor, self.dtype(value), self._invent(self.call(value), "bias"))
         with self.graph.inserting_after(value):
             added = self.graph.call_function(torch.ops.aten.add.Tensor, (value, new))
         added.meta = {k: v for k, v in value.meta.items() if k != "from_node"}
@@ -352,7 +361,8 @@ class Graph:
         name = {"self": "constant", "other": "constant", "mat2": "weight"}.get(slot, slot.replace(".", "_"))
         return f"{module}.{name}" if module else name
 
-    def _placeholder(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+    def new_constant(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+        """A constant, float64 until ``finish`` rounds it; it gets the name ``origin`` or one like it."""
         self.added += 1
         first = next(iter(self.graph.nodes))
         mode = next(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
 
@@ -88,3 +90,27 @@ def with_modules(names: Iterable[str]) -> set[str]:
             name = name.rpartition(".")[0]
             found.add(name)
     return found
+
+
+def read_by_name(graph: fx.Graph, program: ExportedProgram) -> None:
+    """Lets ``graph``, of ``program``, read the parameters and buffers that it knows under a name under that name.
+
+    Code that reads one from elsewhere than its module, such as a list, gives torch.export a constant without a name.
+    """
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    named: dict[tuple[object, ...], fx.Node] = {}
+    for spec in sorted(program.graph_signature.input_specs, key=_named_first):
+        constant = spec.kind is InputKind.CONSTANT_TENSOR
+        tensor = (program.constants if constant else program.state_dict).get(spec.target or "")
+        if not isinstance(tensor, Tensor) or not tensor.numel() or tensor.layout is not torch.strided:
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        node = nodes[spec.arg.name]
+        if not constant:
+            named.setdefault(place, node)
+        elif place in named:
+            node.replace_all_uses_with(named[place])
+
+
+def _named_first(spec: InputSpec) -> tuple[bool, int]:
+    return spec.kind is InputKind.CONSTANT_TENSOR, len(spec.target or "")

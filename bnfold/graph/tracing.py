@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export._unlift import _check_input_constraints_pre_hook
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -52,7 +53,7 @@ def trace(module: nn.Module, say: Say, args: tuple[Any, ...], kwargs: dict[str, 
     with torch.no_grad(), quiet(), whole_recurrent(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with _placing(places), _counting(copy, say):
+            with _placing(places), _counting(copy, say), _naming(copy):
                 program = torch.export.export(_called(copy), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             failure = explained(error, copy, lambda: _called(twin(module))(*args, **kwargs))
@@ -116,3 +117,53 @@ def _counting(module: nn.Module, say: Say) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(count).remove)
         yield
+
+
+@contextmanager
+def _naming(module: nn.Module) -> Iterator[None]:
+    """Lets torch note the modules that are in no module's ``_modules``, which it runs and takes for none."""
+    names = _unregistered(module)
+    path_of_module = _ModuleStackTracer.path_of_module
+
+    def named(self: _ModuleStackTracer, each: nn.Module) -> str:
+        return names[id(each)] if id(each) in names else path_of_module(self, each)
+
+    _ModuleStackTracer.path_of_module = named  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        _ModuleStackTracer.path_of_module = path_of_module  # type: ignore[method-assign]
+
+
+def _unregistered(module: nn.Module) -> dict[int, str]:
+    """Names of the modules that are kept in plain lists and the like: their own, as Keras has them, or where they are.
+
+    A module of the same name as another has that of the place.
+    """
+    known = list(module.named_modules())
+    seen, taken = {id(each) for _, each in known}, {name for name, _ in known}
+    names: dict[int, str] = {}
+    for owner, each in known:  # which grows
+        for place, held in _held(owner, vars(each).items()):
+            if id(held) in seen:
+                continue
+            own = getattr(held, "name", None)
+            name = own if isinstance(own, str) and own and own not in taken else place
+            inner = [(f"{name}.{n}" if n else name, m) for n, m in held.named_modules() if id(m) not in seen]
+            names |= {id(m): n for n, m in inner}
+            seen |= names.keys()
+            taken |= {n for n, _ in inner}
+            known += inner
+    return names
+
+
+def _held(owner: str, attributes: Iterable[tuple[object, object]], depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in attributes, and in lists, tuples and dictionaries there, with their places."""
+    for key, value in attributes:
+        place = f"{owner}.{key}" if owner else str(key)
+        if isinstance(value, nn.Module):
+            yield place, value
+        elif isinstance(value, (list, tuple)) and depth:
+            yield from _held(place, enumerate(value), depth - 1)
+        elif isinstance(value, dict) and depth and key != "_modules":
+            yield from _held(place, value.items(), depth - 1)

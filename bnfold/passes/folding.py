@@ -20,6 +20,7 @@ from bnfold.affine import Affine
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.sizes import WAYS, UnknownSizeError
 from bnfold.graph.threads import torch_threads
+from bnfold.passes.normalisations import recognise
 from bnfold.passes.plan import Edit, Plan, Words, follow
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Answer, Contraction, Movement, No, Product, Refused, Scaling, Semantics, Sum
@@ -34,9 +35,10 @@ Excluded = Mapping[tuple[str, Outcome], Refusal]
 def fold(graph: Graph) -> Ledger:
     """Folds every affine that algebra allows, editing ``graph``.
 
-    What constants alone compute becomes a constant first. Then backward, then forward, until nothing changes.
-    Deterministic; linear in the nodes that each affine's region touches.
+    A normalisation in arithmetic becomes one operator, what constants alone compute a constant. Then backward, then
+    forward, until nothing changes. Deterministic; linear in the nodes that each affine's region touches.
     """
+    recognise(graph)
     graph.materialise()
     with torch_threads(1):  # many small operators
         return Folder(graph).run()
