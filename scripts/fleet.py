@@ -43,7 +43,8 @@ KINDS = ("digits_cnn", "digits_tcn", "digits_mlp")
 def write_list(folder: Path, count: int) -> list[Row]:
     """A list of ``count`` models, no two of them alike."""
     models = [
-        f'[[model]]\nname = "m{i:02}"\nsource = "{ROOT}/models/digits.py:{KINDS[i % 3]}"\narg = {{width = {16 + i}}}\n'
+        f'[[model]]\nname = "m{i:02}"\nsource = "{ROOT}/models/digits.py:{KINDS[i % 3]}"\nseed = {i}\n'
+        f'weights = "{ROOT}/models/{KINDS[i % 3]}.safetensors"\n'
         for i in range(count)
     ]
     (folder / "models.toml").write_text("".join(models))
