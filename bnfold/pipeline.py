@@ -413,6 +413,7 @@ def check(
         CaptureError: torch.export cannot capture the model.
     """
     options, path = replace(options or Options(), **more), None if path is None else Path(path)
+    resolve_device(options.device, options.provider_options)
     if path is not None:
         read_model(path)  # before anything is computed
     elif options.runner is None:
