@@ -402,10 +402,7 @@ def check(
     Args:
         path: the ONNX file; its inputs are matched by name, else by position and shape. None with ``runner=`` alone.
         model: the unfolded model; or an ONNX file, with which the other is compared as it stands.
-        args: positional example inputs, as for ``torch.export.export``.
-        kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.onnx.export``.
-        options: as for ``export``.
+        args, kwargs, dynamic_shapes, options: as for ``export``.
         spread: goes through all the parts of the data, of which ``options.data`` is the first.
 
     Raises:

@@ -620,9 +620,13 @@ def test_one_array_is_that_of_a_wrapper_which_names_no_inputs(tmp_path):
     known = bnfold.inspect(net(), (images(),), data={"input": x}).norms[0].distance
     np.savez(tmp_path / "x.npz", pixels=x, labels=np.arange(64))
     np.save(tmp_path / "x.npy", x)
-    for model in (Wrapped(), nn.DataParallel(net())):
-        for data in ({"pixels": x}, {"input": x, "labels": np.arange(64)}, tmp_path / "x.npz", tmp_path / "x.npy"):
-            assert bnfold.inspect(model, (images(),), data=data).norms[0].distance == known
+    for data in ({"pixels": x}, {"input": x, "labels": np.arange(64)}, tmp_path / "x.npz", tmp_path / "x.npy"):
+        assert bnfold.inspect(Wrapped(), (images(),), data=data).norms[0].distance == known
+    parallel = nn.DataParallel(net())  # is taken for what it wraps, whose input has a name
+    for data in ({"input": x, "labels": np.arange(64)}, tmp_path / "x.npy"):
+        assert bnfold.inspect(parallel, (images(),), data=data).norms[0].distance == known
+    with pytest.raises(bnfold.InputError, match="pixels"):
+        bnfold.inspect(parallel, (images(),), data={"pixels": x})
     with pytest.raises(bnfold.InputError, match="forward names no inputs, and the data has 2 arrays"):
         bnfold.inspect(Wrapped(), (images(),), data={"left": x, "right": x})
     assert bnfold.inspect(Nameless(), (images(),), data={"x": x}).norms[0].distance == known

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from onnx_parts import adder, encode
 from torch import nn
 
 import bnfold
@@ -78,6 +79,12 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, list(arguments))
 
 
+def hearing() -> None:
+    """Signals that the tests' own process was started to ignore, by ``nohup`` or in the background, are heard."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def process(*arguments: str, **more: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "ignore", "-m", "bnfold", *arguments]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, **more)  # type: ignore[call-overload, no-any-return]
@@ -91,7 +98,7 @@ def process(*arguments: str, **more: object) -> subprocess.Popen[str]:
     "command", ["export {} -o x.onnx", "fold {} -o x.pt2", "fold {} --eager -o x.safetensors", "check good.onnx {}"]
 )
 def test_the_models_code_cannot_end_a_run(command: str, name: str, folder: Path) -> None:
-    Path("good.onnx").write_bytes(b"\0")
+    Path("good.onnx").write_bytes(encode(adder()))
     result = run(*command.format(f"nets.py:{name}").split(), "-q")
     assert result.exit_code in (3, 4) and result.stderr.count("\n") == 1, result.output
     assert "internal" not in result.stderr and "nets.py:" in result.stderr
@@ -210,7 +217,8 @@ class Net(Base):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_with_nothing_left(number: signal.Signals, folder: Path) -> None:
     (folder / "slow.py").write_text(SLOW)
-    one = process("export", "slow.py:Net", "-o", "x.onnx", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    one = process("export", "slow.py:Net", "-o", "x.onnx", **pipes, preexec_fn=hearing)
     deadline = time.monotonic() + 60
     while not Path("running").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -376,5 +384,6 @@ except BaseException as error:
 
 @pytest.mark.parametrize(("name", "kind"), [("SIGTERM", "Terminated"), ("SIGINT", "KeyboardInterrupt")])
 def test_a_signal_in_a_callback_is_not_lost(name: str, kind: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SWALLOWED.format(name=name)], capture_output=True, text=True, cwd=ROOT)
+    words = [sys.executable, "-c", SWALLOWED.format(name=name)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, preexec_fn=hearing)
     assert (done.stdout, done.stderr) == (f"{kind}\n", "")

@@ -106,7 +106,7 @@ def damaged(kind: str, folder: Path) -> Path:
     ("kind", "says"),
     [
         ("missing", "no such file"),
-        ("folder", "no readable NumPy file"),
+        ("folder", "this is a folder"),
         ("empty", "no readable NumPy file"),
         ("text", "neither .npz nor .npy"),
         ("short", "no readable NumPy file"),

@@ -139,8 +139,8 @@ def _where(entry: Entry) -> str:
 
 
 def _checked(check: CheckReport, page: Page, *, verbose: bool) -> None:
-    batches = " ".join(map(str, check.batches))
-    page.line("Checked", check.provider, f"{check.samples} samples", f"batches {batches}")
+    batches = " ".join(str(size) for size in check.batches if size)  # 0: the inputs have no axis of samples
+    page.line("Checked", check.provider, f"{check.samples} samples", f"batches {batches}" if batches else "fixed sizes")
     if check.sites:
         worst = max(check.sites, key=lambda site: max(site.ratio, site.channel_ratio))
         count = len({site.value for site in check.sites})
