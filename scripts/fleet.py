@@ -12,6 +12,7 @@ others.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,7 @@ def killed(folder: Path, rows: list[Row], seed: int) -> tuple[int, bool]:
 
 def measure(models: int, count: int) -> dict[str, Any]:
     """Everything."""
-    found: dict[str, Any] = {"models": models, "rows": count, "cores": os.cpu_count(), "platform": platform.platform()}
+    found: dict[str, Any] = {"models": models, "rows": count, "cores": os.cpu_count(), "on": versions()}
     with tempfile.TemporaryDirectory(prefix="fleet-") as name:
         folder = Path(name)
         rows = write_list(folder, models)
@@ -172,12 +174,18 @@ def measure(models: int, count: int) -> dict[str, Any]:
     return found
 
 
+def versions() -> str:
+    """The date, and what was measured on what."""
+    parts = [f"{name} {metadata.version(name)}" for name in ("torch", "onnxruntime-gpu", "distributed")]
+    return ", ".join([str(datetime.date.today()), *parts, f"{platform.system()} {platform.machine()}"])
+
+
 def table(found: dict[str, Any]) -> str:
     """What was found, for people."""
     one, models = sum(found["one_process"]) / 2, found["models"]
     spread = abs(found["one_process"][0] - found["one_process"][1]) / one
     lines = [
-        f"{models} models, {found['rows']} rows that do nothing, {found['cores']} cores, {found['platform']}:",
+        f"{models} models, {found['rows']} rows that do nothing, {found['cores']} cores; {found['on']}:",
         "",
         "| | seconds | over one process |",
         "| --- | ---: | ---: |",
