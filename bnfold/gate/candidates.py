@@ -86,7 +86,27 @@ def _lowered(outputs: Sequence[Any], program: ExportedProgram) -> list[Any]:
     return [x.to(dtype) if isinstance(x, Tensor) and dtype else x for x, dtype in zip(outputs, dtypes)]
 
 
-class EagerCandidate:
+class OutputsAlone:
+    """What is known of a candidate by its outputs alone: none of the values that they are made of."""
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """Flat outputs for flat inputs."""
+        raise NotImplementedError
+
+    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
+        """There are none that can be seen."""
+        return {}
+
+    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        """Flat outputs, and no decision of those asked for."""
+        return self.run(flat), {}
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether nothing is asked for."""
+        return not names
+
+
+class EagerCandidate(OutputsAlone):
     """A module run by torch as its users run it. It shows no values but its outputs."""
 
     coarser = 1.0
@@ -105,18 +125,6 @@ class EagerCandidate:
         if not self._precise:
             return self._captured.run_eager(tuple(flat))
         return _lowered(self._captured.run_eager(tuple(raise_tensor(x) for x in flat)), self._captured.program)
-
-    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Flat outputs alone."""
-        return self.run(flat), {}
-
-    def knows(self, names: Sequence[str]) -> bool:
-        """None."""
-        return not names
 
 
 class OnnxCandidate:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnfold.evaluate.subject import Array, Run, Subject, ValueInfo
-from bnfold.gate.candidates import from_numpy, to_numpy
+from bnfold.gate.candidates import OutputsAlone, from_numpy, to_numpy
 from bnfold.gate.engines import Setting, coarser
 from bnfold.gate.judge import Tally, epsilon, finite_problem
 from bnfold.gate.reference import References, batched, first_line, numbers
@@ -54,7 +54,7 @@ class RunnerSubject:
         return Run(tuple(answer))
 
 
-class RunnerCandidate:
+class RunnerCandidate(OutputsAlone):
     """The model as a user's own runner has it. It shows no values but its outputs."""
 
     deployed = True
@@ -104,18 +104,6 @@ class RunnerCandidate:
         wider = both_float and (epsilon(value.dtype) < torch.finfo(own).eps or self.coarser > 1)
         neither = not (value.is_floating_point() or value.is_complex() or own.is_floating_point or own.is_complex)
         return value.to(own) if wider or (neither and torch.equal(value.to(own).to(value.dtype), value)) else value
-
-    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Flat outputs alone."""
-        return self.run(flat), {}
-
-    def knows(self, names: Sequence[str]) -> bool:
-        """None."""
-        return not names
 
 
 def _info(name: str, value: Any) -> ValueInfo:
