@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checker import assert_close, build, noise, operators
+from hostile_graphs import grow
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -200,6 +201,18 @@ def test_sizes_that_are_chosen_are_legal_and_differ():
         assert height % 4 == width % 4 == 0 and (way == 2 or len({batch, height, width}) == 3)
         chosen.append((batch, height, width))
     assert len(set(chosen)) == WAYS
+
+
+def test_the_size_of_an_axis_may_be_an_expression():
+    """``Dim`` says so, or a guard that made two axes one."""
+    size = Dim("size", min=4, max=40)
+    net = build(lambda m, x: m.norm(m.conv(x)), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4))
+    folded = bnfold.fold(net, (noise(2, 4, 8, 16),), dynamic_shapes=(({2: size, 3: 2 * size},),))
+    assert not folded.ledger.left
+    graph = Graph(grow(3389))
+    (image,) = (n for n in graph.graph.nodes if n.name == "x")
+    assert not image.meta["val"].shape[3].node.expr.is_symbol
+    assert graph.example_shape(image)[2:] == (8, 8) != graph.shape(image)[2:]
 
 
 def test_sizes_stay_in_their_range():

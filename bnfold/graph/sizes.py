@@ -88,8 +88,10 @@ class Sizes:
             value = node.meta.get("val")
             for size in [*value.shape] if isinstance(value, Tensor) else [value]:
                 if isinstance(size, torch.SymInt) and size.node.has_hint():
+                    # A guard may have made of the size of an axis an expression of its symbol.
                     self._environment = size.node.shape_env
-                    yield from _solved(size)
+                    known = self._environment.backed_var_to_val
+                    yield from ((s, int(known[s])) for s in sorted(size.node.expr.free_symbols, key=str) if s in known)
 
     def _choose(self, way: int) -> dict[Any, int]:
         """A number for every symbol: legal together, and a multiple of nothing as far as there is one."""
@@ -161,14 +163,3 @@ def _number(expression: Any, sizes: dict[Any, int]) -> int:
 def _coincidences(number: int, fixed: set[int]) -> int:
     """How much of a fixed size a number is: equal to one, a multiple or a divisor of one."""
     return 2 * (number in fixed) + any(number % size == 0 or size % number == 0 for size in fixed)
-
-
-def _solved(size: torch.SymInt) -> Iterator[tuple[Any, int]]:
-    """The example size of the symbol in a size such as ``s`` or ``8*s``."""
-    expression = size.node.expr
-    if expression.is_symbol:
-        yield expression, int(size.node.hint)
-    elif len(expression.free_symbols) == 1:
-        (symbol,) = expression.free_symbols
-        found = [int(n) for n in sympy.solve(expression - int(size.node.hint), symbol) if n.is_integer]
-        yield from ((symbol, n) for n in found[:1])
