@@ -250,12 +250,13 @@ REFUSED = {
     "a shift alone and no operand for it, before": (
         lambda m, x: (x + m.c) @ m.w, {"w": noise(4, 5), "c": noise(4)}, [(2, 3, 4)], {"model-input", "no-saving"}),
     "matmul of two values": (
-        lambda m, x, y: (x @ y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)], {"other-axis", "model-output"}),
+        lambda m, x, y: (x @ y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)], {"model-input", "model-output"}),
     "matmul of two values, before": (
         lambda m, x, y: m.norm(x) @ y, {"norm": nn.BatchNorm1d(3)}, [(2, 3, 4), (2, 4, 5)],
+        {"model-input", "model-output"}),
+    "matmul along the axis that it sums": (
+        lambda m, x, y: (x * m.c) @ m.a(y), {"c": noise(4), "a": nn.Linear(5, 5)}, [(2, 3, 4), (2, 4, 5)],
         {"model-input", "other-axis"}),
-    "matmul of a value with itself": (lambda m, x: ((y := m.a(x)) @ y.mT) * 0.5, {"a": nn.Linear(4, 4)}, [(2, 3, 4)],
-        {"several-readers", "model-output"}),
     "a shift before a matmul of two values": (lambda m, x, y: (x + 0.5) @ m.a(y), {"a": nn.Linear(5, 5)},
         [(2, 3, 4), (2, 4, 5)], {"model-input", "shift-through-product"}),
     "matmul with a vector": (
@@ -265,7 +266,7 @@ REFUSED = {
         {"model-input", "nonlinear"}),
     "einsum of two values": (
         lambda m, x, y: torch.einsum("bij,bjk->bik", x, y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)],
-        {"other-axis", "model-output"}),
+        {"model-input", "model-output"}),
     "einsum with an ellipsis": (
         lambda m, x: torch.einsum("...i,io->...o", x, m.w) * m.c, {"w": noise(4, 5), "c": noise(5)}, [(2, 3, 4)],
         {"nonlinear", "model-output"}),

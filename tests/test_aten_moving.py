@@ -236,7 +236,7 @@ REFUSED = {
         lambda m, x: m.linear((x * m.c).reshape(-1, 24)), {"c": noise(4, 1, 1), "linear": nn.Linear(24, 3)}, BEFORE),
     "stack: one constant for each copy": (
         lambda m, x: torch.stack([y := m.conv(x), y], 1) * m.c, conv() | {"c": noise(2, 1, 1, 1)},
-        {"several-readers", "model-output"}),
+        {"copies-differ", "model-output"}),
     "expand: one constant for each copy": (
         lambda m, x: m.conv(x)[:, :1].expand(-1, 4, -1, -1) * m.c, conv() | {"c": noise(4, 1, 1)},
         {"copies-differ", "model-output"}),
@@ -247,7 +247,7 @@ REFUSED = {
         lambda m, x: m.conv(x).unfold(1, 2, 1) * m.c, conv() | {"c": noise(2)}, {"copies-differ", "model-output"}),
     "cat: one branch is the input, which is read elsewhere": (
         lambda m, x: torch.cat([m.conv(x.tanh()), x], 1) * m.c, conv() | {"c": noise(8, 1, 1)},
-        {"several-readers", "model-output"}),
+        {"model-input", "model-output"}),
     "cat: along the width, two affines": (
         lambda m, x: m.conv(torch.cat([m.norm(x.sigmoid()), x], 3)), conv() | {"norm": nn.BatchNorm2d(4)},
         {"nonlinear", "other-axis"}),

@@ -19,9 +19,9 @@ import bnfold
 #: Net -> BatchNorms that must stay, and every reason that the ledger gives for them. All others: none.
 LEFT: dict[str, tuple[int, set[str]]] = {
     # BatchNorm -> ReLU on a concatenation or sum that later layers read too
-    "densenet": (3, {"several-readers", "shift-through-activation"}),
+    "densenet": (3, {"shift-through-activation", "sign"}),
     "preact_resnet": (3, {"several-readers", "shift-through-activation"}),
-    "dpn": (3, {"several-readers", "shift-through-activation", "nonlinear"}),
+    "dpn": (3, {"sign", "nonlinear"}),
     # GELU -> BatchNorm -> zero-padded convolution, or a residual
     "convmixer": (4, {"nonlinear", "zero-padding", "unequal-scales"}),
     "xcit": (1, {"nonlinear", "zero-padding"}),

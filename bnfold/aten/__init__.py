@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch._ops import OpOverload
 
 from bnfold.aten.common import OPAQUE, Row
-from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul
+from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul, recurrent
 from bnfold.aten.moving import (
     cast,
     chosen,
@@ -95,6 +95,7 @@ TABLE: dict[str, Row] = dict(
         *_rows("addmm", addmm),
         *_rows("matmul mm bmm", matmul),
         *_rows("einsum", einsum),
+        *_rows("lstm gru rnn_tanh rnn_relu", recurrent),
         # Movement: moves elements and changes none
         *_rows("view reshape _unsafe_view flatten unflatten view_as reshape_as ravel", move),
         *_rows("permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT adjoint", move),
@@ -164,6 +165,8 @@ def semantics(call: Call) -> Semantics:
         return Refused("dynamic-size", str(error), kind)
     if isinstance(found, ShapeOnly):
         return found
+    if isinstance(found, Homogeneous) and call.item:
+        return found  # which elements it chose
     return _of_one_dtype(call, found) if call.graph.is_float(call.value) else OPAQUE
 
 

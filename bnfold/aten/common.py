@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from bnfold.semantics import Geometry, Opaque, Semantics
+from bnfold.semantics import Geometry, Semantics
+from bnfold.semantics.build import OPAQUE as OPAQUE
 
 if TYPE_CHECKING:
     from bnfold.graph.call import Call
 
 Row = Callable[["Call"], Semantics]
-OPAQUE = Opaque()
 #: A number per spatial axis, None for one that differs with the size of the input.
 PerAxis = tuple[int | None, ...]
 
@@ -38,4 +38,4 @@ def geometry(
 
 def constant_operands(call: Call, *slots: str) -> bool:
     """Whether every one of the slots is empty or depends on no input."""
-    return all(call[slot] is None or call.graph.is_constant(call[slot]) for slot in slots)
+    return all(call.is_constant(slot) for slot in slots)

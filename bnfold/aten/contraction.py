@@ -2,77 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from bnfold.aten.common import OPAQUE, constant_operands, geometry, per_axis
-from bnfold.semantics import Bilinear, Contraction, Geometry, Semantics
+from bnfold.aten.moving import attention
+from bnfold.semantics import Bilinear, Geometry, Recurrent, Refused, Semantics, build
 
 if TYPE_CHECKING:
     from bnfold.graph.call import Call
-
-from bnfold.aten.moving import attention
-
-
-def _contraction(
-    call: Call,
-    data: str,
-    weight: str,
-    *,
-    view: Sequence[int],
-    letters: str,
-    out: tuple[str, ...],
-    inp: tuple[str, ...],
-    bias: str | None = None,
-    bias_axis: int | None = None,
-    bias_scale: float = 1.0,
-    no_shift: str | None = None,
-    geometry: Geometry | None = None,
-) -> Semantics:
-    stored = call.shape(weight)
-    ndim = len(out)
-
-    def get_weight() -> Tensor:
-        tensor = call.constant(weight)
-        assert tensor is not None
-        return tensor.reshape(tuple(view))
-
-    def get_bias() -> Tensor | None:
-        if bias is None or call[bias] is None:
-            return None
-        tensor = call.constant(bias)
-        assert tensor is not None
-        lead = (1,) * (ndim - tensor.ndim) if bias_axis is None else (1,) * bias_axis
-        tail = () if bias_axis is None else (1,) * (ndim - bias_axis - 1)
-        return tensor.reshape(lead + tuple(tensor.shape) + tail) * bias_scale
-
-    def set_bias(value: Tensor) -> Mapping[str, Tensor] | None:
-        if bias is None:
-            return None
-        if bias_axis is None:
-            return {bias: value / bias_scale}
-        channels = call.size(bias_axis)
-        if any(n > 1 for axis, n in enumerate(value.shape) if axis != bias_axis):
-            return None
-        return {bias: value.flatten().expand(channels).clone()}
-
-    return Contraction(
-        data,
-        weight,
-        tuple(view),
-        letters,
-        out,
-        inp,
-        get_weight,
-        lambda w: w.reshape(stored),
-        get_bias,
-        set_bias,
-        no_shift,
-        geometry,
-    )
 
 
 def convolution(call: Call) -> Semantics:
@@ -94,7 +31,7 @@ def convolution(call: Call) -> Semantics:
     else:
         amounts = per_axis(call, "padding", spatial)
         padded, walk = any(n != 0 for n in amounts), geometry(stride, amounts, dilation)
-    return _contraction(
+    return build.contraction(
         call, "input", "weight",
         view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
         out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
@@ -113,7 +50,7 @@ def conv_transpose(call: Call) -> Semantics:
         per_axis(call, name, len(kernel)) for name in ("stride", "padding", "dilation", "output_padding")
     )
     walk = geometry(stride, padding, dilation, transposed=True, output_padding=more)
-    return _contraction(
+    return build.contraction(
         call, "input", "weight",
         view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
         out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
@@ -126,7 +63,7 @@ def linear(call: Call) -> Semantics:
     if not constant_operands(call, "weight", "bias") or len(call.shape("weight")) != 2:
         return OPAQUE
     lead = ("",) * (call.rank - 1)
-    return _contraction(
+    return build.contraction(
         call, "input", "weight", view=call.shape("weight"), letters="oi", out=(*lead, "o"), inp=(*lead, "i"),
         bias="bias", bias_axis=len(lead), geometry=Geometry(),
     )  # fmt: skip
@@ -134,22 +71,12 @@ def linear(call: Call) -> Semantics:
 
 def addmm(call: Call) -> Semantics:
     """``beta*C + alpha*(x @ W)``: C takes the shift; alpha stays, beta is divided out."""
-    if not constant_operands(call, "self", "mat2") or call["beta"] == 0 or call["alpha"] == 0:
+    if call["beta"] == 0 or call["alpha"] == 0:
         return OPAQUE
-    semantics = _contraction(
+    return build.contraction(
         call, "mat1", "mat2", view=call.shape("mat2"), letters="io", out=("", "o"), inp=("", "i"),
-        bias="self", bias_scale=float(call["beta"]),
+        bias="self", bias_scale=float(call["beta"]), weight_scale=float(call["alpha"]),
     )  # fmt: skip
-    # W is used as alpha*W, and a shift that comes in from before passes through that product.
-    return _scaled_weight(semantics, float(call["alpha"]))
-
-
-def _scaled_weight(semantics: Semantics, alpha: float) -> Semantics:
-    assert isinstance(semantics, Contraction)
-    if alpha == 1.0:
-        return semantics
-    get, put = semantics.get_weight, semantics.set_weight
-    return replace(semantics, get_weight=lambda: get() * alpha, set_weight=lambda w: put(w / alpha))
 
 
 def matmul(call: Call) -> Semantics:
@@ -173,15 +100,15 @@ def matmul(call: Call) -> Semantics:
     ):
         return OPAQUE
     view = [n for n, name in zip(stored, names) if name] + list(stored[-2:])
-    return _contraction(
+    return build.contraction(
         call, data, weight, view=view, letters="".join(names) + letters, out=(*known, *rows[0]), inp=(*known, *rows[1]),
     )  # fmt: skip
 
 
 def bilinear(call: Call, left: str, right: str) -> Semantics:
-    """A product of two values that mixes their axes."""
-    same = call.at(left) is call.at(right)
-    return Bilinear((left, right), (call.shape(left), call.shape(right)), len(call.out_shape), square=same)
+    """A matrix product of two values, which sums the last axis of the first; of two vectors, all."""
+    matrices = min(len(call.shape(left)), len(call.shape(right))) >= 2 and len(call.shape(left)) == call.rank
+    return Bilinear((left, right), summed=(-1, -2) if matrices and len(call.shape(right)) == call.rank else None)
 
 
 def einsum(call: Call) -> Semantics:
@@ -194,14 +121,27 @@ def einsum(call: Call) -> Semantics:
     parts = terms.split(",")
     constants = [i for i, tensor in enumerate(tensors) if call.graph.is_constant(tensor)]
     if not constants:
-        return bilinear(call, "tensors.0", "tensors.1")
+        return Bilinear(("tensors.0", "tensors.1"))
     if len(constants) != 1 or any(len(set(p)) != len(p) for p in [*parts, output]):
         return OPAQUE
     w = constants[0]
     letters, inp = parts[w], parts[1 - w]
     if set(inp) - set(output) - set(letters):
         return OPAQUE  # the data is also summed on its own
-    return _contraction(
+    return build.contraction(
         call, f"tensors.{1 - w}", f"tensors.{w}", view=call.shape(f"tensors.{w}"), letters=letters,
         out=tuple(c if c in letters else "" for c in output), inp=tuple(c if c in letters else "" for c in inp),
     )  # fmt: skip
+
+
+def recurrent(call: Call) -> Semantics:
+    """lstm, gru, rnn_tanh, rnn_relu: their first layer reads the input through weight_ih and bias_ih, per direction."""
+    if "batch_sizes" in call:
+        return Refused("packed-sequence", "it reads a packed sequence, whose order depends on the lengths", "")
+    directions, layers, biases = 1 + bool(call["bidirectional"]), call["num_layers"], bool(call["has_biases"])
+    if call["train"] and call["dropout"]:
+        return OPAQUE
+    each = len(call["params"]) // (layers * directions)
+    weights = tuple((f"params.{i * each}", f"params.{i * each + 2}" if biases else None) for i in range(directions))
+    slots = [slot for pair in weights for slot in pair if slot is not None]
+    return Recurrent("input", weights, call.constant) if constant_operands(call, *slots) else OPAQUE

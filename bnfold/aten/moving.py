@@ -146,7 +146,8 @@ def move(call: Call) -> Semantics:
         return OPAQUE  # an integer that is joined to the rest is no position
     joins = call.arguments.get("dim", 0) % len(call.out_shape) if call.operator == "aten.cat" else None
     loose = _loose(call, len(shapes[0]), shapes[0])
-    return Movement(slots, shapes, lambda parts: call.run(dict(zip(slots, parts))), ignored, joins, loose)
+    apply = lambda parts: call.run(dict(zip(slots, parts)))  # noqa: E731
+    return Movement(slots, shapes, apply, ignored, joins, loose, get=call.constant)
 
 
 #: Operators whose numbers are sizes of the result: where elements go then follows from the shapes.
@@ -223,7 +224,7 @@ def dropout(call: Call) -> Semantics:
 
 def embedding(call: Call) -> Semantics:
     """Rows of a constant table."""
-    return Lookup("weight") if constant_operands(call, "weight") else OPAQUE
+    return Lookup("weight", call.constant) if constant_operands(call, "weight") else OPAQUE
 
 
 def relu(call: Call) -> Semantics:
@@ -243,10 +244,8 @@ def max_pool(call: Call) -> Semantics:
 
 
 def max_pool_with_indices(call: Call) -> Semantics:
-    """The values of a max pool; its indices do not change under an affine that the values pass, but are not floats."""
-    if call.item != 0 or len(call.node.users) > 1:
-        return OPAQUE
-    ndim, dims = len(call.out_shape), next(n for n in (1, 2, 3) if f"{n}d" in call.operator)
+    """A max pool, and which elements it chose: those stay the same under an affine that the values pass."""
+    ndim, dims = len(call.shape("self")), next(n for n in (1, 2, 3) if f"{n}d" in call.operator)
     return Homogeneous(("self",), tuple(range(ndim - dims, ndim)), shifts=True)
 
 

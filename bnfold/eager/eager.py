@@ -23,7 +23,7 @@ from bnfold.graph.copies import copied, eval_copy
 from bnfold.graph.graph import Graph
 from bnfold.graph.interpret import constant_of
 from bnfold.loading.structure import restructure
-from bnfold.passes.folding import Folder
+from bnfold.passes.folding import DIRECTIONS, Folder
 from bnfold.report import Change, Entry, Ledger
 
 
@@ -90,6 +90,8 @@ def _expressible(captured: Captured) -> tuple[Graph, Ledger, Expression]:
         ledger = folder.run()
         found = express(blueprint, graph, folder.journal, held)
         if not isinstance(found, Expression):
+            if found.keys() <= excluded.keys():  # whichever way they go
+                found = {(site, way): refusal for (site, _), refusal in found.items() for way in DIRECTIONS}
             excluded |= found
         elif staying := held_in_place(captured, found.changes):
             held |= staying

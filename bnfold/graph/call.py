@@ -92,6 +92,10 @@ class Call:
         numbers = (slot for slot, value in self.slots() if self.graph.is_number(value))
         return [slot for slot in numbers if any(kind in kinds[slot.split(".")[0]] for kind in ("Tensor", "number"))]
 
+    def is_constant(self, slot: str) -> bool:
+        """Whether a slot is empty, or holds what depends on no input."""
+        return self.graph.is_constant(self.at(slot))
+
     def constant(self, slot: str) -> Tensor | None:
         """The float64 value of a slot that depends on no input, a number included; else None."""
         value = self.at(slot)

@@ -10,9 +10,9 @@ from math import prod
 
 import torch
 
-from bnfold import aten
-from bnfold.graph.graph import Graph, Node
+from bnfold.graph.graph import Node
 from bnfold.passes.kernels import Kernel, added, average, composed, depthwise, embedded, may_fit
+from bnfold.passes.rewriter import Rewriter
 from bnfold.semantics import Average, Contraction, Opaque, Same, Scaling, Semantics, Sum
 
 #: A branch of more operators than this is not looked through.
@@ -28,24 +28,12 @@ class Path:
     multiply_adds: int
 
 
-class LinearMaps:
+class LinearMaps(Rewriter):
     """The operators of one graph as kernels."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self._semantics: dict[Node, Semantics] = {}
-
     def at(self, value: Node) -> Semantics:
-        """What the operator that makes a value does."""
-        if value not in self._semantics:
-            known = self.graph.is_sized(value)
-            self._semantics[value] = aten.semantics(self.graph.call(value)) if known else Opaque()
-        return self._semantics[value]
-
-    def forget(self, *values: Node) -> None:
-        """Reads those anew: they were edited."""
-        for value in values:
-            self._semantics.pop(value, None)
+        """What the operator that makes a value does; one whose size depends on data is no kernel."""
+        return super().at(value) if self.graph.is_sized(value) else Opaque()
 
     def kernel(self, value: Node) -> tuple[Kernel, str] | None:
         """The linear map of one operator, and the slot of its data; None where that is written to later."""

@@ -153,10 +153,10 @@ class Merger:
         gone = tuple(graph.name(node) for node in (*path.nodes, term.parent))
         before = graph.dropped
         self._write(host.value, total)
-        graph.stands_for[host.value] = None
-        self._drop(term.parent, sibling)
+        self.linear.stands_for(host.value, None)
+        self.linear.drop(term.parent, sibling)
         final = sibling if term.parent is root else root
-        graph.stands_for[final] = meaning
+        self.linear.stands_for(final, meaning)
         saved = (graph.dropped - before, path.multiply_adds)
         return self._done(final, "parallel", names, host.value, gone, saved)
 
@@ -202,8 +202,8 @@ class Merger:
             graph.set_operand(second, outer[1], source)
         else:
             graph.take_shape(first, second)
-            self._drop(second, first)
-        graph.stands_for[keeper] = meaning
+            self.linear.drop(second, first)
+        self.linear.stands_for(keeper, meaning)
         self.linear.forget(keeper)
         return self._done(keeper, "serial", names, keeper, (gone,), (graph.dropped - before, old - new))
 
@@ -239,8 +239,8 @@ class Merger:
         keeper, gone = values[0], tuple(graph.name(value) for value in (*values[1:], root))
         graph.take_shape(keeper, root)
         self._write(keeper, total)
-        self._drop(root, keeper)
-        graph.stands_for[keeper] = meaning
+        self.linear.drop(root, keeper)
+        self.linear.stands_for(keeper, meaning)
         return self._done(keeper, "joined", names, keeper, gone, (graph.dropped - before, 0))
 
     def _done(
@@ -270,13 +270,7 @@ class Merger:
 
     def _write(self, value: Node, kernel: Kernel) -> None:
         for slot, tensor in self._stored(value, kernel).items():
-            self.graph.set_constant(value, slot, tensor)
-        self.linear.forget(value)
-
-    def _drop(self, value: Node, by: Node) -> None:
-        readers = list(self.graph.readers(value))
-        self.graph.bypass(value, by)
-        self.linear.forget(value, *readers)
+            self.linear.set_constant(value, slot, tensor)
 
     def _names(self, *values: Node) -> tuple[str, ...]:
         names = Counter(self.graph.module(v) or self.graph.call(v).operator for v in values)

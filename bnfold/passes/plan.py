@@ -1,43 +1,71 @@
-"""What a fold would do, as data: a small list of edits, and the words for the ledger."""
+"""What a fold would do, as data: a small list of edits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from bnfold.graph.graph import Graph, Node
+from bnfold.graph.graph import Node
+from bnfold.passes.gauges import Gauges
+from bnfold.passes.solution import Solution
 from bnfold.report import Outcome
+from bnfold.semantics import Movement
 
 
 @dataclass
 class Plan:
-    """The edits by which one affine disappears; nothing is changed until ``apply``."""
+    """Constants that change, by value and slot, and constants that are added to values."""
 
-    site: Node
-    direction: Outcome
-    constants: list[tuple[Node, str, Tensor]] = field(default_factory=list)
-    adds: list[tuple[Node, Tensor]] = field(default_factory=list)
-    bypasses: list[tuple[Node, str]] = field(default_factory=list)
-    absorbers: list[Node] = field(default_factory=list)
-    carriers: list[Node] = field(default_factory=list)
-    mixed: bool = False
+    constants: dict[tuple[Node, str], Tensor] = field(default_factory=dict)
+    adds: dict[Node, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, gauges: Gauges, solution: Solution, gone: set[Node]) -> Plan:
+        """Every constant once, from the gauges, and only where one of them is not the identity."""
+        plan, written, graph = cls(), set[tuple[Node, str]](), gauges.graph
+        for value in graph.values():
+            semantics = gauges.at(value)
+            if value in gone or not (semantics.absorbs or isinstance(semantics, Movement)):
+                continue
+            call = gauges.call(value)
+            if isinstance(semantics, Movement):
+                for slot in semantics.slots:
+                    after = solution.after_constant(value, slot)
+                    if after is not None and (constant := call.constant(slot)) is not None:
+                        plan.constants[value, slot] = after(constant)
+                continue
+            moved = {s: solution.before(n) for s, n in call.slots() if not solution.is_kept(n)}
+            if not moved and solution.is_kept(value):
+                continue
+            found = semantics.rewritten(moved, solution.after(value))
+            for slot, tensor in found.constants.items():
+                if (call.node, slot) not in written:  # one operator may have several results
+                    written.add((call.node, slot))
+                    plan.constants[value, slot] = tensor
+            if found.add is not None:
+                plan.adds[value] = found.add
+        return plan
 
     def equals(self, other: Plan) -> bool:
-        """Whether both would make the same edits."""
-        mine, theirs = self.constants, other.constants
+        """Whether both would make the same edits, up to rounding."""
+
+        def alike(a: Tensor, b: Tensor) -> bool:
+            return a.shape == b.shape and bool(torch.isclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True).all())
+
         return (
-            [(n, s) for n, s, _ in mine] == [(n, s) for n, s, _ in theirs]
-            and all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(mine, theirs))
-            and [n for n, _ in self.adds] == [n for n, _ in other.adds]
-            and all(torch.equal(a, b) for (_, a), (_, b) in zip(self.adds, other.adds))
+            self.constants.keys() == other.constants.keys()
+            and self.adds.keys() == other.adds.keys()
+            and all(alike(tensor, other.constants[key]) for key, tensor in self.constants.items())
+            and all(alike(tensor, other.adds[key]) for key, tensor in self.adds.items())
         )
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A plan that was carried out, as the names of the values that it touched.
+    """One affine that went, as the names of the values that were touched with it.
 
     Attributes:
         site: the affine.
@@ -53,32 +81,58 @@ class Edit:
     adds: tuple[str, ...]
     bypasses: tuple[tuple[str, str], ...]
 
-    @classmethod
-    def of(cls, plan: Plan, graph: Graph) -> Edit:
-        """Takes down the names while the values are still there."""
-        return cls(
-            plan.site.name, plan.direction, tuple((value.name, slot) for value, slot, _ in plan.constants),
-            tuple(value.name for value, _ in plan.adds),
-            tuple((value.name, graph.call(value).at(slot).name) for value, slot in plan.bypasses),
-        )  # fmt: skip
+
+#: As many absorbers of one affine are listed; a stream may have thousands.
+LISTED = 64
 
 
 @dataclass(frozen=True)
-class Words:
-    """What a fold did, for the ledger: the values that absorbed the affine with their names, and what it passed."""
+class Path:
+    """What takes up a gauge on one side of a value, and the operators on the way, the next one first."""
 
-    into: dict[Node, str]
-    through: dict[str, None]
+    into: tuple[Node, ...] = ()
+    through: tuple[str, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Iterable[Path], through: tuple[str, ...] = ()) -> Path:
+        """Several as one."""
+        parts = list(parts)
+        into = dict.fromkeys(node for part in parts for node in part.into[:LISTED])
+        names = dict.fromkeys([*through, *(name for part in parts for name in part.through)])
+        return cls(tuple(into)[:LISTED], tuple(names))
 
 
-def follow(took: dict[Node, Words]) -> None:
-    """Where an affine was composed into another that went on itself, names what took that one in the end."""
-    for site in reversed(took):
-        words = took[site]
-        onward = [took[v] for v in words.into if v in took]
-        if onward:
-            into = {v: name for v, name in words.into.items() if v not in took}
-            took[site] = Words(
-                into | {v: name for w in onward for v, name in w.into.items()},
-                words.through | {name: None for w in onward for name in w.through},
-            )
+def upstream(gauges: Gauges, solution: Solution, gone: set[Node]) -> dict[Node, Path]:
+    """For every value that is stored otherwise, and every affine that goes, what makes it so."""
+    found: dict[Node, Path] = {}
+    for value in gauges.graph.values():
+        call, semantics = gauges.call(value), gauges.at(value)
+        operands = [found[n] for _, n in call.slots() if n in found and not solution.is_kept(n)]
+        if value in gone:
+            found[value] = Path.joined(operands)
+        elif not solution.is_kept(value):
+            own = semantics.absorbs
+            found[value] = Path((value,)) if own else Path.joined(operands, (call.operator.removeprefix("aten."),))
+    return found
+
+
+def downstream(gauges: Gauges, solution: Solution, gone: set[Node]) -> dict[Node, Path]:
+    """For every value that is stored otherwise what makes up for it."""
+    found: dict[Node, Path] = {}
+    for value in reversed([*gauges.graph.values()]):
+        if solution.is_kept(value):
+            continue
+        parts = []
+        for reader in gauges.graph.readers(value):
+            if reader.op != "call_function" or gauges.graph.is_list(reader):
+                continue
+            call, semantics = gauges.call(reader), gauges.at(reader)
+            if all(slot in semantics.shape_only for slot, node in call.slots() if node is value):
+                continue
+            if reader not in gone and semantics.absorbs:
+                parts.append(Path((reader,)))
+            elif reader in found:
+                names = () if reader in gone else (call.operator.removeprefix("aten."),)
+                parts.append(Path.joined([found[reader]], names))
+        found[value] = Path.joined(parts)
+    return found

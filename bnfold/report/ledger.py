@@ -50,6 +50,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "a shift would have to reach into padded zeros, which stay zero",
         "train with padding_mode='reflect', 'replicate' or 'circular', or normalise after the convolution",
     ),
+    "packed-sequence": (
+        "a recurrent layer reads a packed sequence, whose order depends on the lengths",
+        "give it a padded batch, and mask what it returns",
+    ),
     "several-readers": (
         "the value is also read by something that needs it unchanged",
         "nothing, unless the other reader can go",
@@ -79,12 +83,14 @@ class Refusal:
         blocker: the module, or failing that the operator, in the way.
         operator: the operator in the way, as ``aten.relu``.
         detail: the same in words for this case.
+        chain: modules or operators between the affine and what is in the way.
     """
 
     reason: str
     blocker: str
     operator: str = ""
     detail: str = ""
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ class Ledger:
 
 
 def _entry(found: dict[str, Any]) -> Entry:
-    refusals = tuple(Refusal(**refusal) for refusal in found["refusals"])
+    refusals = tuple(Refusal(**_tupled(refusal)) for refusal in found["refusals"])
     return Entry(**{**_tupled(found), "refusals": refusals})
 
 

@@ -1,4 +1,4 @@
-"""Questions, answers and the kinds that let nothing pass."""
+"""What an operator may answer, and the kinds that let nothing pass."""
 
 from __future__ import annotations
 
@@ -9,38 +9,30 @@ from typing import ClassVar
 from torch import Tensor
 
 from bnfold.affine import Affine
+from bnfold.semantics.equations import Equations, Gauge, pinned
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class No:
-    """The operator does not let the Affine pass; ``reason`` is one of ``report.REASONS``."""
+    """Why something cannot be; ``reason`` is one of ``report.REASONS``."""
 
     reason: str
     detail: str = ""
 
 
 @dataclass(frozen=True)
-class Yes:
-    """The operator lets it pass.
+class Rewritten:
+    """Constants of an operator whose operands and result are stored in other gauges.
 
     Attributes:
-        operands: what each operand must become (pull).
-        out: by what the output differs (push); None when nothing is left of it.
         constants: float64 tensors that replace constant operands, by slot.
         add: float64 tensor to add to the operator's output, where it has no operand for a bias.
-        bypass: the slot whose value takes the place of the output: the operator itself goes.
     """
 
-    operands: Mapping[str, Affine] = field(default_factory=dict)
-    out: Affine | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     add: Tensor | None = None
-    bypass: str | None = None
-
-
-Answer = Yes | No
 
 
 class Semantics:
@@ -49,18 +41,24 @@ class Semantics:
     reason: ClassVar[str] = "nonlinear"
     #: Slots that are read for their shape alone.
     shape_only: tuple[str, ...] = ()
+    #: Whether its constants can make up for gauges around it.
+    absorbs: ClassVar[bool] = False
 
-    def pull(self, out: Affine) -> Answer:
-        """What the operands must be for the operator to emit ``out(y)``."""
-        return No(self.reason)
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """The result's gauge, given those of the operands that are values; adds what must hold between them."""
+        for gauge in given.values():
+            pin(equations, gauge, self.reason)
+        return pinned(len(shape))
 
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """By what the output differs when operands arrive without their Affine."""
-        return No(self.reason)
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
+        """The constants, given ``v = given[slot](v')`` of stored operands v', to store ``after(y)`` in place of y."""
+        return Rewritten()
 
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Whether a scale (or a shift) asked of the output is likely to find a home; ``operands`` says so for each."""
-        return False
+
+def pin(equations: Equations, gauge: Gauge, reason: str) -> None:
+    """A value is stored as it is."""
+    equations.scale.pin(gauge.scale, reason)
+    equations.shift.pin(gauge.shift, reason)
 
 
 class Opaque(Semantics):
@@ -81,14 +79,6 @@ class Refused(Opaque):
     reason: str  # type: ignore[misc]
     detail: str = ""
     kind: str = "batch_norm"
-
-    def pull(self, out: Affine) -> Answer:
-        """Refused, with the reason."""
-        return No(self.reason, self.detail)
-
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """Refused, with the reason."""
-        return No(self.reason, self.detail)
 
 
 @dataclass(frozen=True)

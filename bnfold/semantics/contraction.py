@@ -1,14 +1,16 @@
-"""Operators with a constant weight: the places where an Affine ends."""
+"""Operators with a constant weight: their two sides are free of one another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Answer, No, Semantics, Shape, Yes
+from bnfold.semantics.base import Rewritten, Semantics, Shape
+from bnfold.semantics.equations import DEAD, EMPTY, Equations, Gauge, pinned
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Contraction(Semantics):
-    """Linear in its data with a constant weight.
+    """Linear in its data with a constant weight: ``W' = W*a_x/a_y``, ``c' = (c + W*b_x - b_y)/a_y``.
 
     The weight, viewed as ``view``, has one letter per axis in ``letters``; ``out`` and ``inp`` give for every axis of
     the output and of the data the letters that, flattened, make it up (``""``: the weight does not know that axis).
     A convolution with groups is ``letters="goixy"``, ``out=("", "go", "", "")``, ``inp=("", "gi", "", "")``.
-
-    - affine after: ``W[o] *= s[o]``, ``b = b*s + t``
-    - affine before: ``W[o,j] *= s[g(o)*Cin/G + j]``, ``b[o] += sum_jk W_old[o,j,k] * t[j]``
     """
 
     data: str
@@ -49,53 +48,58 @@ class Contraction(Semantics):
     set_weight: Callable[[Tensor], Tensor]
     get_bias: Callable[[], Tensor | None]
     #: Writes a bias with as many axes as the output, as constants by slot; None where there is no slot for it.
-    set_bias: Callable[[Tensor], Mapping[str, Tensor] | None]
+    set_bias: Callable[[Tensor], Mapping[str, Tensor]] | None
     #: Why a shift cannot come in from before, if it cannot.
     no_shift: str | None = None
     #: For a convolution or a linear layer: what merging must know.
     geometry: Geometry | None = None
+    absorbs: ClassVar[bool] = True
 
-    def pull(self, out: Affine) -> Answer:
-        """Absorbs an affine on its output."""
-        for axis in out.varies():
-            if not self.out[axis]:
-                return No("other-axis", f"the affine varies along axis {axis}, which the weight does not")
-        weight = self.get_weight() * self._on_weight(out.scale, self.out)
-        constants = {self.weight: self.set_weight(weight)}
-        bias = self.get_bias()
-        if bias is None and not out.has_shift:
-            return Yes(constants=constants)
-        return self._with_bias(constants, out.shift if bias is None else bias * out.scale + out.shift)
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """No relation between the two sides; each varies along the axes of the weight only."""
+        self.read(given[self.data], equations)
+        sizes = [n if letters else 1 for n, letters in zip(shape, self.out)]
+        made = Gauge(equations.scale.fresh(sizes), equations.shift.fresh(sizes))
+        equations.scale.pin(made.scale, "nonlinear", (DEAD,))
+        return made
 
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """Absorbs an affine on its data."""
-        affine = given[self.data]
-        if len(given) > 1:
-            return No("nonlinear", "the weight depends on the affine as well")
-        for axis in affine.varies():
-            if not self.inp[axis]:
-                return No("other-axis", f"the affine varies along axis {axis}, which the weight does not")
-        old = self.get_weight()
-        constants = {self.weight: self.set_weight(old * self._on_weight(affine.scale, self.inp))}
-        if not affine.has_shift:
-            return Yes(constants=constants)
+    def read(self, data: Gauge, equations: Equations) -> None:
+        """What holds of the data."""
+        unknown = [axis for axis, letters in enumerate(self.inp) if not letters]
+        scale = equations.scale.uniform(data.scale, unknown, "other-axis")
+        equations.scale.pin(scale, "several-readers", (EMPTY,))
+        shift = equations.shift.uniform(data.shift, unknown, "other-axis")
         if self.no_shift is not None:
-            return No(self.no_shift, "a shift before it would have to reach into the padding")
-        kept = set("".join(self.out))
-        summed = [i for i, letter in enumerate(self.letters) if letter not in kept]
-        moved = (old * self._on_weight(affine.shift, self.inp)).sum(summed, keepdim=True)
-        bias, delta = self.get_bias(), self._on_output(moved)
-        return self._with_bias(constants, delta if bias is None else bias + delta)
+            equations.shift.pin(shift, self.no_shift)
 
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Takes both."""
-        return True
+    def without_bias(self, data: Gauge, made: Gauge, equations: Equations) -> None:
+        """What must hold for no bias to be needed where there is no place for one."""
+        equations.shift.pin(data.shift, "no-saving")
+        equations.shift.pin(made.shift, "no-saving")
 
-    def _with_bias(self, constants: dict[str, Tensor], bias: Tensor) -> Answer:
-        written = self.set_bias(bias)
-        return Yes(constants=constants, add=bias) if written is None else Yes(constants={**constants, **written})
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
+        """See the class."""
+        old, bias = self.get_weight(), self.get_bias()
+        weight = old
+        if self.data in given:
+            before = given[self.data]
+            weight = weight * self.on_weight(before.scale, self.inp)
+            if before.has_shift:
+                kept = set("".join(self.out))
+                summed = [i for i, letter in enumerate(self.letters) if letter not in kept]
+                moved = self._on_output((old * self.on_weight(before.shift, self.inp)).sum(summed, keepdim=True))
+                bias = moved if bias is None else bias + moved
+        weight = weight * self.on_weight(after.scale, self.out)
+        if bias is not None or after.has_shift:
+            bias = after.shift if bias is None else bias * after.scale + after.shift
+        constants = {self.weight: self.set_weight(weight)}
+        if bias is None:
+            return Rewritten(constants)
+        if self.set_bias is None:
+            return Rewritten(constants, bias if bool((bias != 0).any()) else None)
+        return Rewritten({**constants, **self.set_bias(bias)})
 
-    def _on_weight(self, t: Tensor, axes: Sequence[str]) -> Tensor:
+    def on_weight(self, t: Tensor, axes: Sequence[str]) -> Tensor:
         """``t``, laid out as a value whose axes are made of ``axes``, laid out as the viewed weight."""
         sizes, order = dict(zip(self.letters, self.view)), "".join(axes)
         t = t.reshape([sizes[letter] if size > 1 else 1 for size, letters in zip(t.shape, axes) for letter in letters])
@@ -116,17 +120,62 @@ class Contraction(Semantics):
 
 
 @dataclass(frozen=True)
+class Recurrent(Semantics):
+    """A recurrent layer: a contraction of its input by ``weights``, one per direction; its results stay as they are.
+
+    ``weights``: for every direction the slots of the weight (rows, features) and of a bias (rows,); no slot, no shift.
+    """
+
+    data: str
+    weights: tuple[tuple[str, str | None], ...]
+    get: Callable[[str], Tensor | None]
+    absorbs: ClassVar[bool] = True
+
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """Its input varies along its features only; hidden states are pinned."""
+        for slot, gauge in given.items():
+            if slot == self.data:
+                axes = range(gauge.scale.ndim - 1)
+                equations.scale.pin(equations.scale.uniform(gauge.scale, axes, "other-axis"), "nonlinear", (EMPTY,))
+                shift = equations.shift.uniform(gauge.shift, range(gauge.shift.ndim - 1), "other-axis")
+                if any(bias is None for _, bias in self.weights):
+                    equations.shift.pin(shift, "no-saving")
+            else:
+                super().relate({slot: gauge}, equations, shape)
+        return pinned(len(shape))
+
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
+        """``W' = W*a``, ``c' = c + W*b``."""
+        if self.data not in given:
+            return Rewritten()
+        before, constants = given[self.data], {}
+        scale, shift = before.scale.flatten(), before.shift.flatten()
+        for weight, bias in self.weights:
+            old, own = self.get(weight), None if bias is None else self.get(bias)
+            assert old is not None
+            constants[weight] = old * scale
+            if bias is not None and own is not None and before.has_shift:
+                constants[bias] = own + old @ shift.expand(old.shape[1])
+        return Rewritten(constants)
+
+
+@dataclass(frozen=True)
 class Lookup(Semantics):
-    """Picks rows of a constant table (embedding): an affine on the last axis goes into the table."""
+    """Picks rows of a constant table (embedding): along the last axis its result is free."""
 
     slot: str
+    get: Callable[[str], Tensor | None]
+    absorbs: ClassVar[bool] = True
 
-    def pull(self, out: Affine) -> Answer:
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """A variable of its own for every column."""
+        sizes = (*(1,) * (len(shape) - 1), shape[-1])
+        made = Gauge(equations.scale.fresh(sizes), equations.shift.fresh(sizes))
+        equations.scale.pin(made.scale, "nonlinear", (DEAD,))
+        return made
+
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
         """``s*W[i] + t`` is a row of ``s*W + t``."""
-        if any(axis != out.ndim - 1 for axis in out.varies()):
-            return No("other-axis", "the affine varies along the axes of the indices")
-        return Yes(operands={self.slot: Affine(out.scale.reshape(1, -1), out.shift.reshape(1, -1))})
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Takes both."""
-        return True
+        table = self.get(self.slot)
+        assert table is not None
+        return Rewritten({self.slot: table * after.scale.flatten() + after.shift.flatten()})

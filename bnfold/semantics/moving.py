@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Answer, No, Semantics, Shape, Yes
+from bnfold.semantics.base import Semantics, Shape, pin
 from bnfold.semantics.contraction import Geometry
+from bnfold.semantics.equations import DEAD, Equations, Gauge, Ints, compressed, pinned
+
+#: A constant of more elements than this, joined to values, stays as it is.
+MOST = 1 << 14
+#: See ``Same``.
+_LARGEST = 2.0
 
 
 @dataclass(frozen=True)
 class Movement(Semantics):
     """Moves elements and changes none: view, permute, slice, cat, pad, roll, pixel_shuffle, ...
 
-    A movement is a gather, so it is described by running it on the indices of its operands' elements: output element
-    ``j`` is operand element ``index[j]``, and 0 stands for an element that it made up as zero.
+    Elements keep their gauge. A movement is a gather, so it is described by running it on the classes of its operands'
+    elements; 0 stands for an element that it made up as zero, whose scale is free and whose shift is none.
     """
 
     slots: tuple[str, ...]
@@ -31,86 +39,56 @@ class Movement(Semantics):
     loose: tuple[int, ...] = ()
     #: How many zeros it makes up is such a number.
     may_pad: bool = False
+    #: Float64 constants among the slots.
+    get: Callable[[str], Tensor | None] = lambda slot: None
 
     @property
     def shape_only(self) -> tuple[str, ...]:  # type: ignore[override]
         """The operands that only lend their shape."""
         return self.ignored
 
-    def _index(self) -> tuple[Tensor, list[int]]:
-        start, parts, bounds = 1, [], [1]
-        for shape in self.shapes:
-            count = int(torch.Size(shape).numel())
-            # float64 holds every index exactly, and every movement is implemented for it.
-            parts.append(torch.arange(start, start + count, dtype=torch.float64).reshape(shape))
-            start += count
-            bounds.append(start)
-        return self.apply(parts).to(torch.int64), bounds
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """Shares the variables; constants that it joins to values have their own."""
+        parts = [given[s] if s in given else self._constant(s, n, equations) for s, n in zip(self.slots, self.shapes)]
+        if self.may_pad:
+            for part in parts:
+                equations.shift.pin(part.shift, "zero-padding")
+        if self.loose:
+            parts = [Gauge(*(
+                space.uniform(indices, self.loose, "dynamic-size")
+                for space, indices in ((equations.scale, p.scale), (equations.shift, p.shift))
+            )) for p in parts]  # fmt: skip
+        scales = {int(part.scale.flat[0]) for part in parts}
+        if all(p.alike() and not p.shift.any() for p in parts) and len(scales) == 1:
+            return Gauge(np.full((1,) * len(shape), scales.pop()), pinned(len(shape)).shift)
+        count = equations.shift.count
+        # float64 holds every class exactly, and every movement is implemented for it.
+        codes = [torch.from_numpy((p.scale * count + p.shift + 1).astype(np.float64)) for p in parts]
+        code = self.apply([c.expand(n).contiguous() for c, n in zip(codes, self.shapes)]).to(torch.int64).numpy()
+        zero = code == 0
+        scale, shift = np.divmod(np.maximum(code - 1, 0), count)
+        if zero.any():
+            scale = _filled(np.where(zero, -1, scale))
+            if (scale < 0).any():
+                scale = np.where(scale < 0, equations.scale.fresh(()), scale)
+        return Gauge(compressed(scale), compressed(shift))
 
-    def pull(self, out: Affine) -> Answer:
-        """Scatters what is asked of the outputs to the elements they came from; copies must agree."""
-        index, bounds = self._index()
-        zeros = index == 0
-        if self.may_pad or bool(zeros.any()):
-            reached = out.shift if self.may_pad else out.shift.expand(index.shape)[zeros]
-            if bool((reached.nan_to_num() != 0).any()):
-                return No("zero-padding", "a shift would have to reach into padded zeros")
-        found = []
-        for wanted in (out.scale, out.shift):
-            buffer = _scattered(index, wanted, bounds[-1])
-            if buffer is None:
-                return No("copies-differ", "one element is copied to places with different affines")
-            found.append(buffer)
-        operands = {}
-        for slot, shape, low, high in zip(self.slots, self.shapes, bounds, bounds[1:]):
-            scale, shift = (buffer[low:high].reshape(shape) for buffer in found)
-            operands[slot] = Affine(scale, shift).compressed()
-            if (part := operands[slot].uniform(self.loose)) is None:
-                return _LOOSE
-            operands[slot] = part
-        return Yes(operands=operands)
-
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """Gathers the operands' affines; an operand without one contributes the identity, padding anything."""
-        for affine in given.values():
-            if affine.uniform(self.loose) is None:
-                return _LOOSE
-            if self.may_pad and affine.has_shift:
-                return No("zero-padding", "a shift would have to reach into padded zeros")
-        index, bounds = self._index()
-        scale = torch.ones(bounds[-1], dtype=torch.float64)
-        shift = torch.zeros(bounds[-1], dtype=torch.float64)
-        scale[0] = torch.nan
-        for slot, shape, low, high in zip(self.slots, self.shapes, bounds, bounds[1:]):
-            if slot in given:
-                scale[low:high] = given[slot].scale.expand(shape).flatten()
-                shift[low:high] = given[slot].shift.expand(shape).flatten()
-        return Yes(out=Affine(scale[index], shift[index]).settled())
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Where all its operands do."""
-        return all(operands[slot] for slot in self.slots)
+    def _constant(self, slot: str, shape: Shape, equations: Equations) -> Gauge:
+        gauge = pinned(len(shape))
+        if prod(shape) <= MOST and self.get(slot) is not None:
+            gauge = Gauge(equations.scale.fresh(shape), equations.shift.fresh(shape))
+            equations.scale.pin(gauge.scale, "nonlinear", (DEAD,))
+        equations.constants[equations.node, slot] = gauge
+        return gauge
 
 
-#: With twice the size the error is at most sqrt(2**2 + 3**2) = 3.6 times the one that rounding the operand makes.
-_LARGEST = 2.0
-_LOOSE = No("dynamic-size", "which elements it moves depends on a size, along an axis that the affine varies along")
-
-
-def _scattered(index: Tensor, wanted: Tensor, size: int) -> Tensor | None:
-    """A vector of ``size`` with ``wanted``, broadcast, at ``index``; None where two wishes for one element differ.
-
-    What is not wished for is free. Index 0 stands for no element, and what is free is no wish.
-    """
-    free = wanted.isnan()
-    if bool(free.any()):
-        index = index.masked_fill(free, 0)
-    index, wanted = index.flatten(), wanted.expand(index.shape).flatten()
-    buffer = torch.full((size,), torch.nan, dtype=torch.float64).scatter_(0, index, wanted)
-    distinct = size - int(buffer.isnan().count_nonzero())
-    if distinct < len(index) and not bool(((buffer.gather(0, index) == wanted) | (index == 0)).all()):
-        return None
-    return buffer
+def _filled(indices: Ints) -> Ints:
+    """Compressed, those below zero taking whatever the others along an axis are."""
+    for axis in range(indices.ndim):
+        high = indices.max(axis, keepdims=True)
+        if ((indices == high) | (indices < 0)).all():
+            indices = high
+    return indices
 
 
 @dataclass(frozen=True)
@@ -125,21 +103,14 @@ class Same(Semantics):
     widens: bool = False
     size: Tensor | None = None
 
-    def pull(self, out: Affine) -> Answer:
-        """Asks the same of its operand."""
-        if self.widens:
-            usual = 0.0 if self.size is None else float((self.size * out.scale).nan_to_num().square().mean().sqrt())
-            if float(out.shift.nan_to_num().abs().max()) > _LARGEST * usual:
-                return No("dtype", "a shift would be rounded to the dtype that it is cast from")
-        return Yes(operands={self.slot: out})
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """Its operand's."""
+        return given[self.slot]
 
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """Passes it on."""
-        return Yes(out=given[self.slot])
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Where its operand does."""
-        return operands[self.slot] and not (shift and self.widens and self.size is None)
+    def rounds(self, after: Affine) -> bool:
+        """Whether storing ``after(x)`` in place of its operand x would round a shift that is too large."""
+        usual = 0.0 if self.size is None else float((self.size * after.scale).square().mean().sqrt())
+        return self.widens and float(after.shift.abs().max()) > _LARGEST * usual
 
 
 @dataclass(frozen=True)
@@ -161,26 +132,16 @@ class Average(Semantics):
     window: tuple[int, ...] = ()
     geometry: Geometry | None = None
 
-    def _check(self, affine: Affine) -> No | None:
-        if self.no_shift is not None and affine.has_shift:
-            return No(self.no_shift, "its weights do not sum to one number everywhere, so a shift would change")
-        if set(self.axes) & set(affine.varies()):
-            return No("other-axis", "the affine varies along the axis that is averaged")
-        return None
-
-    def pull(self, out: Affine) -> Answer:
-        """Commutes."""
-        out = out.with_axes(self.axes) if self.drops else out
-        return self._check(out) or Yes(operands={self.slot: Affine(out.scale, out.shift / self.total)})
-
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """Commutes."""
-        if set(given) != {self.slot}:
-            return No("nonlinear", "the weights of the average depend on it")
-        refused = self._check(given[self.slot])
-        affine = Affine(given[self.slot].scale, given[self.slot].shift * self.total)
-        return refused or Yes(out=affine.without_axes(self.axes) if self.drops else affine)
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Where its operand does, a shift only if the weights sum to one number."""
-        return operands[self.slot] and (self.no_shift is None or not shift)
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """Commutes with what does not vary along the averaged axes; other operands decide its weights."""
+        for slot, gauge in given.items():
+            if slot != self.slot:
+                pin(equations, gauge, self.reason)
+        scale = equations.scale.uniform(given[self.slot].scale, self.axes, "other-axis")
+        shift = equations.shift.uniform(given[self.slot].shift, self.axes, "other-axis")
+        if self.no_shift is not None:
+            equations.shift.pin(shift, self.no_shift)
+            shift = pinned(shift.ndim).shift
+        shift = equations.shift.combined([(self.total, shift)], "nonlinear")
+        gone = self.axes if self.drops else ()
+        return Gauge(scale.squeeze(gone), shift.squeeze(gone))

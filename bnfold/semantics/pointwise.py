@@ -1,154 +1,174 @@
-"""Operators that work element by element: scalings, sums, products, and the ReLU family with maxima."""
+"""Operators that work element by element: affines, sums, products, and the ReLU family with maxima."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Answer, No, Semantics, Shape, Yes
+from bnfold.semantics.base import No, Rewritten, Semantics, Shape, pin
+from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, Ints, pinned
 
 
 @dataclass(frozen=True)
 class Scaling(Semantics):
-    """Multiplies and adds constants: ``y = affine(x)``. A source of Affines, and a place where others end.
+    """Multiplies and adds constants: ``y = s*x + t``. It goes (then y' is x'), or it stays and takes up differences.
 
-    ``write`` answers the constants that make the operator compute another Affine, or None where it cannot.
+    - one that goes: ``a_y = s*a_x``, ``b_y = s*b_x + t``
+    - one that stays: ``s' = s*a_x/a_y``, ``t' = (s*b_x + t - b_y)/a_y``; a multiply has no t, an addition no s
+
+    ``write`` answers the constants that make the operator compute another Affine. ``free``: which of ``"scale"`` and
+    ``"shift"`` those can be. ``axes``: those that its constants may vary along, None for any.
     """
 
     slot: str
     affine: Affine
     kind: str
-    write: Callable[[Affine], Mapping[str, Tensor] | None]
+    write: Callable[[Affine], Mapping[str, Tensor]]
+    free: tuple[str, ...] = ()
+    axes: tuple[int, ...] | None = None
     #: Why its operand cannot take its place, if it cannot: it is of another dtype, or is written to later.
     stays: No | None = None
+    absorbs: ClassVar[bool] = True
 
-    def pull(self, out: Affine) -> Answer:
-        """``out(affine(x))``: into the own constants; else the scale travels on; else all of it, and the node goes."""
-        total = out.after(self.affine)
-        constants = self.write(total)
-        if constants is not None:
-            return Yes(constants=constants)
-        if not self.affine.has_scale:  # s*(x + c) + t = (s*x) + (s*c + t)
-            constants = self.write(Affine(self.affine.scale, total.shift))
-            if constants is not None:
-                return Yes(operands={self.slot: out.only_scale()}, constants=constants)
-        return self.stays or Yes(operands={self.slot: total}, bypass=self.slot)
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """What holds whether it goes or stays. A table makes nothing vary along more axes."""
+        x, (scale, shift), index = given[self.slot], self._parts(), self._index(shape)
+        made = [index] if index is not None else []
+        if self.stays is not None:
+            equations.shift.pin(x.shift, self.stays.reason)  # it would be rounded to another dtype
+        fresh = "scale" in self.free or bool((scale != 1).any())
+        a = equations.scale.per_class(x.scale, *made) if fresh else x.scale
+        # Whoever multiplies by zero may read anything, and who adds nothing passes a zero on.
+        equations.scale.pin(np.where((scale != 0) & (shift != 0), x.scale, 0), "several-readers", (EMPTY,))
+        if "shift" in self.free:
+            b = equations.shift.per_class(x.shift, *(made or [x.scale]))
+        else:
+            if index is None and scale.size > 1:
+                equations.shift.pin(x.shift, "other-axis")
+            b = equations.shift.combined([(scale, x.shift)], "shift-through-product")
+        return Gauge(a, b)
 
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """``affine(given(u))``: into the own constants; else all of it travels on, and the node goes."""
-        total = self.affine.after(given[self.slot])
-        constants = self.write(total)
-        if constants is not None:
-            return Yes(constants=constants)
-        return self.stays or Yes(out=total, bypass=self.slot)
+    def goes(self, x: Gauge, y: Gauge, equations: Equations, *, dead: bool = False) -> None:
+        """See the class. Where s is 0, its operand is emptied and s taken for 1; with ``dead`` readers leave y out."""
+        scale, shift = self._parts()
+        if y.scale is not x.scale:
+            pairs, s, t = _pairs(y.scale, x.scale, scale, shift)
+            none = s == 0
+            tied = ~none if dead else np.ones_like(none)
+            size = np.where(none, 1.0, s)[tied]
+            equations.require(LOG, pairs[tied], [1.0, -1.0], np.abs(size), "goes")
+            equations.require(SIGN, pairs[tied], 1.0, size < 0, "goes")
+            equations.require(DEAD, pairs[~none], 1.0, 0.0, "goes")
+            equations.require(DEAD, pairs[none][:, :1], 1.0, float(dead), "goes")
+            equations.require(EMPTY, pairs[~none & (t == 0)], 1.0, 0.0, "goes")
+            equations.require(EMPTY, pairs[none | (t != 0)][:, :1], 1.0, 0.0, "goes")
+            if not dead:
+                equations.require(DEAD, pairs[none][:, 1:], 1.0, 0.0, "goes")
+                equations.require(EMPTY, pairs[none][:, 1:], 1.0, 1.0, "goes")
+        if "shift" in self.free:
+            pairs, s, t = _pairs(y.shift, x.shift, scale, shift)
+            s = s if dead else np.where(s == 0, 1.0, s)
+            equations.require(SHIFT, pairs, np.stack([np.ones_like(s), -s], 1), t, "goes")
 
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """A scaling that is still there can take either."""
-        return True
+    def remains(self, x: Gauge, y: Gauge, equations: Equations) -> None:
+        """What holds beyond ``relate``."""
+        if "scale" in self.free:
+            equations.scale.pin(np.where(self._parts()[0] != 0, x.scale, 0), "several-readers", (EMPTY,))
+            equations.scale.pin(y.scale, "nonlinear", (DEAD,))
+        else:
+            equations.scale.equate(y.scale, x.scale, "nonlinear")
+        if self.axes is not None:
+            rest = [axis for axis in range(y.scale.ndim) if axis not in self.axes]
+            for side in (x, y):
+                equations.scale.uniform(side.scale, rest, "other-axis")
+                equations.shift.uniform(side.shift, rest, "other-axis")
+
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
+        """See the class."""
+        total = after.after(self.affine.after(given[self.slot]) if self.slot in given else self.affine)
+        return Rewritten(self.write(total))
+
+    def _parts(self) -> tuple[Any, Any]:
+        return self.affine.scale.numpy(), self.affine.shift.numpy()
+
+    def _index(self, shape: Shape) -> Ints | None:
+        """The places along the one axis it varies along; None where there are more."""
+        axes = self.affine.varies()
+        if len(axes) > 1:
+            return None
+        sizes = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
+        return np.arange(int(np.prod(sizes))).reshape(sizes)
+
+
+def _pairs(y: Ints, x: Ints, *constants: Any) -> tuple[Any, ...]:
+    """Every variable of y once with that of x, and with the constants there."""
+    y, x, *rest = np.broadcast_arrays(y, x, *constants)
+    variables, at = np.unique(y.ravel(), return_index=True)
+    return np.stack([variables, x.ravel()[at]], 1), *(each.ravel()[at] for each in rest)
+
+
+def aligned(gauge: Gauge, ndim: int) -> Gauge:
+    """With leading axes, as broadcasting adds them."""
+    lead = (1,) * (ndim - gauge.scale.ndim)
+    return Gauge(gauge.scale.reshape(lead + gauge.scale.shape), gauge.shift.reshape(lead + gauge.shift.shape))
 
 
 @dataclass(frozen=True)
 class Sum(Semantics):
-    """``y = a + alpha*b`` of two values: the scale goes into both, the shift into one."""
+    """``z = x + alpha*y`` of two values: ``a_z = a_x = a_y``, ``b_z = b_x + alpha*b_y``."""
 
     slots: tuple[str, str]
-    shapes: tuple[Shape, Shape]
-    out_ndim: int
     alpha: float = 1.0
-    #: Set by the engine: the slot that should take a shift.
-    home: str | None = None
 
-    def pull(self, out: Affine) -> Answer:
-        """``s*(a + alpha*b) + t = (s*a + t) + alpha*(s*b)``."""
-        operands = {}
-        for slot, shape in zip(self.slots, self.shapes):
-            part = out.only_scale().unbroadcast(shape)
-            if part is None:
-                return No("broadcast", "an operand is broadcast along the axis that the affine varies along")
-            operands[slot] = part
-        if not out.has_shift:
-            return Yes(operands=operands)
-        order = sorted(zip(self.slots, self.shapes), key=lambda pair: pair[0] != self.home)
-        for slot, shape in order:
-            factor = 1.0 if slot == self.slots[0] else self.alpha
-            part = Affine(out.scale, out.shift / factor).unbroadcast(shape) if factor else None
-            if part is not None:
-                operands[slot] = part
-                return Yes(operands=operands)
-        return No("broadcast", "an operand is broadcast along the axis that the shift varies along")
-
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """Both operands must carry the same scale; the shifts add."""
-        parts = []
-        for slot in self.slots:
-            part = given.get(slot)
-            parts.append(Affine.identity(self.out_ndim) if part is None else part.broadcast(self.out_ndim))
-        first, second = parts
-        if not bool((first.scale == second.scale).all()):
-            return No("unequal-scales", "the two operands of the sum do not carry the same scale")
-        return Yes(out=Affine(first.scale, first.shift + self.alpha * second.shift).settled())
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """A shift needs one operand that takes it, a scale both."""
-        return (any if shift else all)(operands[slot] for slot in self.slots)
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """See the class."""
+        x, y = (aligned(given[slot], len(shape)) for slot in self.slots)
+        scale = equations.scale.equate(x.scale, y.scale, "unequal-scales") if self.alpha else x.scale
+        return Gauge(scale, equations.shift.combined([(1.0, x.shift), (self.alpha, y.shift)], "nonlinear"))
 
 
 @dataclass(frozen=True)
 class Product(Semantics):
-    """``y = a*b`` (or ``a/b``: only the first slot) of two values: a scale passes into one factor."""
+    """``z = x*y`` of two values, or ``x/y``: ``a_z = a_x*a_y`` and no shifts."""
 
-    slots: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    out_ndim: int
-    home: str | None = None
-    #: Both operands are one value, so that no factor can be scaled alone.
-    square: bool = False
+    slots: tuple[str, str]
+    divides: bool = False
 
-    def pull(self, out: Affine) -> Answer:
-        """``s*(a*b) = (s*a)*b``."""
-        if out.has_shift:
-            return No("shift-through-product", "a shift does not pass a product of two values")
-        if self.square:
-            return No("several-readers", "both factors are one value")
-        for slot, shape in sorted(zip(self.slots, self.shapes), key=lambda pair: pair[0] != self.home):
-            part = out.unbroadcast(shape)
-            if part is not None:
-                return Yes(operands={slot: part})
-        return No("broadcast", "both factors are broadcast along the axes that the scale varies along")
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """See the class."""
+        factors = [aligned(given[slot], len(shape)) for slot in self.slots]
+        for factor in factors:
+            equations.shift.pin(factor.shift, "shift-through-product")
+            equations.scale.pin(factor.scale, "nonlinear", (DEAD, EMPTY))
+        x, y = (self.read(factor.scale, place, equations) for place, factor in enumerate(factors))
+        scale = equations.scale.combined([(1.0, x), (-1.0 if self.divides else 1.0, y)], "nonlinear", (LOG, SIGN))
+        if scale is not x and scale is not y:
+            equations.scale.pin(scale, "nonlinear", (DEAD, EMPTY))
+        return Gauge(scale, pinned(len(shape)).shift)
 
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """``(s1*a)*(s2*b) = (s1*s2)*(a*b)``."""
-        if any(affine.has_shift for affine in given.values()):
-            return No("shift-through-product", "a shift does not pass a product of two values")
-        if not set(given) <= set(self.slots):
-            return No("nonlinear", "it is the divisor")
-        scale = torch.ones((1,) * self.out_ndim, dtype=torch.float64)
-        for affine in given.values():
-            scale = scale * affine.broadcast(self.out_ndim).scale
-        return Yes(out=Affine(scale, torch.zeros((1,) * self.out_ndim, dtype=torch.float64)))
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """A scale, where one factor does."""
-        return not shift and not self.square and any(operands[slot] for slot in self.slots)
+    def read(self, scale: Ints, place: int, equations: Equations) -> Ints:
+        """The scale of a factor as the result has it."""
+        return scale
 
 
 @dataclass(frozen=True)
 class Bilinear(Product):
-    """Linear in each of two values (a matrix product): a scale that is one number for all passes into one of them."""
+    """A matrix product of two values: scales may vary along every axis but the one that is summed.
 
-    def pull(self, out: Affine) -> Answer:
-        """``s*(A @ B) = (s*A) @ B``."""
-        return No("other-axis", "it mixes the axes that the scale varies along") if out.varies() else super().pull(out)
+    ``summed``: that axis of the first and of the second; None where all is mixed.
+    """
 
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """``(s1*A) @ (s2*B) = (s1*s2)*(A @ B)``."""
-        if any(affine.varies() for affine in given.values()):
-            return No("other-axis", "it mixes the axes that the scale varies along")
-        return super().push(given)
+    summed: tuple[int, int] | None = None
+
+    def read(self, scale: Ints, place: int, equations: Equations) -> Ints:
+        """Constant along what is summed; of the first along its rows too."""
+        axes = range(scale.ndim) if self.summed is None else (self.summed[place],)
+        return equations.scale.uniform(scale, axes, "other-axis")
 
 
 @dataclass(frozen=True)
@@ -165,50 +185,45 @@ class Homogeneous(Semantics):
     drops: bool = False
     any_sign: bool = False
 
-    def _check(self, affine: Affine) -> No | None:
-        if affine.has_shift and not self.shifts:
-            return No("shift-through-activation", "a shift does not pass an activation")
-        if not self.any_sign and not affine.is_positive:
-            return No("sign", "a scale that is zero or negative does not pass an activation or a maximum")
-        if set(self.axes) & set(affine.varies()):
-            return No("other-axis", "the affine varies along the axis that is compared")
-        return None
-
-    def pull(self, out: Affine) -> Answer:
-        """Asks the same of every operand."""
-        out = out.with_axes(self.axes) if self.drops else out
-        return self._check(out) or Yes(operands=dict.fromkeys(self.slots, out))
-
-    def push(self, given: Mapping[str, Affine]) -> Answer:
-        """All operands must carry the same affine."""
-        first = next(iter(given.values()))
-        for slot in self.slots:
-            other = given.get(slot)
-            if other is None or first.agree(other) is None:
-                return No("unequal-scales", "the operands that are compared do not carry the same affine")
-        return self._check(first) or Yes(out=first.without_axes(self.axes) if self.drops else first)
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Where all operands do."""
-        return (self.shifts or not shift) and all(operands[slot] for slot in self.slots)
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """``a_y = a_x > 0``, and ``b_y = b_x`` or none."""
+        parts = [given[slot] for slot in self.slots]
+        for slot in set(given) - set(self.slots):
+            pin(equations, given[slot], self.reason)
+        scale, shift = parts[0].scale, parts[0].shift
+        for part in parts[1:]:
+            scale = equations.scale.equate(scale, part.scale, "unequal-scales")
+            shift = equations.shift.equate(shift, part.shift, "unequal-scales")
+        scale = equations.scale.uniform(scale, self.axes, "other-axis")
+        shift = equations.shift.uniform(shift, self.axes, "other-axis")
+        if not self.any_sign:
+            equations.scale.pin(scale, "sign", (SIGN, DEAD))
+        if not self.shifts:
+            equations.shift.pin(shift, "shift-through-activation")
+            shift = pinned(shift.ndim).shift
+        gone = self.axes if self.drops else ()
+        return Gauge(scale.squeeze(gone), shift.squeeze(gone))
 
 
 @dataclass(frozen=True)
 class Normalised(Semantics):
-    """Normalises, then multiplies and adds constants of its own: layer_norm, group_norm. An affine after it goes there.
+    """Normalises, then multiplies and adds constants of its own: along ``axes`` its result is free.
 
-    ``write`` answers the constants for an affine to be done after the own ones, or None where they cannot vary so.
+    ``write`` answers the constants for an affine to be done after the own ones.
     """
 
-    write: Callable[[Affine], Mapping[str, Tensor] | None]
+    axes: tuple[int, ...]
+    write: Callable[[Affine], Mapping[str, Tensor]]
+    absorbs: ClassVar[bool] = True
 
-    def pull(self, out: Affine) -> Answer:
+    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
+        """Its operand is pinned."""
+        super().relate(given, equations, shape)
+        sizes = [n if axis in self.axes else 1 for axis, n in enumerate(shape)]
+        made = Gauge(equations.scale.fresh(sizes), equations.shift.fresh(sizes))
+        equations.scale.pin(made.scale, "nonlinear", (DEAD,))
+        return made
+
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
         """``s*(gamma*x + beta) + t = (s*gamma)*x + (s*beta + t)``."""
-        constants = self.write(out)
-        if constants is None:
-            return No("other-axis", "the affine varies along axes that its own constants do not")
-        return Yes(constants=constants)
-
-    def takes(self, shift: bool, operands: Mapping[str, bool]) -> bool:
-        """Takes both."""
-        return True
+        return Rewritten(self.write(after))

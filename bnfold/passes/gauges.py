@@ -1,0 +1,226 @@
+"""The gauges of all values of a graph: every operator adds its equations once, and says what its affines would add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+
+import torch
+
+from bnfold.affine import Affine
+from bnfold.graph.call import Call
+from bnfold.graph.graph import Node
+from bnfold.graph.sizes import UnknownSizeError
+from bnfold.passes.rewriter import Rewriter
+from bnfold.semantics import Contraction, Equations, Gauge, Homogeneous, Opaque, Refused, Scaling, Semantics, ShapeOnly
+from bnfold.semantics.base import pin
+from bnfold.semantics.equations import Blocks, pinned
+from bnfold.semantics.system import Ints
+
+
+@dataclass(frozen=True)
+class Equation:
+    """``sum val * x[var] = rhs``, which ``node`` adds because of ``reason``."""
+
+    var: tuple[int, ...]
+    val: tuple[float, ...]
+    rhs: float
+    node: Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Equations of one system that cannot all hold.
+
+    Attributes:
+        system: its name.
+        equations: that which failed first.
+        variables: one of every equation that failed.
+        dead: of an affine that multiplies by zero, why its readers cannot leave those channels out either.
+    """
+
+    system: str
+    equations: tuple[Equation, ...]
+    variables: tuple[int, ...] = ()
+    dead: Contradiction | None = None
+
+    @property
+    def nodes(self) -> set[Node]:
+        """What adds the equations."""
+        return {e.node for why in (self, self.dead) if why is not None for e in why.equations}
+
+
+class Gauges:
+    """The equations of a graph.
+
+    Args:
+        rewriter: of the graph, which is only read.
+        fixed: values that stay as they are, beyond what operators say, and why.
+    """
+
+    def __init__(self, rewriter: Rewriter, fixed: Mapping[Node, str] | None = None) -> None:
+        self._rewriter, self.graph, self._fixed = rewriter, rewriter.graph, fixed or {}
+        self.equations = Equations()
+        self.of: dict[Node, Gauge] = {}
+        #: The affines, and the contractions without a place for a bias, in the graph's order.
+        self.sites: list[Node] = []
+        self.unbiased: list[Node] = []
+        self._neutral: dict[Node, Scaling] = {}
+        self._calls: dict[Node, Call] = {}
+        self._recorded: dict[tuple[Node, str], Blocks] = {}
+        self._build()
+        assert not self.equations.commit(), "a graph contradicts itself as it is"
+        self.start = self.equations.mark()
+
+    # -- equations -------------------------------------------------------------------------------------------------
+
+    def at(self, value: Node) -> Semantics:
+        """What an operator does, an affine without what is multiplied by zero afterwards."""
+        return self._neutral.get(value) or self._rewriter.at(value)
+
+    def call(self, value: Node) -> Call:
+        """The operator application that makes a value."""
+        if value not in self._calls:
+            self._calls[value] = self.graph.call(value)
+        return self._calls[value]
+
+    def operand(self, site: Node) -> Node:
+        """What an affine is applied to."""
+        semantics = self.at(site)
+        assert isinstance(semantics, Scaling)
+        found: Node = self.call(site).at(semantics.slot)
+        return found
+
+    def _build(self) -> None:
+        graph, equations = self.graph, self.equations
+        values = list(graph.values())
+        self._neutralise(values)
+        affines = [s for s in map(self.at, values) if isinstance(s, Scaling)]
+        equations.zeros = any(bool((s.affine.scale == 0).any()) for s in affines)
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and not graph.is_constant(node) and graph.is_float(node):
+                self.of[node] = pinned(graph.rank(node))
+        for value in values:
+            equations.node = value
+            self._relate(value)
+        for node in graph.graph.nodes:
+            whole = graph.is_list(node) and (not node.users or any(u.target is not getitem for u in node.users))
+            if whole or node.op == "output":
+                equations.node = node
+                self._pin(node.all_input_nodes, "nonlinear" if whole else "model-output")
+
+    def _relate(self, value: Node) -> None:
+        graph, equations, semantics = self.graph, self.equations, self.at(value)
+        call = self.call(value)
+        read = {
+            slot: self.of[node] for slot, node in call.slots() if node in self.of and slot not in semantics.shape_only
+        }
+        made = None
+        try:
+            relates = graph.is_float(value) or isinstance(semantics, Homogeneous)
+            if relates and not isinstance(semantics, Opaque) and self._reads(semantics, call, read):
+                made = semantics.relate(read, equations, self._shape(value))
+            reason = semantics.reason
+        except UnknownSizeError:
+            reason = "dynamic-size"
+        except (RuntimeError, NotImplementedError):  # what cannot be run on indices
+            reason = "unknown-operator"
+        if made is None:
+            self._pin(() if isinstance(semantics, ShapeOnly) else call.node.all_input_nodes, reason)
+        if not graph.is_float(value):
+            return
+        self.of[value] = made or pinned(graph.rank(value))
+        if value in self._fixed:
+            equations.shift.pin(self.of[value].shift, self._fixed[value])
+            if self._fixed[value] != "dtype":
+                equations.scale.pin(self.of[value].scale, self._fixed[value])
+        if isinstance(semantics, Scaling) and self.of[value] is made:
+            x = read[semantics.slot]
+            if len(semantics.affine.varies()) <= 1:
+                self.sites.append(value)
+            else:  # a table (a position embedding, an attention bias) is no per-channel affine
+                semantics.remains(x, made, equations)
+        elif isinstance(semantics, Refused) and semantics.kind == "batch_norm":
+            self.sites.append(value)
+        elif isinstance(semantics, Contraction) and semantics.set_bias is None and self.of[value] is made:
+            self.unbiased.append(value)
+
+    def _shape(self, value: Node) -> tuple[int, ...]:
+        """The shape of a value; -1 along an axis whose size depends on data."""
+        graph, axes = self.graph, range(self.graph.rank(value)) if self.graph.is_float(value) else ()
+        known = graph.is_sized(value)
+        sizes = value.meta["val"].shape if axes else ()
+        return tuple(graph.size(value, a) if known or isinstance(sizes[a], int) else -1 for a in axes)
+
+    def _reads(self, semantics: Semantics, call: Call, read: Mapping[str, Gauge]) -> bool:
+        """Whether every operand whose elements count is a floating-point value, or a constant."""
+        slots = getattr(semantics, "slots", None) or [getattr(semantics, "slot", getattr(semantics, "data", None))]
+        known = (None, *read, *semantics.shape_only)
+        return all(slot in known or call.is_constant(slot) for slot in slots)
+
+    def _pin(self, values: Iterable[Node], reason: str) -> None:
+        for value in values:
+            if value in self.of:
+                pin(self.equations, self.of[value], reason)
+
+    def _neutralise(self, values: Sequence[Node]) -> None:
+        """What is multiplied by zero may be anything: there an affine in front does nothing."""
+        for value in reversed(values):
+            second = self.at(value)
+            if not isinstance(second, Scaling) or not bool((second.affine.scale == 0).any()):
+                continue
+            before = self.call(value).at(second.slot)
+            first = self._rewriter.at(before) if before.op == "call_function" else None
+            if isinstance(first, Scaling) and len(list(self.graph.readers(before))) == 1:
+                zero = second.affine.scale == 0
+                scale, shift = torch.where(zero, 1.0, first.affine.scale), torch.where(zero, 0.0, first.affine.shift)
+                found = Affine(scale if "scale" in first.free else first.affine.scale, shift)
+                if len(found.varies()) <= 1:
+                    self._neutral[before] = replace(first, affine=found)
+
+    # -- affines ---------------------------------------------------------------------------------------------------
+
+    def is_norm(self, site: Node) -> bool:
+        """Whether an affine is (part of) a BatchNorm."""
+        return self.at(site).kind == "batch_norm" or "BatchNorm" in self.graph.module_class(site)  # type: ignore
+
+    def go(self, site: Node, *, dead: bool = False) -> None:
+        """Adds what holds where an affine goes."""
+        semantics, y = self.at(site), self.of[site]
+        assert isinstance(semantics, Scaling)
+        x = self.of[self.operand(site)]
+        self._again((site, "dead" if dead else "goes"), lambda: semantics.goes(x, y, self.equations, dead=dead))
+
+    def stay(self, site: Node) -> None:
+        """Adds what holds where it stays."""
+        semantics, y = self.at(site), self.of[site]
+        assert isinstance(semantics, Scaling)
+        self._again((site, "stays"), lambda: semantics.remains(self.of[self.operand(site)], y, self.equations))
+
+    def close(self, value: Node) -> None:
+        """Adds what holds where a contraction without a place for a bias needs none."""
+        semantics = self.at(value)
+        assert isinstance(semantics, Contraction)
+        data = self.call(value).at(semantics.data)
+        if data in self.of:
+            self._again((value, ""), lambda: semantics.without_bias(self.of[data], self.of[value], self.equations))
+
+    def _again(self, key: tuple[Node, str], add: Callable[[], None]) -> None:
+        """Adds equations that are worked out once."""
+        self.equations.node = key[0]
+        if key not in self._recorded:
+            self._recorded[key] = self.equations.recorded(add)
+        self.equations.again(self._recorded[key])
+
+    def contradiction(self, system: str, wrong: Ints) -> Contradiction:
+        """Why equations of the latest batch contradict."""
+        held = self.equations.systems[system]
+        found = []
+        for number in held.why(int(wrong[0])):
+            var, val, rhs, origin = held.equation(number)
+            node, reason = self.equations.origins[origin]
+            found.append(Equation(tuple(var.tolist()), tuple(val.tolist()), rhs, node, reason))
+        latest = [held.equation(held.latest(int(i)))[0] for i in wrong]
+        return Contradiction(system, tuple(found), tuple(int(v.max()) for v in latest))

@@ -1,0 +1,230 @@
+"""Rows built from slot names: what the tables of all dialects share. Nothing here knows an operator by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bnfold.affine import Affine
+from bnfold.semantics.base import Opaque, Refused, Semantics, Shape
+from bnfold.semantics.contraction import Contraction, Geometry
+from bnfold.semantics.pointwise import Normalised, Product, Scaling, Sum
+
+OPAQUE = Opaque()
+
+
+class Operands(Protocol):
+    """One operator application, as a row sees it: a slot is the name of an operand, with an index for lists."""
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument in a slot; None where it is empty."""
+
+    def is_constant(self, slot: str) -> bool:
+        """Whether what is in a slot depends on no input; an empty one does not."""
+
+    def constant(self, slot: str) -> Tensor | None:
+        """The float64 value of such a slot; None for another."""
+
+    def shape(self, slot: str) -> Shape:
+        """The shape of a slot's tensor."""
+
+    def size(self, axis: int) -> int:
+        """The size of the result along one axis."""
+
+    @property
+    def rank(self) -> int:
+        """The number of axes of the result."""
+
+    @property
+    def out_shape(self) -> Shape:
+        """The shape of the result."""
+
+
+def contraction(
+    call: Operands,
+    data: str,
+    weight: str,
+    *,
+    view: Sequence[int],
+    letters: str,
+    out: tuple[str, ...],
+    inp: tuple[str, ...],
+    bias: str | None = None,
+    bias_axis: int | None = None,
+    bias_scale: float = 1.0,
+    weight_scale: float = 1.0,
+    no_shift: str | None = None,
+    geometry: Geometry | None = None,
+) -> Semantics:
+    """Linear in ``data`` with a constant weight, see ``Contraction``.
+
+    Args:
+        call: the application; where its weight or bias is no constant, nothing passes.
+        data: slot of the data.
+        weight: slot of the weight.
+        view: the weight's shape with an axis per letter.
+        letters: one per axis of ``view``.
+        out: for every axis of the result the letters that make it up.
+        inp: for every axis of the data the letters that make it up.
+        bias: slot of the bias, which may be empty; None where there is no place for one.
+        bias_axis: the axis of the result that the bias, shape (n,), lies along; None for one that broadcasts to it.
+        bias_scale: what the operator multiplies the bias with.
+        weight_scale: what it multiplies the weight with; not 0.
+        no_shift: why no shift may come in from before, if none may.
+        geometry: of a convolution.
+    """
+    if not call.is_constant(weight) or (bias is not None and not call.is_constant(bias)):
+        return OPAQUE
+    stored, ndim = call.shape(weight), len(out)
+
+    def tensor(slot: str) -> Tensor:
+        found = call.constant(slot)
+        assert found is not None
+        return found
+
+    def get_bias() -> Tensor | None:
+        if bias is None or call[bias] is None:
+            return None
+        found = tensor(bias)
+        lead = (1,) * (ndim - found.ndim if bias_axis is None else bias_axis)
+        tail = () if bias_axis is None else (1,) * (ndim - bias_axis - 1)
+        return found.reshape(lead + tuple(found.shape) + tail) * bias_scale
+
+    def set_bias(value: Tensor) -> Mapping[str, Tensor]:
+        assert bias is not None
+        if bias_axis is None:
+            return {bias: value / bias_scale}
+        return {bias: value.flatten().expand(call.size(bias_axis)).clone() / bias_scale}
+
+    return Contraction(
+        data, weight, tuple(view), letters, out, inp,
+        lambda: tensor(weight).reshape(tuple(view)) * weight_scale, lambda w: w.reshape(stored) / weight_scale,
+        get_bias, None if bias is None else set_bias, no_shift, geometry,
+    )  # fmt: skip
+
+
+def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *, batch_statistics: bool) -> Semantics:
+    """``gamma*(x - mean)/sqrt(var + eps) + beta`` along axis 1 of (N, C, ...); ``slots``: gamma, beta, mean, var."""
+    mean_slot, var_slot = slots[2:]
+    if batch_statistics or call[mean_slot] is None or call[var_slot] is None:
+        return Refused("batch-statistics", "it normalises with the statistics of the batch it sees", "batch_norm")
+    if not all(call.is_constant(slot) for slot in slots):
+        return Refused("not-constant", "its parameters are computed from the model's inputs", "batch_norm")
+    params = {slot: None if call[slot] is None else call.constant(slot) for slot in slots}
+    weight, bias, mean, var = params.values()
+    assert mean is not None and var is not None
+    for slot, value in params.items():
+        if value is not None and not bool(value.isfinite().all()):
+            channels = value.isfinite().logical_not().nonzero().flatten().tolist()
+            return Refused("nonfinite", f"{slot} is NaN or infinite in channels {channels[:5]}", "batch_norm")
+    if not bool((var + eps > 0).all()):
+        channels = (var + eps <= 0).nonzero().flatten().tolist()
+        return Refused("nonfinite", f"variance + eps is not positive in channels {channels[:5]}", "batch_norm")
+    sigma = (var + eps).sqrt()
+    scale = (torch.ones_like(sigma) if weight is None else weight) / sigma
+    shift = (torch.zeros_like(sigma) if bias is None else bias) - mean * scale
+
+    def write(new: Affine) -> Mapping[str, Tensor]:
+        s, t = (part.flatten().expand(sigma.shape) for part in (new.scale, new.shift))
+        return {slots[0]: s * sigma, slots[1]: t + s * mean}
+
+    own = Affine.per_channel(scale, shift, call.rank)
+    return Scaling(data, own, "batch_norm", write, ("scale", "shift"), (1,))
+
+
+def normalised(call: Operands, axes: Sequence[int], weight: str, bias: str) -> Semantics:
+    """Normalises with what it sees, then multiplies and adds constants that lie along ``axes``."""
+    if not call.is_constant(weight) or not call.is_constant(bias):
+        return OPAQUE
+    sizes = [call.size(axis) for axis in axes]
+    shape = [call.size(axis) if axis in axes else 1 for axis in range(call.rank)]
+
+    def write(after: Affine) -> Mapping[str, Tensor]:
+        own = (call.constant(slot) if call[slot] is not None else None for slot in (weight, bias))
+        scale, shift = (
+            torch.full(shape, empty, dtype=torch.float64) if given is None else given.reshape(shape)
+            for given, empty in zip(own, (1.0, 0.0))
+        )
+        total = after.after(Affine(scale, shift))
+        return {slot: part.expand(shape).reshape(sizes) for slot, part in ((weight, total.scale), (bias, total.shift))}
+
+    return Normalised(tuple(axes), write)
+
+
+def constant_affine(
+    call: Operands,
+    slot: str,
+    constant: str,
+    affine: Callable[[Tensor], Affine],
+    of: Callable[[Affine], Tensor],
+    kind: str,
+) -> Semantics:
+    """A value with a constant that is multiplied to it, divides it, or is added.
+
+    Args:
+        call: the application.
+        slot: of the value.
+        constant: slot of the constant.
+        affine: what a constant, with as many axes as the value, does.
+        of: the constant that does an affine.
+        kind: ``"mul"``, ``"div"`` or ``"add"``.
+    """
+    value = call.constant(constant)
+    assert value is not None
+    ndim = call.rank
+    # A constant that widens the value copies its elements; scales and shifts are real.
+    if value.is_complex() or call.shape(slot) != call.out_shape:
+        return OPAQUE
+    value = value.double()  # that of an integer buffer is one: torch divides it in float32
+    found = affine(value.reshape((1,) * (ndim - value.ndim) + tuple(value.shape)))
+    if not found.is_finite:
+        return OPAQUE  # a mask of -inf is no affine, nor is a division by zero
+    free = ("shift",) if kind == "add" else ("scale",)
+    return Scaling(slot, found.compressed(), kind, lambda new: {constant: of(new)}, free)
+
+
+def negated(call: Operands, slot: str) -> Semantics:
+    """``-x``: an affine without a constant of its own."""
+    return Scaling(slot, Affine.per_channel(-1.0, 0.0, call.rank), "mul", lambda new: {})
+
+
+def multiplied(call: Operands, first: str, second: str) -> Semantics:
+    """By a constant an affine; of two values a product."""
+    slot, constant = (second, first) if call.is_constant(first) else (first, second)
+    if not call.is_constant(constant):
+        return Product((first, second))
+    return constant_affine(call, slot, constant, lambda c: Affine(c, zeros_like(c)), lambda new: new.scale, "mul")
+
+
+def divided(call: Operands, first: str, second: str) -> Semantics:
+    """By a constant an affine by its reciprocal; of two values a quotient; a constant by a value is none."""
+    if call.is_constant(first):
+        return OPAQUE
+    if not call.is_constant(second):
+        return Product((first, second), divides=True)
+    return constant_affine(
+        call, first, second, lambda c: Affine(1 / c, zeros_like(c)), lambda new: 1 / new.scale, "div"
+    )
+
+
+def added(call: Operands, first: str, second: str, alpha: float = 1.0) -> Semantics:
+    """``first + alpha*second``: with a constant an affine, of two values a sum."""
+    if call.is_constant(first):
+        slot, constant, scale, factor = second, first, alpha, 1.0
+    elif call.is_constant(second):
+        slot, constant, scale, factor = first, second, 1.0, alpha
+    else:
+        return Sum((first, second), alpha)
+
+    def affine(c: Tensor) -> Affine:
+        return Affine(torch.full_like(zeros_like(c), scale), c * factor)
+
+    return constant_affine(call, slot, constant, affine, lambda new: new.shift / factor, "add")
+
+
+def zeros_like(constant: Tensor) -> Tensor:
+    """A single zero with as many axes."""
+    return torch.zeros((1,) * constant.ndim, dtype=torch.float64)
