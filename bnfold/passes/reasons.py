@@ -122,7 +122,7 @@ class _Reader:
 
     def _pinned(self, value: Node) -> Refusal:
         """What a value has in common with one that is stored as it is."""
-        chain = []
+        chain: list[Node] = []
         while True:
             semantics = self._gauges.at(value) if value.op == "call_function" else None
             if value.op == "placeholder":

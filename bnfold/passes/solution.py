@@ -20,7 +20,8 @@ def solved(gauges: Gauges, gone: Collection[Node]) -> Solution:
     scales, shifts = _weights(gauges, set(gone))
     systems = gauges.equations.systems
     size, shift = systems[LOG].solved(_nearest(scales)), systems[SHIFT].solved(_nearest(shifts))
-    return Solution(gauges, size, *(systems[name].solved() for name in (SIGN, DEAD, EMPTY)), shift)
+    sign, dead, empty = (systems[name].solved() for name in (SIGN, DEAD, EMPTY))
+    return Solution(gauges, size, sign, dead, empty, shift)
 
 
 def scaled(gauges: Gauges, choose: Choose) -> Solution:

@@ -13,7 +13,8 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.semantics.base import Semantics, Shape, pin
 from bnfold.semantics.contraction import Geometry
-from bnfold.semantics.equations import DEAD, Equations, Gauge, Ints, compressed, pinned
+from bnfold.semantics.equations import DEAD, Equations, Gauge, compressed, pinned
+from bnfold.semantics.system import Ints
 
 #: A constant of more elements than this, joined to values, stays as it is.
 MOST = 1 << 14

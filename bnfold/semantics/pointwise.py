@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.semantics.base import No, Rewritten, Semantics, Shape, pin
-from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, Ints, pinned
+from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, pinned
+from bnfold.semantics.system import Ints
 
 
 @dataclass(frozen=True)

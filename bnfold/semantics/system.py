@@ -56,7 +56,8 @@ class _Column:
     """A numpy array that grows at its end."""
 
     def __init__(self, dtype: type, *width: int) -> None:
-        self._held, self.size = np.zeros((1024, *width), dtype), 0
+        self._held: NDArray[Any] = np.zeros((1024, *width), dtype)
+        self.size = 0
 
     @property
     def now(self) -> Any:
@@ -83,7 +84,7 @@ def given(numbers: Floats, logs: bool) -> Floats:
 
 def times(right: Floats, by: Floats) -> Floats:
     """Right-hand sides times a number each."""
-    found = right * np.stack([by, np.abs(by), np.ones_like(by), np.ones_like(by)], 1)
+    found: Floats = right * np.stack([by, np.abs(by), np.ones_like(by), np.ones_like(by)], 1)
     if (right[:, _NUMERATOR:] != 1).any():
         power = np.abs(by)[:, None]
         found[:, _NUMERATOR:] = np.where(by[:, None] > 0, right[:, _NUMERATOR:], right[:, :_SIZE:-1]) ** power
