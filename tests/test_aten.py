@@ -9,6 +9,7 @@ import pytest
 import test_aten_average
 import test_aten_contraction
 import test_aten_moving
+import test_aten_recurrent
 import test_aten_scaling
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def test_dropout_that_stays_random_refuses(run):
 
 
 def test_every_row_has_a_case():
-    files = (test_aten_average, test_aten_contraction, test_aten_moving, test_aten_scaling)
+    files = (test_aten_average, test_aten_contraction, test_aten_moving, test_aten_recurrent, test_aten_scaling)
     tested = set().union(*(file.ROWS for file in files), OPAQUE, DROPOUTS, SHAPE_ONLY)
     assert {name.removeprefix("aten.") for name in aten.TABLE} == tested
 

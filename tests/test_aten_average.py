@@ -322,7 +322,10 @@ COMPARED = {
         {"nonlinear", "other-axis"}),
     "adaptive_max_pool whose indices are read": (
         lambda m, x: ((y := F.adaptive_max_pool2d(m.a(x), 2, return_indices=True))[0] * 2, y[1]),
-        {"nonlinear", "model-output"}),
+        set()),
+    "adaptive_max_pool whose indices a sign would change": (
+        lambda m, x: ((y := F.adaptive_max_pool2d(m.a(x), 2, return_indices=True))[0] * -2, y[1]),
+        {"sign", "model-output"}),
     "maximum with a constant": (lambda m, x: torch.maximum(m.a(x), m.c) * 2, {"nonlinear", "model-output"}),
     "maximum of two shapes": (
         lambda m, x: torch.maximum(m.a(x), m.b(x)[:, :1]) * 2, {"nonlinear", "model-output"}),
@@ -333,7 +336,9 @@ COMPARED = {
     "max_pool along its windows": (
         lambda m, x: F.max_pool2d(m.a(x), 3, 1, 1) * m.d, {"other-axis", "model-output"}),
     "max_pool whose indices are read": (
-        lambda m, x: ((y := F.max_pool2d(m.a(x), 2, return_indices=True))[0] * 2, y[1]), {"nonlinear", "model-output"}),
+        lambda m, x: ((y := F.max_pool2d(m.a(x), 2, return_indices=True))[0] * 2, y[1]), set()),
+    "max_pool whose indices a sign would change": (
+        lambda m, x: ((y := F.max_pool2d(m.a(x), 2, return_indices=True))[0] * -2, y[1]), {"sign", "model-output"}),
     "prelu with a slope that is a value": (
         lambda m, x: F.prelu(m.a(x), x.mean((0, 2, 3))) * 2, {"nonlinear", "model-output"}),
 }  # fmt: skip

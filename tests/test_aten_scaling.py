@@ -301,10 +301,10 @@ SUMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "rsub": (lambda m, x: m.norm(torch.rsub(m.b(x), m.a(x), alpha=3)), set()),
     "the second operand alone takes a shift": (lambda m, x: torch.sub(x.tanh(), m.a(x), alpha=3) + m.c, set()),
     "alpha 0": (lambda m, x: m.norm(torch.add(m.a(x), m.b(x), alpha=0)), set()),
-    "twice the same": (lambda m, x: m.norm((y := m.a(x)) + y), {"several-readers", "model-output"}),
+    "twice the same": (lambda m, x: m.norm((y := m.a(x)) + y), set()),
     "broadcast over the image": (lambda m, x: m.norm(m.a(x) + m.b(x.mean((2, 3), keepdim=True))), set()),
     "broadcast over the channels": (
-        lambda m, x: m.norm(m.a(x) + m.b(x)[:, :1]), {"broadcast", "model-output"}),
+        lambda m, x: m.norm(m.a(x) + m.b(x)[:, :1]), {"unequal-scales", "model-output"}),
     "one operand is the input": (
         lambda m, x: m.norm(m.a(x.tanh()) + x.sigmoid()), {"nonlinear", "model-output"}),
     "before: one affine on both": (lambda m, x: m.a((y := x * m.c).flip(3) + y), set()),
@@ -320,20 +320,20 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "squeeze and excite": (lambda m, x: m.a(x.mean((2, 3), keepdim=True)) * x.sigmoid() * m.c, set()),
     "dividend": (lambda m, x: m.a(x) / x.exp() * m.c, set()),
     "divide": (lambda m, x: ops.divide(m.a(x), x.exp()) * m.c, set()),
-    "divisor": (lambda m, x: x.exp() / (m.a(x) + 9) * m.c, {"nonlinear", "model-output"}),
+    "divisor": (lambda m, x: x.exp() / (m.a(x) + 9) * m.c, set()),
     "both broadcast along the channels": (
         lambda m, x: m.a(x)[:, :1] * x.sigmoid()[:, 1:2] * 2.0, set()),
     "neither factor takes it": (lambda m, x: x.sigmoid() * x.tanh() * m.c, {"nonlinear", "model-output"}),
-    "square": (lambda m, x: (y := m.a(x)) * y * m.c, {"several-readers", "model-output"}),
+    "square": (lambda m, x: (y := m.a(x)) * y * m.c, {"nonlinear", "model-output"}),
     "before: a square": (lambda m, x: m.a((y := x.sigmoid() * m.c) * y), set()),
-    "quotient of one value": (lambda m, x: (y := m.a(x).exp()) / y * m.c, {"several-readers", "model-output"}),
+    "quotient of one value": (lambda m, x: (y := m.a(x).exp()) / y * m.c, {"nonlinear", "model-output"}),
     "a shift": (lambda m, x: m.a(x) * x.sigmoid() + m.c, {"shift-through-product", "model-output"}),
     "before: a scale": (lambda m, x: m.a((x.sigmoid() * m.c) * x.tanh()), set()),
     "before: a scale on both": (lambda m, x: m.a((y := x.sigmoid() * m.c) * y.flip(3)), set()),
     "before: a shift": (
         lambda m, x: m.a((x.sigmoid() + m.c) * x.tanh()), {"nonlinear", "shift-through-product"}),
     "before: a dividend": (lambda m, x: m.a((x.sigmoid() * m.c) / x.exp()), set()),
-    "before: a divisor": (lambda m, x: m.a(x.sigmoid() / (x.exp() * m.c)), {"nonlinear"}),
+    "before: a divisor": (lambda m, x: m.a(x.sigmoid() / (x.exp() * m.c)), set()),
 }  # fmt: skip
 
 

@@ -179,9 +179,9 @@ def test_products_of_few_factors_are_exact():
     system = System(logs=True)
     system.grow(np.arange(4))
     pairs = np.array([[1, 0], [2, 1], [3, 2]])
-    rhs = np.array([3.0, 0.7, 7.0])
+    rhs = np.array([3.0, 0.625, 7.0])  # whose products float64 holds, in any order
     assert not len(system.add(Batch.joined([(pairs, np.tile([1.0, -1.0], (3, 1)), rhs, 0)])))
-    assert system.solved()[0].tolist() == [1.0, 3.0, 3.0 * 0.7, 3.0 * 0.7 * 7.0]
+    assert system.solved()[0].tolist() == [1.0, 3.0, 3.0 * 0.625, 3.0 * 0.625 * 7.0]
 
 
 def test_an_equation_names_what_adds_it():

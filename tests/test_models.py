@@ -23,13 +23,13 @@ LEFT: dict[str, tuple[int, set[str]]] = {
     "preact_resnet": (3, {"several-readers", "shift-through-activation"}),
     "dpn": (3, {"sign", "nonlinear"}),
     # GELU -> BatchNorm -> zero-padded convolution, or a residual
-    "convmixer": (4, {"nonlinear", "zero-padding", "unequal-scales"}),
+    "convmixer": (4, {"nonlinear", "zero-padding"}),
     "xcit": (1, {"nonlinear", "zero-padding"}),
     # the borders are written by slices of a padded value
-    "dbb_border": (1, {"several-readers", "unequal-scales"}),
+    "dbb_border": (1, {"in-place", "sign"}),
     # one convolution that two BatchNorms, or a BatchNorm and something else, read
-    "conv_before_two_norms": (2, {"several-readers", "shift-through-activation", "unequal-scales"}),
-    "residual_tap": (1, {"several-readers", "shift-through-activation"}),
+    "conv_before_two_norms": (1, {"several-readers"}),
+    "residual_tap": (1, {"several-readers", "unequal-scales"}),
     "two_inputs": (1, {"several-readers", "model-output"}),
     # normalises axis 1, between two linears on the last axis
     "square_norm": (1, {"other-axis"}),

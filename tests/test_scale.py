@@ -14,10 +14,12 @@ from checker import count_operators
 from long_programs import PROGRAMS
 from torch.export import ExportedProgram
 
-from bnfold.affine import Affine
 from bnfold.graph.graph import Graph
 from bnfold.graph.interpret import Runner
-from bnfold.passes.folding import Folder, fold
+from bnfold.passes.folding import fold
+from bnfold.passes.gauges import Gauges
+from bnfold.passes.rewriter import Rewriter
+from bnfold.passes.solution import Solution
 from bnfold.report import Ledger
 
 
@@ -40,21 +42,21 @@ def assert_right(program: ExportedProgram, after: ExportedProgram) -> None:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts what folding does: questions to semantics, tables asked, affines settled, edges read."""
+    """Counts what folding does: questions to semantics, equations asked for, edges read, constants computed."""
     counted: Counter[str] = Counter()
 
     def count(owner: type, name: str) -> None:
         old: Callable[..., Any] = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            counted[name] += 1
+            counted[f"{owner.__name__}.{name}"] += 1
             return old(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, wrapped)
 
     for owner, name in (
-        (Folder, "_ask"), (Folder, "semantics"), (Folder, "_plan"), (Folder, "_agreed"), (Graph, "call"),
-        (Graph, "shape"), (Graph, "readers"), (Graph, "constant"), (Affine, "agree"), (Affine, "settled"),
+        (Rewriter, "at"), (Gauges, "at"), (Gauges, "_relate"), (Gauges, "go"), (Gauges, "stay"), (Graph, "call"),
+        (Graph, "shape"), (Graph, "readers"), (Graph, "constant"), (Solution, "before"), (Solution, "after"),
     ):  # fmt: skip
         count(owner, name)
     return counted
@@ -79,16 +81,17 @@ def test_work_grows_with_the_layers_and_no_faster(name, work):
 
 
 def test_the_count_sees_quadratic_work(work, monkeypatch):
-    """A folder that looks at the whole graph for every affine does not pass."""
-    plan = Folder._plan
+    """A folder that looks at the whole graph for every value does not pass."""
+    relate = Gauges._relate
 
-    def slow(self: Folder, site: Any, direction: Any) -> Any:
-        for value in self.graph.values():
-            self.semantics(value)
-        return plan(self, site, direction)
+    def slow(self: Gauges, value: Any) -> None:
+        for other in self.graph.values():
+            self.call(other)
+        relate(self, value)
 
-    monkeypatch.setattr(Folder, "_plan", slow)
-    with pytest.raises(AssertionError, match="semantics"):
+    monkeypatch.setattr(Gauges, "_relate", slow)
+    monkeypatch.setattr(Gauges, "call", lambda self, value: self.graph.call(value))
+    with pytest.raises(AssertionError, match="call"):
         test_work_grows_with_the_layers_and_no_faster("residual", work)
 
 

@@ -139,7 +139,8 @@ class Choices:
         self._take([s for s in order if s not in gone and s not in stay], failed, self._gauges.stay)
         if failed.why:  # those that can neither go nor stay after the others: one or the other before them
             again = self._run(order, replace(terms, stay=(*terms.stay, *failed.why)))
-            again = replace(again, why={**failed.why, **again.why})
+            why = {site: choice.why.get(site, stays) for site, stays in failed.why.items()}
+            again = replace(again, why={**why, **again.why})
             if terms.first:
                 return again
             return self._better(again, self._run(order, replace(terms, first=tuple(failed.why))))

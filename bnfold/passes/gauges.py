@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
@@ -221,6 +222,10 @@ class Gauges:
         for number in held.why(int(wrong[0])):
             var, val, rhs, origin = held.equation(number)
             node, reason = self.equations.origins[origin]
-            found.append(Equation(tuple(var.tolist()), tuple(val.tolist()), rhs, node, reason))
+            total = Counter[int]()
+            for variable, by in zip(var.tolist(), val.tolist()):
+                total[variable] += by
+            terms = {v: c for v, c in total.items() if (c % 2 if held.binary else c)}
+            found.append(Equation(tuple(terms), tuple(map(float, terms.values())), rhs, node, reason))
         latest = [held.equation(held.latest(int(i)))[0] for i in wrong]
         return Contradiction(system, tuple(found), tuple(int(v.max()) for v in latest))

@@ -87,7 +87,8 @@ class _Reader:
         end = path[-1]
         other = next((e.node for e in path if e.reason == "goes"), None)
         if other is not None:
-            return self._refusal(other, "sign" if self._why.system == SIGN else "several-readers", path)
+            joined = "unequal-scales" if not before and any(e.reason == "unequal-scales" for e in path) else ""
+            return self._refusal(other, "sign" if self._why.system == SIGN else joined or "several-readers", path)
         reader = self._other_reader(end.node) if before else None
         return self._refusal(reader or end.node, "several-readers" if reader else end.reason, path)
 
