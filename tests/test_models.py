@@ -28,7 +28,7 @@ LEFT: dict[str, tuple[int, set[str]]] = {
     # the borders are written by slices of a padded value
     "dbb_border": (1, {"in-place", "sign"}),
     # one convolution that two BatchNorms, or a BatchNorm and something else, read
-    "conv_before_two_norms": (1, {"several-readers"}),
+    "conv_before_two_norms": (1, {"several-readers", "unequal-scales"}),
     "residual_tap": (1, {"several-readers", "unequal-scales"}),
     "two_inputs": (1, {"several-readers", "model-output"}),
     # normalises axis 1, between two linears on the last axis
