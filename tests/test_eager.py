@@ -221,10 +221,14 @@ def test_a_child_that_takes_its_parents_place_may_have_changed_itself() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.identity(x) * self.scale
 
-    model = block(lambda m, x: m.mixed((m.conv(x)[:, :3] - m.branch(x)).relu()), branch=Branch(), mixed=nn.Identity())
-    back = written(model)
+    parts = {"branch": Branch(), "mixed": nn.Identity()}
+    back = written(block(lambda m, x: m.mixed((m.conv(x)[:, :3].sigmoid() - m.branch(x)).relu()), **parts))
     assert isinstance(back.module.branch, nn.BatchNorm2d) and not back.refused
     assert "branch.weight" in back.module.state_dict()
+    # Where something beside it takes the shift, the BatchNorm goes and the scale stays.
+    back = written(block(lambda m, x: m.mixed((m.conv(x)[:, :3] - m.branch(x)).relu()), **parts))
+    assert isinstance(back.module.branch, Branch) and isinstance(back.module.branch.identity, nn.Identity)
+    assert not back.refused and back.ledger.count() == (1, 1)
 
 
 def test_a_module_whose_activation_is_called_twice_is_none() -> None:
