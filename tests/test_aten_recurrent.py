@@ -104,9 +104,9 @@ def test_one_that_reads_a_packed_sequence_takes_nothing(row):
     """torch.export traces none yet, so the layer is put into the graph of one that reads a padded batch."""
     net = build(lambda m, x: m.rnn(normalised(m.norm, x))[0], **nets(row, {}))
     graph = Graph(capture(net, (noise(*SEQUENCES),)).program)
-    (value,) = (v for v in graph.values() if graph.call(v).operator == f"aten.{row}")
-    data, *rest = value.args
-    value.target, value.args = getattr(torch.ops.aten, row).data, (data, data, *rest[:-1])
+    (node,) = (node for node in graph.graph.nodes if node.target is getattr(torch.ops.aten, row).input)
+    data, *rest = node.args
+    node.target, node.args = getattr(torch.ops.aten, row).data, (data, data, *rest[:-1])
     (entry,) = fold(graph).left
     assert [refusal.reason for refusal in entry.refusals] == ["model-input", "packed-sequence"]
     assert entry.refusals[1].blocker == "rnn"
