@@ -1,21 +1,127 @@
-"""ONNX files as what a file is judged against: read -> check."""
+"""The data flow for ONNX files as sources: read -> fold -> check against the file itself -> store."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 
-from bnfold.errors import UsageError
+from bnfold import store
+from bnfold.errors import LowerError, UsageError
 from bnfold.gate.data import load_data
 from bnfold.gate.file_gate import FileGate
+from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.loading.onnx_file import OnnxFile, read_onnx
-from bnfold.options import Options
-from bnfold.report import CheckReport
-from bnfold.stages import compared, expect, judging, keep_baseline, provenance_facts
+from bnfold.lowering.lower import EXTERNAL_BYTES, relocate, simplified
+from bnfold.options import Clock, Options
+from bnfold.passes.equalize import equalize as equalize_graph
+from bnfold.passes.folding import fold as fold_graph
+from bnfold.report import CheckReport, Diagnosis, ExportReport, FileReport, Ledger
+from bnfold.stages import (
+    compared,
+    expect,
+    file_metadata,
+    judging,
+    keep_baseline,
+    provenance_facts,
+    refuse_nonfinite,
+    sha256_of,
+)
+
+
+@dataclass(frozen=True)
+class FoldedFile:
+    """A folded file: ``model`` is its whole content, ``ledger`` says where every affine went."""
+
+    model: onnx.ModelProto
+    ledger: Ledger
+    operators: tuple[int, int]
+
+
+def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
+    """Folds every affine of a file that algebra allows; only what folds is touched."""
+    model = source.loaded()
+    if options.opset is not None and options.opset != source.opset:
+        try:
+            model = onnx.version_converter.convert_version(model, options.opset)
+        except Exception as error:  # whatever onnx's converter in C++ raises
+            text = " ".join(str(error).split())[:200]
+            what = f"onnx cannot convert the file to opset {options.opset}: {text}"
+            raise LowerError(what, where="--opset") from error
+    if options.simplify:
+        model = simplified(model)
+    ledger = Ledger()
+    before = len(model.graph.node)
+    if options.fold:
+        graph = OnnxGraph(model, source.path.parent)
+        ledger = graph.with_unseen(fold_graph(graph))
+        if options.equalize:
+            ledger = equalize_graph(graph, ledger)
+        model = graph.finish()
+    if not options.allow_nonfinite:
+        refuse_nonfinite(ledger)
+    return FoldedFile(model, ledger, (before, len(model.graph.node)))
+
+
+def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> ExportReport:
+    """Folds an ONNX file, and proves the one that is written equal to it before it is there."""
+    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
+    clock = Clock(options.progress)
+    expect(options)
+    _refuse(options)
+    device = judging(options, writes=True)["device"] if options.check else None
+    store.check_destination(path, sources=(*options.sources, source.path))
+    data = _data(options.data, source)
+    with clock("fold"):
+        folded = fold_file(source, options)
+    for key, value in file_metadata(options, folded.ledger).items():
+        for entry in [e for e in folded.model.metadata_props if e.key == key]:
+            folded.model.metadata_props.remove(entry)
+        folded.model.metadata_props.add(key=key, value=value)
+    with store.stage(path) as staging:
+        target = staging.folder / staging.path.name
+        with clock("write"):
+            file = _write(source, folded.model, target, staging, options.external_data)
+        verdict = None
+        if options.check:
+            with clock("check"):
+                verdict = FileGate(
+                    source.path, target, device, options.seed, options.limit, data=data, progress=options.progress
+                ).judge()  # fmt: skip
+            verdict = compared(verdict, options)
+        facts = provenance_facts(options.provenance, str(source.path.name), source.elements)
+        report = ExportReport(facts, folded.ledger, verdict, None, folded.operators, clock.spent, kind="export")
+        if options.dry_run:
+            return report
+        if verdict is None or verdict.passed:
+            staging.commit(staging.path.name, file.data)
+            keep_baseline(verdict, options)
+            return replace(report, file=replace(file, path=str(path)))
+        if options.keep_failed:
+            name = f"{path.stem}.failed{path.suffix}"
+            for entry in folded.model.metadata_props:
+                entry.value = verdict.verdict if entry.key == "bnfold.verdict" else entry.value
+            file = _write(source, folded.model, target, staging, options.external_data)
+            staging.commit(staging.path.name, file.data, name=name)
+            return replace(report, file=replace(file, path=str(path.with_name(name))))
+    return report
+
+
+def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
+    """What folding would do to a file. Writes and judges nothing."""
+    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
+    clock = Clock(options.progress)
+    with clock("fold"):
+        folded = fold_file(source, replace(options, allow_nonfinite=True))
+    facts = provenance_facts(options.provenance, str(source.path.name), source.elements)
+    plan = ExportReport(facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan")
+    note = "the health of BatchNorms is read off torch models; of a file this is the fold plan"
+    return Diagnosis(facts, (), (), plan, 0, (note,))
 
 
 def check_file(path: Path | None, source: OnnxFile | str | Path, options: Options, *, whole: bool) -> CheckReport:
@@ -29,9 +135,7 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
         raise UsageError("a file is compared with a file, on data of one part")
     source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
     expect(options)
-    for name in ("dtype", "adversarial", "static"):
-        if getattr(options, name):
-            raise UsageError("it does not apply to an ONNX file", where=f"--{name}")
+    _refuse(options)
     read_onnx(path)
     asked = judging(options)
     if asked.get("runner") is not None:
@@ -46,6 +150,12 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
     return replace(verdict, source=facts, file=str(path))
 
 
+def _refuse(options: Options) -> None:
+    for name in ("dtype", "adversarial", "static", "eager"):
+        if getattr(options, name):
+            raise UsageError("it does not apply to an ONNX file", where=f"--{name}")
+
+
 def _data(data: Any, source: OnnxFile) -> Mapping[str, np.ndarray[Any, Any]] | None:
     """Samples by input name."""
     if data is None:
@@ -56,3 +166,31 @@ def _data(data: Any, source: OnnxFile) -> Mapping[str, np.ndarray[Any, Any]] | N
         return {name: np.asarray(value) for name, value in data.items()}
     arrays, _ = load_data(Path(data), names, [value.name for value in source.model.graph.output], [])
     return {name: np.asarray(rows[0 : len(rows)]) for name, rows in arrays.items()}
+
+
+def _write(
+    source: OnnxFile, model: onnx.ModelProto, target: Path, staging: store.Staging, external: bool | None
+) -> FileReport:
+    """Writes a file into the staging folder, its weights beside it where they are too many."""
+    weights, data = model.ByteSize(), None
+    if external if external is not None else weights > EXTERNAL_BYTES:
+        ir.save(ir.from_proto(model), target, external_data="weights", size_threshold_bytes=1024)
+        data, sealed = staging.seal_data("weights")
+        relocate(target, data, sealed)
+    else:
+        target.write_bytes(model.SerializeToString())
+    if (problem := _invalid(target)) is not None and _invalid(source.path) is None:
+        raise LowerError(f"onnx.checker rejects the file: {problem}", hint="Please report this model")
+    size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
+    norms = sum(node.op_type == "BatchNormalization" for node in model.graph.node)
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    return FileReport(str(target), size, len(model.graph.node), opset, norms, data, sha256_of(target))
+
+
+def _invalid(path: Path) -> str | None:
+    """What onnx.checker has against a file."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        return " ".join(str(error).split())[:300]
+    return None

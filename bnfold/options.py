@@ -101,7 +101,8 @@ class Options:
     merge: bool = True
     equalize: bool = False
     eager: bool = False
-    simplify: bool = True
+    #: None: a torch model is, and of an ONNX file only what folds is touched.
+    simplify: bool | None = None
     check: bool = True
     external_data: bool | None = None
     allow_nonfinite: bool = False

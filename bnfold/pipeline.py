@@ -26,18 +26,9 @@ from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
 from bnfold.loading.user_code import unended
 from bnfold.lowering.lower import lower
-from bnfold.onnx_flow import check_file
+from bnfold.onnx_flow import check_file, export_file, plan_file
 from bnfold.options import Clock, Folded, Model, Options
-from bnfold.report import (
-    Bisection,
-    CalibrationReport,
-    CheckReport,
-    Diagnosis,
-    ExportReport,
-    FileReport,
-    Finding,
-    Ledger,
-)
+from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FileReport, Ledger
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import (
@@ -105,7 +96,7 @@ def fold(
 
 @unended()
 def export(
-    model: Model,
+    model: Model | str | Path,
     path: str | Path,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -132,14 +123,16 @@ def export(
     """
     options = replace(options or Options(), **more)
     path, clock = Path(path), Clock(options.progress)
+    if not isinstance(model, Model):
+        return export_file(model, path, options)
     expect(options)
     store.check_destination(path, sources=options.sources)
     asked = judging(options, writes=True) if options.check else {}
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
-            folded.program, opset=opset(options, folded.program), simplify=options.simplify, dims=folded.captured.dims,
-            sites=traced(folded), metadata=metadata(options, folded),
+            folded.program, opset=opset(options, folded.program), simplify=options.simplify is not False,
+            dims=folded.captured.dims, sites=traced(folded), metadata=metadata(options, folded),
         )  # fmt: skip
         if options.opset not in (None, lowered.opset):
             raise LowerError(f"torch.onnx wrote opset {lowered.opset} instead of {options.opset}", where="--opset")
@@ -253,7 +246,7 @@ def plan(
 
 @unended()
 def inspect(
-    model: Model,
+    model: Model | str | Path,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -279,7 +272,9 @@ def inspect(
     """
     options = replace(options or Options(), **more, allow_nonfinite=True)
     clock = Clock(options.progress)
-    captured, planned, missing, notes = None, None, list[Finding](), list[str]()
+    if not isinstance(model, Model):
+        return plan_file(model, options)
+    captured, planned, missing, notes = None, None, list[Any](), list[str]()
     model = model if isinstance(model, ExportedProgram) else unwrapped(model)
     if args is not None or kwargs or isinstance(model, ExportedProgram):
         try:

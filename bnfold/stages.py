@@ -215,7 +215,12 @@ def sha256_of(path: Path) -> str:
 
 def metadata(options: Options, folded: Folded) -> dict[str, str]:
     """What the file says about where it comes from."""
-    gone, total = folded.ledger.count()
+    return file_metadata(options, folded.ledger)
+
+
+def file_metadata(options: Options, ledger: Ledger) -> dict[str, str]:
+    """The same, of what was folded."""
+    gone, total = ledger.count()
     found = {
         "bnfold.version": __version__,
         "bnfold.torch_version": str(torch.__version__),

@@ -134,11 +134,6 @@ def test_options_of_torch_models_do_not_apply(path: Path, options: list[str]) ->
     )
 
 
-def test_export_still_wants_a_torch_model(path: Path) -> None:
-    result = run("export", path, "-o", path.parent / "o.onnx")
-    assert result.exit_code == 3 and "check compares one file with another" in result.stderr
-
-
 # ---- files that are not what they claim to be ------------------------------------------------------------------------
 
 

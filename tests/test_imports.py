@@ -37,7 +37,11 @@ ALLOWED: dict[str, str] = {
     "options": "capture eager gate load report runner wrapped",
     # the stages, each with the parts that are its own
     # One ONNX file against another
-    "onnx_flow": "data errors file_gate onnx_file options report stages",
+    "onnx_flow": "data equalize errors file_gate folding lower onnx_file onnx_graph options report stages store",
+    "onnx_graph": "call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
+    "onnx_call": "call onnx_graph",  # onnx_graph only as a type
+    "onnx_shapes": "errors evaluator nodes subject",
+    "onnx_ops": "affine onnx_call semantics",
     "file_gate": "decisions errors evaluator judge reference report runtime subject",
     "onnx_file": "errors model_file",
     "load": "onnx_file capture checkpoint copies errors files fitting hubs"
@@ -80,7 +84,7 @@ ALLOWED: dict[str, str] = {
     "choices": "gauges graph semantics",
     "reasons": "gauges graph report rewriter semantics",
     "gauges": "affine call graph rewriter semantics sizes",
-    "rewriter": "aten graph semantics",
+    "rewriter": "graph semantics",
     "equalize": "choices gauges graph plan report rewriter semantics solution",
     "ranges": "affine aten capture graph interpret report semantics sizes",
     "merge": "graph kernels linear report semantics",
@@ -149,7 +153,7 @@ ALLOWED: dict[str, str] = {
     "batchnorms": "report",
     "moments": "",
     # the vocabulary, and the graph that folding and merging edit
-    "graph": "call errors functional interpret names program semantics sizes",
+    "graph": "aten call errors functional interpret names program semantics sizes",
     "call": "graph semantics",  # graph only as a type
     "aten": "affine call semantics sizes",
     "sizes": "",
@@ -178,6 +182,7 @@ KNOWS_ONNX = {
     "nodes",
     "deciding",
     "onnx_file",
+    *("onnx_flow", "onnx_graph", "onnx_shapes"),
 }
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {

@@ -82,27 +82,9 @@ def addmm(call: Call) -> Semantics:
 def matmul(call: Call) -> Semantics:
     """``x @ W`` or ``W @ x`` with a constant W, its leading axes shared with x or not; else a product of two values."""
     left, right = "self", "mat2" if "mat2" in call else "other"
-    if call.graph.is_constant(call[right]):
-        data, weight, letters, rows = left, right, "io", (("", "o"), ("", "i"))
-    elif call.graph.is_constant(call[left]):
-        data, weight, letters, rows = right, left, "oi", (("o", ""), ("i", ""))
-    else:
-        return attention(call, left, right) or bilinear(call, left, right)
-    stored, given, out = call.shape(weight), call.shape(data), call.out_shape
-    leading = len(stored) - 2
-    if leading < 0 or len(given) < 2 or len(given) != len(out) or leading > len(out) - 2:
-        return OPAQUE
-    # A leading axis of the weight is one that data and output have too, or of size 1 and then of no concern.
-    names = ["" if n == 1 else letter for n, letter in zip(stored, "abcdef")][:leading]
-    known = ("",) * (len(out) - len(stored)) + tuple(names)
-    if any(
-        name and not n == m == k for name, n, m, k in zip(names, stored, out[-2 - leading :], given[-2 - leading :])
-    ):
-        return OPAQUE
-    view = [n for n, name in zip(stored, names) if name] + list(stored[-2:])
-    return build.contraction(
-        call, data, weight, view=view, letters="".join(names) + letters, out=(*known, *rows[0]), inp=(*known, *rows[1]),
-    )  # fmt: skip
+    if call.is_constant(left) or call.is_constant(right):
+        return build.matmul(call, left, right)
+    return attention(call, left, right) or bilinear(call, left, right)
 
 
 def bilinear(call: Call, left: str, right: str) -> Semantics:
@@ -113,25 +95,7 @@ def bilinear(call: Call, left: str, right: str) -> Semantics:
 
 def einsum(call: Call) -> Semantics:
     """One constant operand, no ellipsis, no letter twice in an operand; else a product of two values."""
-    equation = call["equation"].replace(" ", "")
-    tensors = call["tensors"]
-    if len(tensors) != 2 or "." in equation or "->" not in equation:
-        return OPAQUE
-    terms, output = equation.split("->")
-    parts = terms.split(",")
-    constants = [i for i, tensor in enumerate(tensors) if call.graph.is_constant(tensor)]
-    if not constants:
-        return Bilinear(("tensors.0", "tensors.1"))
-    if len(constants) != 1 or any(len(set(p)) != len(p) for p in [*parts, output]):
-        return OPAQUE
-    w = constants[0]
-    letters, inp = parts[w], parts[1 - w]
-    if set(inp) - set(output) - set(letters):
-        return OPAQUE  # the data is also summed on its own
-    return build.contraction(
-        call, f"tensors.{1 - w}", f"tensors.{w}", view=call.shape(f"tensors.{w}"), letters=letters,
-        out=tuple(c if c in letters else "" for c in output), inp=tuple(c if c in letters else "" for c in inp),
-    )  # fmt: skip
+    return build.einsum(call, call["equation"], [f"tensors.{i}" for i in range(len(call["tensors"]))])
 
 
 def recurrent(call: Call) -> Semantics:

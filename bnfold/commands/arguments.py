@@ -217,6 +217,7 @@ onnx_options = _options(
     _row("--external-data/--no-external-data", default=None, help="Weights in a file beside it. Default: above 1 GB."),
     _flag("--no-fold", help="Export the model as it is, to compare with."),
     _flag("--no-simplify", help="Leave out onnxsim."),
+    _flag("--simplify", help="Run onnxsim on an ONNX file too; else only what folds is touched."),
 )
 fold_options = _options(
     "The file",

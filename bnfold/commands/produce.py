@@ -22,7 +22,7 @@ from bnfold.commands.arguments import (
     output_options,
     report_options,
 )
-from bnfold.commands.running import exit_code, load_model, pipeline_options, present, with_arguments, working
+from bnfold.commands.running import exit_code, is_onnx, load_model, pipeline_options, present, with_arguments, working
 
 if TYPE_CHECKING:
     from bnfold.render import Page
@@ -67,6 +67,8 @@ def fold(source: str, **given: Any) -> int:
     bnfold fold net.py:make --weights net.safetensors -o net.pt2
     bnfold fold net.py:make --weights net.safetensors --eager -o folded.safetensors
     """
+    if is_onnx(source):
+        return _produce(source, given, "export", ".onnx")
     return _produce(source, given, "save_folded", ".safetensors" if given["eager"] else ".pt2")
 
 

@@ -33,7 +33,7 @@ _OWN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "keep_fail
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
 
-def load_model(job: Job, *, optional: bool = False, files: bool = False) -> tuple[Loaded, dict[str, Any]]:
+def load_model(job: Job, *, optional: bool = False, files: bool = True) -> tuple[Loaded, dict[str, Any]]:
     """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any.
 
     ``files``: whether it may be an ONNX file, which has its inputs in it.
@@ -44,9 +44,9 @@ def load_model(job: Job, *, optional: bool = False, files: bool = False) -> tupl
 
     given, specs, ranges = job.given, job.specs, job.ranges
     loaded = load_source(job)
-    if job.source.lower().endswith(".onnx"):
+    if is_onnx(job.source):
         if not files:
-            hint = "Give the PyTorch model that it was made from; check compares one file with another"
+            hint = "Give the PyTorch model that it was made from; export folds it, check compares one with another"
             raise InputError("this is an ONNX file, not a PyTorch model or checkpoint", where=job.source, hint=hint)
         if specs or ranges:
             raise UsageError("--input and --dynamic do not apply to an ONNX file", hint="Its inputs are in the file")
@@ -59,6 +59,11 @@ def load_model(job: Job, *, optional: bool = False, files: bool = False) -> tupl
         loaded.model, loaded.args, loaded.kwargs, specs, ranges, where=job.source, seed=given.get("seed", 0)
     )
     return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
+
+
+def is_onnx(source: str) -> bool:
+    """Whether a source is an ONNX file, by its name."""
+    return source.lower().endswith(".onnx")
 
 
 def load_source(job: Job) -> Loaded:
@@ -91,7 +96,7 @@ def pipeline_options(job: Job, loaded: Loaded, progress: Callable[[str, int, int
         merge=not given.get("no_merge"),
         eager=bool(given.get("eager")),
         equalize=bool(given.get("equalize")),
-        simplify=not given.get("no_simplify"),
+        simplify=False if given.get("no_simplify") else True if given.get("simplify") else None,
         check=not given.get("no_check"),
         provenance=loaded.provenance,
         sources=job.reads,

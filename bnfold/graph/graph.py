@@ -23,6 +23,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from bnfold import aten
 from bnfold.errors import FoldError
 from bnfold.graph.call import Call
 from bnfold.graph.functional import FROZEN, module_of
@@ -30,7 +31,7 @@ from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name, free_name, with_modules
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.sizes import Sizes
-from bnfold.semantics import Shape
+from bnfold.semantics import Semantics, Shape
 
 Node = fx.Node
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -104,6 +105,10 @@ class Graph:
     def call(self, value: Node) -> Call:
         """The operator application that makes a value."""
         return Call(self, value)
+
+    def semantics(self, value: Node) -> Semantics:
+        """What the operator of a value does, by the table of its dialect."""
+        return aten.semantics(self.call(value))
 
     def is_constant(self, value: Any) -> bool:
         """Whether the value depends on no input."""

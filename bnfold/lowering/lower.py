@@ -219,6 +219,16 @@ def _tidy(model: ir.Model) -> None:
             run(model)
 
 
+def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A file of others, simplified by onnxsim, which sees no large weights.
+
+    Raises:
+        LowerError: onnxsim fails.
+    """
+    proto: onnx.ModelProto = ir.to_proto(_simplify(ir.from_proto(model)))
+    return proto
+
+
 def _simplify(model: ir.Model) -> ir.Model:
     """onnxsim on the skeleton; its verdict about large weights is impossible, since it does not have them."""
     import onnxsim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bnfold import aten
 from bnfold.graph.graph import Graph, Node
 from bnfold.semantics import Contraction, Scaling, Semantics
 
@@ -19,7 +18,7 @@ class Rewriter:
     def at(self, value: Node) -> Semantics:
         """What the operator that makes a value does."""
         if value not in self._semantics:
-            self._semantics[value] = aten.semantics(self.graph.call(value))
+            self._semantics[value] = self.graph.semantics(value)
         return self._semantics[value]
 
     def forget(self, *values: Node) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.semantics.base import Opaque, Refused, Semantics, Shape
 from bnfold.semantics.contraction import Contraction, Geometry
-from bnfold.semantics.pointwise import Normalised, Product, Scaling, Sum
+from bnfold.semantics.pointwise import Bilinear, Normalised, Product, Scaling, Sum
 
 OPAQUE = Opaque()
 
@@ -103,6 +103,51 @@ def contraction(
         data, weight, tuple(view), letters, out, inp,
         lambda: tensor(weight).reshape(tuple(view)) * weight_scale, lambda w: w.reshape(stored) / weight_scale,
         get_bias, None if bias is None else set_bias, no_shift, geometry,
+    )  # fmt: skip
+
+
+def matmul(call: Operands, left: str, right: str) -> Semantics:
+    """``x @ W`` or ``W @ x`` with one constant operand, whose leading axes are shared with x or not."""
+    if call.is_constant(right):
+        data, weight, letters, rows = left, right, "io", (("", "o"), ("", "i"))
+    else:
+        data, weight, letters, rows = right, left, "oi", (("o", ""), ("i", ""))
+    stored, given, out = call.shape(weight), call.shape(data), call.out_shape
+    leading = len(stored) - 2
+    if leading < 0 or len(given) < 2 or len(given) != len(out) or leading > len(out) - 2:
+        return OPAQUE
+    # A leading axis of the weight is one that data and output have too, or of size 1 and then of no concern.
+    names = ["" if n == 1 else letter for n, letter in zip(stored, "abcdef")][:leading]
+    known = ("",) * (len(out) - len(stored)) + tuple(names)
+    if any(
+        name and not n == m == k for name, n, m, k in zip(names, stored, out[-2 - leading :], given[-2 - leading :])
+    ):
+        return OPAQUE
+    view = [n for n, name in zip(stored, names) if name] + list(stored[-2:])
+    return contraction(
+        call, data, weight, view=view, letters="".join(names) + letters, out=(*known, *rows[0]), inp=(*known, *rows[1]),
+    )  # fmt: skip
+
+
+def einsum(call: Operands, equation: str, slots: Sequence[str]) -> Semantics:
+    """One constant operand, no ellipsis, no letter twice in an operand; else a product of two values."""
+    equation = equation.replace(" ", "")
+    if len(slots) != 2 or "." in equation or "->" not in equation:
+        return OPAQUE
+    terms, output = equation.split("->")
+    parts = terms.split(",")
+    constants = [i for i, slot in enumerate(slots) if call.is_constant(slot)]
+    if not constants:
+        return Bilinear((slots[0], slots[1]))
+    if len(constants) != 1 or any(len(set(p)) != len(p) for p in [*parts, output]):
+        return OPAQUE
+    w = constants[0]
+    letters, inp = parts[w], parts[1 - w]
+    if set(inp) - set(output) - set(letters):
+        return OPAQUE  # the data is also summed on its own
+    return contraction(
+        call, slots[1 - w], slots[w], view=call.shape(slots[w]), letters=letters,
+        out=tuple(c if c in letters else "" for c in output), inp=tuple(c if c in letters else "" for c in inp),
     )  # fmt: skip
 
 

@@ -1,0 +1,445 @@
+"""An ONNX file under edit: a mirror of its nodes that the passes read and change, and the way back into the file.
+
+Only what a pass has changed is written: names, the order of inputs and outputs, operator sets, metadata, functions,
+bodies and all other nodes and initializers stay what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx
+
+from bnfold.errors import InputError
+from bnfold.evaluate.evaluator import Weight, node_evaluator, outer_names
+from bnfold.graph.call import Call
+from bnfold.graph.graph import Graph, Node
+from bnfold.graph.names import free_name
+from bnfold.graph.onnx_call import OnnxCall
+from bnfold.graph.onnx_shapes import Known, inferred
+from bnfold.onnx_ops import semantics
+from bnfold.report import Entry, Ledger, Refusal
+from bnfold.semantics import Semantics, Shape
+from bnfold.semantics.build import OPAQUE
+
+#: Constants of more elements are not computed: a file can ask for any number of them.
+MAX_ELEMENTS = 1 << 27
+#: Operators of floats whose results are integers, and let gauges pass or do not ask for them.
+_ON_FLOATS = {"Shape", "Size", "MaxPool"}
+_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+_DTYPES: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16, onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.BOOL: torch.bool, onnx.TensorProto.INT64: torch.int64, onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT8: torch.int8, onnx.TensorProto.UINT8: torch.uint8, onnx.TensorProto.INT16: torch.int16,
+}  # fmt: skip
+
+
+class Operator:
+    """What a node computes: called with a tensor, or None, per input; ``slots`` are the schema's names of those."""
+
+    def __init__(self, node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
+        self.node, self._opsets = node, dict(opsets)
+        self.domain = "" if node.domain == "ai.onnx" else node.domain
+        self.__name__ = f"{self.domain}.{node.op_type}" if self.domain else node.op_type
+        self.opset, self.outputs = opsets.get(self.domain, 1), len(node.output)
+        self.attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name}
+        self.attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in self.attributes.items()}
+        self.outer = sorted(outer_names(node))
+        self.random = node.op_type in _RANDOM
+        self.slots, self.variadic = self._schema()
+        self._run: Any = None
+
+    def _schema(self) -> tuple[list[str], bool]:
+        with contextlib.suppress(onnx.defs.SchemaError):
+            schema = onnx.defs.get_schema(self.node.op_type, self.opset, self.domain)
+            last = schema.inputs[-1] if schema.inputs else None
+            variadic = last is not None and last.option == onnx.defs.OpSchema.FormalParameterOption.Variadic
+            return [value.name for value in schema.inputs], variadic
+        return [f"input_{i}" for i in range(len(self.node.input))], False
+
+    def bind(self, args: Sequence[Any]) -> dict[str, Any]:
+        """The arguments by slot; None where there is none, a list for inputs without number."""
+        given = list(args[: len(args) - len(self.outer)])
+        single = self.slots[:-1] if self.variadic else self.slots
+        found: dict[str, Any] = {name: given[i] if i < len(given) else None for i, name in enumerate(single)}
+        if self.variadic:
+            found[self.slots[-1]] = given[len(single) :]
+        if self.outer:
+            found["outer"] = list(args[len(given) :])
+        return found
+
+    def position(self, slot: str) -> int:
+        """Where the argument of a slot stands."""
+        name, _, index = slot.partition(".")
+        return self.slots.index(name) + int(index or 0)
+
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        """The results, a tuple where there are several; floats in float64."""
+        if self._run is None:
+            self._run = node_evaluator(self.node, self._opsets)
+        given = zip((*self.node.input, *self.outer), tensors)
+        found = self._run({name: t.numpy() for name, t in given if name and t is not None})
+        results = tuple(None if x is None else torch.from_numpy(np.array(x)) for x in found)
+        return results if self.outputs > 1 else results[0]
+
+
+class OnnxGraph(Graph):
+    """A file under edit.
+
+    Args:
+        model: the file's content without its external data; changed by ``finish`` alone.
+        beside: the folder of its external data.
+
+    Raises:
+        InputError: a node reads what nothing before it computes.
+    """
+
+    def __init__(self, model: onnx.ModelProto, beside: Path | None) -> None:
+        self.model = model
+        self._beside = beside
+        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self.graph = fx.Graph()
+        self._pending: dict[Node, Tensor] = {}
+        self._origin: dict[Node, str] = {}
+        self._constants: dict[Node, Tensor | None] = {}
+        self._targets: dict[Node, str] = {}
+        self._names: dict[Node, str] = {}
+        self.added, self.dropped = 0, 0
+        self.stands_for: dict[Node, str | None] = {}
+        self._gone: set[Node] = set()
+        self._weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
+        self._way, self._ways = 0, dict[int, Known]()
+        self._build()
+        self.refresh()
+
+    def _build(self) -> None:
+        """Mirrors the file: a placeholder per input and initializer, a call per node, an item of several results."""
+        graph, known = self.model.graph, self._known()
+        values: dict[str, Node] = {}
+        # Up to IR version 3 every initializer has to be an input, so that being one means nothing.
+        fed = {v.name for v in graph.input} if self.model.ir_version >= 4 else set[str]()
+        inputs = [v.name for v in graph.input if v.name not in self._weights or v.name in fed]
+        sparse = [tensor.values.name for tensor in graph.sparse_initializer]  # read, and never changed
+        for name in dict.fromkeys([*self._weights, *inputs, *sparse]):
+            node = values[name] = self.graph.placeholder(f"v{len(values)}")
+            self._note(node, name, known)
+            if name in self._weights and name not in fed:
+                self._targets[node] = name
+        for proto in graph.node:
+            operator = Operator(proto, self.opsets)
+            reads = [*proto.input, *(n for n in operator.outer if n in values)]
+            operator.outer = reads[len(proto.input) :]
+            if missing := [name for name in reads if name and name not in values]:
+                label = f"{proto.op_type} '{proto.name or next(iter(proto.output), '')}'"
+                raise InputError(f"{label} reads '{missing[0]}', which nothing before it computes")
+            node = self.graph.call_function(operator, tuple(values[n] if n else None for n in reads))
+            if len(proto.output) == 1:
+                self._note(node, proto.output[0], known)
+                values[proto.output[0]] = node
+                continue
+            node.meta["val"] = []
+            for i, name in enumerate(proto.output):
+                if name:
+                    values[name] = item = self.graph.call_function(getitem, (node, i))
+                    self._note(item, name, known)
+        if missing := [v.name for v in graph.output if v.name not in values]:
+            raise InputError(f"nothing computes its output '{missing[0]}'")
+        self.graph.output(tuple(values[v.name] for v in graph.output))
+        self._read_before = {name for node, name in self._targets.items() if node.users}
+        self._unread = {node for node in self.graph.nodes if not node.users}
+
+    def _note(self, node: Node, name: str, known: Known) -> None:
+        self._names[node] = name
+        kind = known.types.get(name)
+        dtype, shape = None if kind is None else _DTYPES.get(kind), known.shapes.get(name)
+        node.meta["val"] = None if dtype is None or shape is None else torch.empty(shape, dtype=dtype, device="meta")
+
+    def _known(self) -> Known:
+        if self._way not in self._ways:
+            self._ways[self._way] = inferred(self.model, self._weights, self._way)
+        return self._ways[self._way]
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Numbers the nodes anew, and finds those that depend on no input."""
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._fixed = set()
+        for node in self.graph.nodes:
+            if node in self._targets or node in self._pending:
+                self._fixed.add(node)
+            elif node.op == "call_function":
+                value = node.meta.get("val")
+                small = isinstance(value, list) or (value is not None and value.numel() <= MAX_ELEMENTS)
+                random = isinstance(node.target, Operator) and (node.target.random or node.target.domain)
+                if small and not random and all(n in self._fixed for n in node.all_input_nodes):
+                    self._fixed.add(node)
+
+    def call(self, value: Node) -> Call:
+        """The operator application that makes a value."""
+        return OnnxCall(self, value)
+
+    def semantics(self, value: Node) -> Semantics:
+        """What the operator of a value does, by the table of ONNX."""
+        call = OnnxCall(self, value)
+        unknown = [n for _, n in call.slots() if n.meta.get("val") is None]
+        counts = self.is_float(value) or call.operator in _ON_FLOATS
+        return semantics(call) if counts and (not unknown or call.operator in _ON_FLOATS) else OPAQUE
+
+    def maker(self, value: Any) -> OnnxCall | None:
+        """The application that makes a value; None of an input."""
+        return OnnxCall(self, value) if isinstance(value, Node) and value.op == "call_function" else None
+
+    def known(self, value: Node) -> Tensor | None:
+        """The value of a node that follows from constants and from shapes; None where it depends on data."""
+        if value in self._fixed:
+            return self.constant(value)
+        array = self._known().values.get(self._names.get(value, ""))
+        return None if array is None else torch.from_numpy(np.array(array))
+
+    def _stored(self, node: Node) -> Tensor:
+        if node in self._pending:
+            return self._pending[node]
+        array = self._weights[self._targets[node]].array()
+        if array.dtype.kind not in "iub":
+            return torch.from_numpy(array.astype(np.float64))
+        return torch.from_numpy(
+            array.astype(np.int64) if array.dtype.kind == "u" and array.itemsize > 1 else array.copy()
+        )
+
+    def shape(self, value: Node) -> Shape:
+        """The shape of a value at the current sizes."""
+        found = self._known().shapes.get(self._names.get(value, ""))
+        return found if found is not None else tuple(value.meta["val"].shape)
+
+    def size(self, value: Node, axis: int) -> int:
+        """The size of a value along one axis at the current sizes."""
+        return self.shape(value)[axis]
+
+    def is_sized(self, value: Node) -> bool:
+        """Whether the sizes of a value are known."""
+        return value.meta.get("val") is not None
+
+    def rank(self, value: Node) -> int:
+        """The number of axes of a value."""
+        return len(value.meta["val"].shape)
+
+    def dynamic_axes(self, value: Node) -> tuple[int, ...]:
+        """The axes whose size differs from call to call."""
+        name, first = self._names.get(value, ""), self.shape(value)
+        now, other = self._way, set[int]()
+        for way in (1, 2):
+            self._way = way
+            found = self._known().shapes.get(name, first)
+            other |= {axis for axis, (a, b) in enumerate(zip(first, found)) if a != b}
+        self._way = now
+        return tuple(sorted(other))
+
+    def number(self, value: Node) -> int | None:
+        """None: sizes are tensors in a file."""
+        return None
+
+    def settled(self, value: Node) -> Any:
+        """None, as there are no symbolic numbers."""
+        return None
+
+    def example_shape(self, value: Node) -> Shape:
+        """The shape of a value at the first sizes."""
+        return tuple(value.meta["val"].shape)
+
+    def resize(self, way: int) -> None:
+        """Takes other sizes for the dynamic dimensions."""
+        self._way = way
+
+    def module(self, value: Node) -> str:
+        """The module that a node's metadata name, else the node's own name, else that of its first result."""
+        operator = OnnxCall(self, value).node.target
+        if not isinstance(operator, Operator):
+            return self.name(value)
+        noted = next((entry.value for entry in operator.node.metadata_props if entry.key == "module"), "")
+        return noted or operator.node.name or next(iter(operator.node.output), "")
+
+    def module_class(self, value: Node) -> str:
+        """The operator's type."""
+        return OnnxCall(self, value).operator
+
+    def name(self, value: Node) -> str:
+        """A value's name in the file."""
+        return self._names.get(value, value.name)
+
+    def meaning(self, value: Node) -> str | None:
+        """The value of the file as it was that ``value`` equals."""
+        return self.stands_for.get(value, self.name(value))
+
+    def values(self) -> Iterator[Node]:
+        """The values computed from inputs, in topological order."""
+        return super().values()
+
+    def materialise(self) -> None:
+        """Nothing: constants that a file computes stay computed where no fold changes them."""
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def add_after(self, value: Node, tensor: Tensor) -> Node:
+        """Adds a constant to a value, for all its readers."""
+        new = self._placeholder(tensor, self.dtype(value), f"{self.name(value)}_bias")
+        name = free_name(f"{self.name(value)}_added", set(self._names.values()), {})
+        proto = onnx.helper.make_node("Add", [self.name(value), ""], [name], name=name)
+        with self.graph.inserting_after(value):
+            added = self.graph.call_function(Operator(proto, self.opsets), (value, new))
+        added.meta = dict(value.meta)
+        self._names[added] = name
+        for known in self._ways.values():
+            if (shape := known.shapes.get(self.name(value))) is not None:
+                known.shapes[name] = shape
+        self.order[added] = self.order[value] + 0.5
+        value.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        return added
+
+    def _set(self, call: Call, slot: str, new: Node) -> None:
+        operator = call.node.target
+        assert isinstance(operator, Operator)
+        args, at = list(call.node.args), operator.position(slot)
+        own = len(args) - len(operator.outer)
+        args[own:own] = [None] * max(at + 1 - own, 0)
+        args[at] = new
+        call.node.args = tuple(args)
+
+    def _slot_dtype(self, call: Call, slot: str) -> torch.dtype:
+        old = call.at(slot)
+        if isinstance(old, Node) and self.is_float(old):
+            return self.dtype(old)
+        weight = next((call.arguments[n] for n in ("W", "B", "A") if isinstance(call.arguments.get(n), Node)), None)
+        return self.dtype(weight if isinstance(weight, Node) and self.is_float(weight) else call.value)
+
+    def _invent(self, call: Call, slot: str) -> str:
+        return f"{self.module(call.value)}.{slot.replace('.', '_')}"
+
+    def _placeholder(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+        self.added += 1
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.placeholder(f"folded{self.added}")
+        node.meta["val"] = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        self._pending[node], self._origin[node] = tensor, origin
+        self._fixed.add(node)
+        self.order[node] = -self.added
+        return node
+
+    def with_unseen(self, ledger: Ledger) -> Ledger:
+        """The ledger with the BatchNormalizations of whose shape nothing is known: what computes it is unknown."""
+        seen = {entry.value for entry in ledger.entries}
+        found = []
+        for node in self.graph.nodes:
+            operator = node.target
+            if not isinstance(operator, Operator) or operator.node.op_type != "BatchNormalization":
+                continue
+            name = operator.node.output[0]
+            if name in seen or self.is_float(node) or isinstance(node.meta.get("val"), list):
+                continue
+            before = next(iter(node.all_input_nodes), node)
+            blocker = OnnxCall(self, before).operator if before.op == "call_function" else "input"
+            why = Refusal("unknown-operator", self.module(before) if before.op == "call_function" else "", blocker)
+            found.append(Entry(name, self.module(node), "BatchNormalization", "batch_norm", "left", refusals=(why,)))
+        return replace(ledger, entries=(*ledger.entries, *found))
+
+    # -- finishing -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> onnx.ModelProto:
+        """The file with the edits in it."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "call_function" and not node.users and node not in self._unread:
+                self.graph.erase_node(node)  # what an edit has left without a reader
+        alive = [n for n in self.graph.nodes if n.op == "call_function" and isinstance(n.target, Operator)]
+        more = self._keep_names()
+        self._write_constants()
+        protos: list[onnx.NodeProto] = []
+        for node in alive:
+            operator = node.target
+            assert isinstance(operator, Operator)
+            own = len(node.args) - len(operator.outer)
+            proto = onnx.NodeProto()
+            proto.CopyFrom(operator.node)
+            reads = ["" if n is None else self._names[n] for n in node.args[:own]]
+            if list(proto.input) != reads:
+                proto.input[:] = reads
+            makes = (
+                [node]
+                if operator.outputs == 1
+                else sorted(
+                    (u for u in node.users if u.target is getitem),
+                    key=lambda u: int(u.args[1]),
+                )
+            )
+            for made in makes:
+                proto.output[0 if made is node else made.args[1]] = self._names[made]
+            protos += [proto, *(more.pop(made) for made in makes if made in more)]
+        graph = self.model.graph
+        del graph.node[:]
+        graph.node.extend([*more.values(), *protos])
+        there = {name for proto in protos for name in proto.output} | {v.name for v in graph.input}
+        kept = [value for value in graph.value_info if value.name in there]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
+        return self.model
+
+    def _keep_names(self) -> dict[Node, onnx.NodeProto]:
+        """Gives values the names that outputs and bodies read; where one is not enough an Identity has the other."""
+        wanted: dict[Node, dict[str, None]] = {}
+        for node in self.graph.nodes:
+            if node.op == "output":
+                for value, output in zip(node.args[0], self.model.graph.output):
+                    wanted.setdefault(value, {})[output.name] = None
+            elif isinstance(node.target, Operator):
+                for value, name in zip(node.args[len(node.args) - len(node.target.outer) :], node.target.outer):
+                    wanted.setdefault(value, {})[name] = None
+        more: dict[Node, onnx.NodeProto] = {}
+        own = {value for value, names in wanted.items() if names.pop(self._names.get(value, ""), 0) is None}
+        for value, names in wanted.items():
+            if names and value.op == "call_function" and value not in own:
+                self._names[value] = next(iter(names))
+                del names[self._names[value]]
+            for name in names:
+                more[value] = onnx.helper.make_node("Identity", [self._names[value]], [name])
+        return more
+
+    def _write_constants(self) -> None:
+        """New constants into initializers, under the name of the one that nobody reads any more; those go otherwise."""
+        graph = self.model.graph
+        at = {tensor.name: i for i, tensor in enumerate(graph.initializer)}
+        unread = {name for node, name in self._targets.items() if not node.users and name in self._read_before}
+        taken, numbers = {*at, *self._names.values()}, dict[str, int]()
+        for node in [n for n in self.graph.nodes if n in self._pending and n.users]:
+            origin = self._origin[node]
+            fresh = origin not in unread
+            name = free_name(origin, taken, numbers) if fresh else origin
+            taken.add(name)
+            unread.discard(name)
+            self._names[node] = name
+            rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
+            if fresh:  # of which the first versions know none that is no input
+                self.model.ir_version = max(self.model.ir_version, 4)
+            tensor = graph.initializer.add() if fresh else graph.initializer[at[name]]
+            tensor.CopyFrom(_tensor(rounded, name))
+        fed = {value.name for value in graph.input}
+        kept = [tensor for tensor in graph.initializer if tensor.name not in unread or tensor.name in fed]
+        if len(kept) < len(graph.initializer):
+            copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+            del graph.initializer[:]
+            graph.initializer.extend(copies)
+
+
+def _tensor(value: Tensor, name: str) -> onnx.TensorProto:
+    if value.dtype == torch.bfloat16:
+        raw = value.view(torch.int16).numpy().tobytes()
+        return onnx.TensorProto(data_type=onnx.TensorProto.BFLOAT16, dims=value.shape, raw_data=raw, name=name)
+    return onnx.numpy_helper.from_array(value.numpy(), name)

@@ -1,0 +1,195 @@
+"""Concrete shapes of all values of an ONNX file, at generic sizes of its dynamic dimensions.
+
+onnx infers what it can; the rest is read off a run. What a file computes from shapes alone (the targets of its
+reshapes) is known then too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bnfold.errors import BnfoldError, InputError
+from bnfold.evaluate.evaluator import File64, Weight, node_evaluator
+from bnfold.evaluate.nodes import MAX_ELEMENTS
+from bnfold.evaluate.subject import Array
+
+#: Batches, and sizes of other dynamic axes: multiples of nothing first, then what strides of 32 can take.
+_BATCHES = (2, 3, 5)
+_SIZES = ((37, 41, 53), (96, 160, 128), (224, 256, 288), (1, 2, 3))
+#: A value of more elements is no shape.
+_SMALL = 1024
+#: Operators on sizes.
+_ON_SIZES = {
+    *(
+        "Gather",
+        "Slice",
+        "Concat",
+        "Unsqueeze",
+        "Squeeze",
+        "Cast",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Mod",
+        "Reshape",
+        "Identity",
+    ),
+    *("Equal", "Where", "Floor", "Ceil", "Neg", "Min", "Max", "ReduceProd", "ReduceMin", "Range", "ConstantOfShape"),
+    *(
+        "Constant",
+        "Expand",
+        "Transpose",
+        "Sqrt",
+        "Pow",
+        "Greater",
+        "Less",
+        "And",
+        "Or",
+        "Not",
+        "Split",
+        "Flatten",
+        "Tile",
+    ),
+}
+
+
+@dataclass
+class Known:
+    """What is known of values by name: element types, shapes, and values that follow from shapes."""
+
+    types: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    values: dict[str, Array] = field(default_factory=dict)
+
+
+def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int) -> Known:
+    """What is known at one way of sizes, 0 to 2.
+
+    Raises:
+        InputError: onnx finds the file inconsistent at every size.
+    """
+    error: Exception | None = None
+    tame = not _asks_too_much(model, weights)
+    for sizes in _SIZES:
+        light = _light(model, weights, _BATCHES[way], sizes[way])
+        try:
+            found = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=tame)
+        except Exception as caught:  # of onnx's own, which it does not export
+            error = error or caught
+            continue
+        return _filled(_read(found), model, weights, light)
+    try:
+        light = _light(model, weights, _BATCHES[way], _SIZES[0][way])
+        return _filled(_read(onnx.shape_inference.infer_shapes(light)), model, weights, light)
+    except Exception as caught:
+        raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error or caught).split())[:200]}") from caught
+
+
+def _asks_too_much(model: onnx.ModelProto, weights: Mapping[str, Weight]) -> bool:
+    """Whether a shape in the file asks for more than fits any memory: onnx would try to fill it."""
+    shapes = [node.input[0] for node in model.graph.node if node.op_type in ("ConstantOfShape", "Expand", "Tile")]
+    shapes += [node.input[1] for node in model.graph.node if node.op_type in ("Expand", "Tile") and len(node.input) > 1]
+    held = [weights[name].array() for name in shapes if name in weights]
+    return any(a.dtype.kind == "i" and np.prod(np.abs(a), dtype=np.float64) > MAX_ELEMENTS for a in held)
+
+
+def _light(model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, size: int) -> onnx.ModelProto:
+    """The file without its weights, at those sizes."""
+    light = onnx.ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = model.graph.name
+    graph.node.extend(model.graph.node)
+    graph.output.extend(onnx.ValueInfoProto(name=v.name, type=_rankless(v.type)) for v in model.graph.output)
+    sizes: dict[str, int] = {}
+    for value in model.graph.input:
+        if value.name in weights:
+            continue
+        mine = graph.input.add()
+        mine.CopyFrom(value)
+        for axis, dim in enumerate(mine.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value") or dim.dim_value <= 0:
+                key = dim.dim_param or f"{value.name}.{axis}"
+                dim.dim_value = sizes.setdefault(key, batch if axis == 0 else size + len(sizes) * (size % 32 != 0))
+    for tensor in model.graph.initializer:
+        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) and np.prod(tensor.dims) <= _SMALL:
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(weights[tensor.name].array()), tensor.name))
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return light
+
+
+def _rankless(kind: onnx.TypeProto) -> onnx.TypeProto:
+    """A type without its shape, which may be of other sizes."""
+    found = onnx.TypeProto()
+    found.CopyFrom(kind)
+    if found.HasField("tensor_type"):
+        found.tensor_type.ClearField("shape")
+    return found
+
+
+def _read(model: onnx.ModelProto) -> Known:
+    known = Known()
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        kind = value.type.tensor_type
+        if not value.type.HasField("tensor_type"):
+            continue
+        known.types[value.name] = kind.elem_type
+        dims = kind.shape.dim
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            known.shapes[value.name] = tuple(dim.dim_value for dim in dims)
+    for tensor in model.graph.initializer:
+        known.types[tensor.name], known.shapes[tensor.name] = tensor.data_type, tuple(tensor.dims)
+    return known
+
+
+def _filled(known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto) -> Known:
+    """With what a run shows, and the values that follow from shapes."""
+    missing = [n for node in model.graph.node for n in node.output if n and n not in known.shapes]
+    if missing:
+        known.shapes |= {n: s for n, s in _run(model, weights, light).items() if n not in known.shapes}
+    opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+    for node in model.graph.node:
+        if node.op_type in ("Shape", "Size") and node.input[0] in known.shapes:
+            shape = known.shapes[node.input[0]]
+            bounds = {a.name: a.i for a in node.attribute}
+            part = shape[bounds.get("start", 0) : bounds.get("end", len(shape))]
+            value = part if node.op_type == "Shape" else int(np.prod(shape))
+            known.values[node.output[0]] = np.array(value, np.int64)
+        elif node.op_type in _ON_SIZES and not node.domain and len(node.output) <= 8:
+            given = {name: _small(name, known, weights) for name in node.input if name}
+            sized = any(name in known.values for name in node.input)
+            small = all(np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL for name in node.output)
+            if (sized or node.op_type == "Constant") and small and all(x is not None for x in given.values()):
+                known.values |= dict(zip(node.output, node_evaluator(node, opsets)(given)))  # type: ignore[arg-type]
+    return known
+
+
+def _small(name: str, known: Known, weights: Mapping[str, Weight]) -> Array | None:
+    if name in known.values:
+        return known.values[name]
+    weight = weights.get(name)
+    return weight.array() if weight is not None and np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL else None
+
+
+def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """The shapes of a run on noise; none where it fails."""
+    rng, feeds = np.random.default_rng(0), dict[str, Any]()
+    for value in light.graph.input:
+        if value.name in weights:
+            continue
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if np.prod(shape, dtype=np.float64) > 1 << 27:
+            return {}
+        feeds[value.name] = (rng.random(shape) > 0.5 if dtype.kind in "iub" else rng.random(shape)).astype(dtype)
+    try:
+        return File64(model, weights=weights).shapes(feeds)
+    except BnfoldError:
+        return {}

@@ -1,0 +1,174 @@
+"""Rows for operators with constants of their own: contractions and normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bnfold.affine import Affine
+from bnfold.onnx_ops.moving import attention
+from bnfold.semantics import Bilinear, Geometry, Homogeneous, Recurrent, Scaling, Semantics, build
+from bnfold.semantics.base import Rewritten
+
+if TYPE_CHECKING:
+    from bnfold.graph.onnx_call import OnnxCall
+
+
+def _walk(call: OnnxCall, kernel: list[int], *, transposed: bool = False) -> tuple[Geometry | None, bool]:
+    """How a convolution walks, None where it pads unevenly, and whether it pads."""
+    axes = len(kernel)
+    ones, zeros = (1,) * axes, (0,) * axes
+    stride, dilation = (tuple(call.attribute(name, ones)) for name in ("strides", "dilations"))
+    pads = tuple(call.attribute("pads", zeros * 2))
+    auto = call.attribute("auto_pad", "NOTSET")
+    if auto.startswith("SAME"):
+        return None, any(d * (k - 1) > 0 for d, k in zip(dilation, kernel))
+    pads = zeros * 2 if auto == "VALID" else pads
+    if pads[:axes] != pads[axes:] or call.attribute("output_shape", None):
+        return None, True
+    more = tuple(call.attribute("output_padding", zeros)) if transposed else ()
+    return Geometry(stride, pads[:axes], dilation, transposed, more), any(pads)
+
+
+def conv(call: OnnxCall) -> Semantics:
+    """Conv: weight (Cout, Cin/G, k...)."""
+    if not call.is_constant("W"):
+        return build.OPAQUE
+    out_channels, per_group, *kernel = call.shape("W")
+    groups, tail = call.attribute("group", 1), ("",) * len(kernel)
+    walk, padded = _walk(call, kernel)
+    return build.contraction(
+        call, "X", "W", view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
+        out=("", "go", *tail), inp=("", "gi", *tail), bias="B", bias_axis=1,
+        no_shift="zero-padding" if padded else None, geometry=walk,
+    )  # fmt: skip
+
+
+def conv_transpose(call: OnnxCall) -> Semantics:
+    """ConvTranspose: weight (Cin, Cout/G, k...); its borders see fewer taps, so no shift comes in."""
+    if not call.is_constant("W"):
+        return build.OPAQUE
+    in_channels, per_group, *kernel = call.shape("W")
+    groups, tail = call.attribute("group", 1), ("",) * len(kernel)
+    return build.contraction(
+        call, "X", "W", view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
+        out=("", "go", *tail), inp=("", "gi", *tail), bias="B", bias_axis=1, no_shift="zero-padding",
+        geometry=_walk(call, kernel, transposed=True)[0],
+    )  # fmt: skip
+
+
+def gemm(call: OnnxCall) -> Semantics:
+    """``alpha*A'@B' + beta*C`` with a constant A or B, transposed or not."""
+    alpha, beta = (float(call.attribute(name, 1.0)) for name in ("alpha", "beta"))
+    if alpha == 0.0 or beta == 0.0:
+        return build.OPAQUE
+    left, right = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
+    if call.is_constant("B"):
+        data, weight, letters = "A", "B", "oi" if right else "io"
+        out, inp = ("", "o"), ("i", "") if left else ("", "i")
+    else:
+        data, weight, letters = "B", "A", "io" if left else "oi"
+        out, inp = ("o", ""), ("", "i") if right else ("i", "")
+    return build.contraction(
+        call, data, weight, view=call.shape(weight), letters=letters, out=out, inp=inp,
+        bias="C", bias_scale=beta, weight_scale=alpha,
+    )  # fmt: skip
+
+
+def matmul(call: OnnxCall) -> Semantics:
+    """``A @ B`` with a constant operand; a mean of values weighted by a softmax; else a product of two values."""
+    if call.is_constant("A") or call.is_constant("B"):
+        return build.matmul(call, "A", "B")
+    matrices = len(call.shape("A")) == call.rank and len(call.shape("B")) == call.rank >= 2
+    return attention(call, "A", "B") or Bilinear(("A", "B"), summed=(-1, -2) if matrices else None)
+
+
+def einsum(call: OnnxCall) -> Semantics:
+    """One constant operand; else a product of two values."""
+    return build.einsum(call, call.attribute("equation", ""), [f"Inputs.{i}" for i in range(len(call["Inputs"]))])
+
+
+def batch_norm(call: OnnxCall) -> Semantics:
+    """BatchNormalization with stored statistics, per channel or (``spatial=0``) per element."""
+    if call.item not in (None, 0):
+        return build.OPAQUE
+    slots = list(call.arguments)[1:5]
+    training = bool(call.attribute("training_mode", 0)) if call.opset >= 14 else call.outputs > 1
+    if call.opset < 7:
+        training = not call.attribute("is_test", 0)
+    eps = float(call.attribute("epsilon", 1e-5))
+    found = build.normalisation(call, "X", slots, eps, batch_statistics=training)
+    if call.attribute("spatial", 1) or not isinstance(found, Scaling):
+        return found
+    scale, bias, mean, var = (call.constant(slot) for slot in slots)
+    assert scale is not None and bias is not None and mean is not None and var is not None
+    sigma = (var + eps).sqrt()
+    own = Affine((scale / sigma)[None], (bias - mean * scale / sigma)[None])
+    shape = sigma.shape
+
+    def write(new: Affine) -> Mapping[str, Tensor]:
+        s, t = (part.expand(1, *shape)[0] for part in (new.scale, new.shift))
+        return {slots[0]: s * sigma, slots[1]: t + s * mean}
+
+    return Scaling("X", own.compressed(), "batch_norm", write, ("scale", "shift"), tuple(range(1, call.rank)))
+
+
+def scaler(call: OnnxCall) -> Semantics:
+    """Scaler of ai.onnx.ml, as scikit-learn's StandardScaler becomes: ``(x - offset)*scale`` along the last axis."""
+    given = (call.attribute("offset", [0.0]), call.attribute("scale", [1.0]))
+    offset, scale = (torch.tensor(each, dtype=torch.float64) for each in given)
+    axis = call.rank - 1
+    return Scaling("X", Affine.per_channel(scale, -offset * scale, call.rank, axis), "mul", lambda new: {})
+
+
+def instance_norm(call: OnnxCall) -> Semantics:
+    """A scale and a bias per channel."""
+    return build.normalised(call, (1,), "scale", "B")
+
+
+def group_norm(call: OnnxCall) -> Semantics:
+    """A scale and a bias per channel; before opset 21 per group, and then no place for others."""
+    return build.normalised(call, (1,), "scale", "bias") if call.opset >= 21 else build.OPAQUE
+
+
+def layer_norm(call: OnnxCall) -> Semantics:
+    """A scale and a bias along the last axes; the mean and deviation that it may return are no affine's."""
+    if call.item not in (None, 0):
+        return build.OPAQUE
+    return build.normalised(call, range(call.attribute("axis", -1) % call.rank, call.rank), "Scale", "B")
+
+
+def prelu(call: OnnxCall) -> Semantics:
+    """PRelu with a constant slope."""
+    return Homogeneous(("X",)) if call.is_constant("slope") else build.OPAQUE
+
+
+@dataclass(frozen=True)
+class _Recurrent(Recurrent):
+    """Weight (D, rows, features) and bias (D, 2*rows), that of the input in its first half."""
+
+    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
+        """``W' = W*a``, ``c' = c + W*b``."""
+        if self.data not in given:
+            return Rewritten()
+        before, ((weight, bias),) = given[self.data], self.weights
+        old = self.get(weight)
+        assert old is not None and bias is not None
+        constants = {weight: old * before.scale.flatten()}
+        if before.has_shift:
+            moved = old @ before.shift.flatten().expand(old.shape[2])
+            own = self.get(bias)
+            whole = torch.cat([moved, torch.zeros_like(moved)], 1)
+            constants[bias] = whole if own is None else own + whole
+        return Rewritten(constants)
+
+
+def recurrent(call: OnnxCall) -> Semantics:
+    """LSTM, GRU, RNN: they read their input through W and the first half of B, in every direction."""
+    if not call.is_constant("W") or not call.is_constant("B"):
+        return build.OPAQUE
+    return _Recurrent("X", (("W", "B"),), lambda slot: None if call[slot] is None else call.constant(slot))
