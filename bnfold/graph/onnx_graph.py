@@ -291,7 +291,7 @@ class OnnxGraph(Graph):
 
     def add_after(self, value: Node, tensor: Tensor) -> Node:
         """Adds a constant to a value, for all its readers."""
-        new = self._placeholder(tensor, self.dtype(value), f"{self.name(value)}_bias")
+        new = self.new_constant(tensor, self.dtype(value), f"{self.name(value)}_bias")
         name = free_name(f"{self.name(value)}_added", set(self._names.values()), {})
         proto = onnx.helper.make_node("Add", [self.name(value), ""], [name], name=name)
         with self.graph.inserting_after(value):
@@ -324,7 +324,7 @@ class OnnxGraph(Graph):
     def _invent(self, call: Call, slot: str) -> str:
         return f"{self.module(call.value)}.{slot.replace('.', '_')}"
 
-    def _placeholder(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+    def new_constant(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
         self.added += 1
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(f"folded{self.added}")
