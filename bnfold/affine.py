@@ -160,3 +160,23 @@ def _agree(a: Tensor, b: Tensor) -> Tensor | None:
     if bool(((a == b) | a.isnan() | b.isnan()).all()):
         return torch.where(a.isnan(), b, a)
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class Meaning:
+    """The captured value that an edited one stands for, and how: as ``after`` makes it of that one, or as it is."""
+
+    value: str
+    after: Affine | None = None
+
+    def of(self, captured: Tensor) -> Tensor:
+        """What the edited value must be, float64 where it is another, from the captured one."""
+        return captured if self.after is None else self.after(captured.double())
+
+    def moved(self, difference: Tensor) -> Tensor:
+        """How far the edited value is off, from how far the captured one is."""
+        return difference if self.after is None else difference * self.after.scale.abs()
+
+    def then(self, after: Affine) -> Meaning:
+        """The same of what ``after`` makes of the edited value."""
+        return Meaning(self.value, after if self.after is None else after.after(self.after))

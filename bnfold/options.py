@@ -39,14 +39,11 @@ class Folded:
         program: the folded program; ``torch.export.save`` takes it.
         ledger: one entry per affine: where it went, or why it stays.
         captured: the unfolded program that it came from.
-        meanings: which captured value an edited value of ``program`` equals, by name; None where it equals none. Every
-            other value equals the captured one of its name.
     """
 
     program: ExportedProgram
     ledger: Ledger
     captured: Captured
-    meanings: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:

@@ -20,6 +20,7 @@ from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
 from bnfold.gate.parts import Spread as Parts
+from bnfold.graph.program import meanings
 from bnfold.graph.wrapped import unwrapped
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
@@ -374,8 +375,8 @@ def bisect(
     folded, data, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("bisect"):
         found = Bisector(
-            folded.captured, path, folded.ledger, folded.meanings, device, options.samples, options.seed, data=data,
-            progress=options.progress,
+            folded.captured, path, folded.ledger, meanings(folded.program), device, options.samples, options.seed,
+            data=data, progress=options.progress,
         ).find()  # fmt: skip
     return replace(found, source=source_facts(options.provenance, model), file=str(path))
 

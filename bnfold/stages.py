@@ -157,8 +157,7 @@ def fold_captured(captured: Captured, *, merge: bool, equalize: bool = False) ->
         ledger = merge_graph(graph, ledger)
     if equalize:
         ledger = equalize_graph(graph, ledger)
-    meanings = {node.name: meaning for node, meaning in graph.stands_for.items()}
-    return Folded(graph.finish(), ledger, captured, meanings)
+    return Folded(graph.finish(), ledger, captured)
 
 
 def refuse_nonfinite(ledger: Ledger) -> None:

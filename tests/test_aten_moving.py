@@ -253,7 +253,7 @@ REFUSED = {
         {"nonlinear", "other-axis"}),
     "split: the other part is read as it is": (
         lambda m, x: ((parts := m.conv(x).split(2, 2))[0] * m.c, parts[1].tanh()), conv() | {"c": noise(4, 1, 1)},
-        AFTER),
+        {"nonlinear", "model-output"}),
     "slice: another slice overlaps": (
         lambda m, x: ((y := m.conv(x))[:, :3] * m.c, y[:, 2:].tanh()), conv() | {"c": noise(3, 1, 1)},
         {"several-readers", "model-output"}),

@@ -175,6 +175,18 @@ def test_a_system_accepts_what_has_a_solution_and_nothing_else(binary):
     assert refused > 50
 
 
+def test_what_is_taken_back_leaves_nothing_in_what_was_solved():
+    """Solving puts later rows into earlier ones; once the later ones are taken back, the earlier are as they were."""
+    system = System()
+    system.grow(np.arange(3))
+    assert not len(system.add(Batch.joined([(np.array([[2, 1]]), np.array([[1.0, -1.0]]), np.array([5.0]), 0)])))
+    alone, mark = system.solved().tolist(), system.mark()
+    assert not len(system.add(Batch.joined([(np.array([[1]]), np.array([[1.0]]), np.array([7.0]), 1)])))
+    assert system.solved().tolist() == [0.0, 7.0, 12.0]
+    system.undo(mark)
+    assert system.solved().tolist() == alone == [0.0, 0.0, 5.0]
+
+
 def test_products_of_few_factors_are_exact():
     system = System(logs=True)
     system.grow(np.arange(4))

@@ -29,7 +29,7 @@ ALLOWED: dict[str, str] = {
     "bench": "contestants model_file report runtime threads",
     "contestants": "capture copies errors runtime scripted",
     # the data flow
-    "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate lower model_file"
+    "pipeline": "program batches bisection calibrated_file calibration diagnose errors file_graph gate lower model_file"
     " onnx_flow options parts program_file report runtime schemes stages store structure user_code wrapped",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
     "stages": "_version baseline capture data decisions equalize errors folding graph inputs load"
@@ -38,7 +38,7 @@ ALLOWED: dict[str, str] = {
     # the stages, each with the parts that are its own
     # One ONNX file against another
     "onnx_flow": "data equalize errors file_gate folding lower onnx_file onnx_graph options report stages store",
-    "onnx_graph": "call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
+    "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
     "onnx_shapes": "errors evaluator nodes subject",
     "onnx_ops": "affine onnx_call semantics",
@@ -77,14 +77,14 @@ ALLOWED: dict[str, str] = {
     "threads": "",
     "stale": "errors failures",
     "functional": "errors",
-    "folding": "choices gauges graph normalisations plan reasons report rewriter semantics sizes solution threads",
+    "folding": "affine choices gauges graph normalisations plan reasons report rewriter semantics sizes solution threads",
     "normalisations": "affine aten graph semantics",
     "plan": "gauges graph report semantics solution",
     "solution": "affine gauges graph semantics",
     "choices": "gauges graph semantics",
     "reasons": "gauges graph report rewriter semantics",
     "gauges": "affine call graph rewriter semantics sizes",
-    "rewriter": "graph semantics",
+    "rewriter": "affine graph semantics",
     "equalize": "choices gauges graph plan report rewriter semantics solution",
     "ranges": "affine aten capture graph interpret report semantics sizes",
     "merge": "graph kernels linear report semantics",
@@ -97,13 +97,13 @@ ALLOWED: dict[str, str] = {
     " matching optimizers outputs parts reference report runner runners runtime samples sites"
     " stored threads",
     "outputs": "candidates decisions following judge names reference report",
-    "bisection": "candidates capture engines errors file_graph following functional matching optimizers"
+    "bisection": "affine candidates capture engines errors file_graph following functional matching optimizers"
     " reference report runtime samples sites stored",
     "file_graph": "model_file",
     "optimizers": "",
     "following": "candidates decisions judge reference",
     "decisions": "aten interpret judge samples",
-    "sites": "candidates interpret judge reference report samples",
+    "sites": "program affine candidates interpret judge reference report samples",
     "reference": "capture decisions errors functional interpret judge samples",
     "accuracy": "candidates capture data errors following interpret judge metrics names parts reference report samples"
     " stored",
@@ -153,14 +153,14 @@ ALLOWED: dict[str, str] = {
     "batchnorms": "report",
     "moments": "",
     # the vocabulary, and the graph that folding and merging edit
-    "graph": "aten call errors functional interpret names program semantics sizes",
+    "graph": "affine aten call errors functional interpret names program semantics sizes",
     "call": "graph semantics",  # graph only as a type
     "aten": "affine call semantics sizes",
     "sizes": "",
     "semantics": "affine",
     "affine": "",
     "interpret": "",
-    "program": "",
+    "program": "affine",
     "names": "",
     "report": "_version",
     "files": "errors",

@@ -226,7 +226,7 @@ def test_a_sum_that_is_read_before_its_batchnorm_too_keeps_it() -> None:
     """The twin of "sum, then BatchNorm"."""
     parts = {name: part() for name, part in TWO.items()}
     net = build(lambda m, x: m.n(y := m.a(x) + m.b(x)) * y.sigmoid(), **parts, n=nn.BatchNorm2d(4))
-    folded = fold_exactly(net, noise(*IMAGE), left={"several-readers", "shift-through-product"})
+    folded = fold_exactly(net, noise(*IMAGE), left={"several-readers", "model-output"})
     assert operators(folded.program) == {"conv2d": 1, "batch_norm": 1, "sigmoid": 1, "mul": 1}
 
 

@@ -98,7 +98,8 @@ def test_along_another_axis_a_multiply_and_an_add_are_left() -> None:
     assert {entry.module for entry in folded.ledger.left} == {"norm"}
 
 
-#: name -> what is no normalisation, or not one to be written anew: forward(m, x), and the operators that stay.
+#: name -> what is no normalisation, or not one to be written anew: forward(m, x), and the operators that stay. A shift
+#: in front of a multiply goes into the one behind it.
 REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], dict[str, int]]] = {
     "a part is read": (
         lambda m, x: (y := m.act(x) - m.mean) * m.variance.rsqrt() * m.gamma + y,
@@ -106,15 +107,15 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], dict[str, int]]]
     ),
     "no root": (
         lambda m, x: ((m.act(x) - m.mean) * m.gamma + m.variance).tanh(),
-        {"tanh": 2, "sub": 1, "mul": 1, "add": 1},
+        {"tanh": 2, "mul": 1, "add": 1},
     ),
     "of an input": (
         lambda m, x: ((x - m.mean) * m.variance.rsqrt() + m.gamma).tanh(),
-        {"tanh": 1, "sub": 1, "mul": 1, "add": 1},
+        {"tanh": 1, "mul": 1, "add": 1},
     ),
     "along two axes": (
         lambda m, x: ((m.act(x) - m.mean) * m.variance.rsqrt() + m.columns).tanh(),
-        {"tanh": 2, "sub": 1, "mul": 1, "add": 1},
+        {"tanh": 2, "mul": 1, "add": 1},
     ),
 }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bnfold.affine import Meaning
 from bnfold.errors import InputError
 from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
 from bnfold.gate.engines import settings
@@ -53,7 +54,7 @@ class Bisector:
     captured: Captured
     path: Path
     ledger: Ledger = field(default_factory=Ledger)
-    meanings: Mapping[str, str | None] = field(default_factory=dict)
+    meanings: Mapping[str, Meaning | None] = field(default_factory=dict)
     device: Device | str = "cpu"
     samples: int = MIN_SAMPLES
     seed: int = 0
@@ -164,7 +165,8 @@ class Bisector:
             followed = noise.following(taken)
             found = self._candidate.values(batch.flat, chunk)
             for name in (name for name in chunk if name in found):
-                ratio = self._ratio(found[name], noise, partners[name], followed, batch)
+                meaning = self._meaning(name, partners[name])
+                ratio = self._ratio(found[name], noise, meaning, followed, batch)
                 if not ratio <= self.limit:
                     if name not in outputs and self._is_another(found[name], partners[name], taken, batch):
                         continue
@@ -187,11 +189,21 @@ class Bisector:
         return found
 
     def _captured_name(self, name: str) -> str | None:
-        for base in (name, name.removesuffix("_value"), name.removesuffix(":0")):
-            meaning = self.meanings.get(base, base) if self._ours else base
-            if meaning in self._nodes and self._nodes[meaning].op == "call_function":
-                return meaning
-        return None
+        base = self._base(name)
+        held = self.meanings.get(base, Meaning(base)) if self._ours else Meaning(base)
+        return held.value if held is not None and self._is_captured(held.value) else None
+
+    def _base(self, name: str) -> str:
+        """The value of the program that a value of the file is, whose name may have been taken."""
+        bases = (name, name.removesuffix("_value"), name.removesuffix(":0"))
+        return next((b for b in bases if b in self.meanings or self._is_captured(b)), name)
+
+    def _is_captured(self, name: str) -> bool:
+        return name in self._nodes and self._nodes[name].op == "call_function"
+
+    def _meaning(self, name: str, partner: str) -> Meaning:
+        """What the value of the file stands for."""
+        return (self.meanings.get(self._base(name)) if self._ours else None) or Meaning(partner)
 
     def _val(self, name: str) -> object:
         return self._nodes[name].meta.get("val")
@@ -220,11 +232,11 @@ class Bisector:
         return int(math.prod(sizes) * (batch.size or 1) / max(shown, 1)) + 1
 
     def _ratio(
-        self, value: Tensor, noise: Noise, name: str, followed: Mapping[str, Tensor], batch: Batch,
+        self, value: Tensor, noise: Noise, meaning: Meaning, followed: Mapping[str, Tensor], batch: Batch,
         limit: float | None = None,
     ) -> float:  # fmt: skip
         """Error over noise; beyond ``limit``, this search's own by default, what rounding does is noise too."""
-        limit = self.limit if limit is None else limit
+        limit, name = self.limit if limit is None else limit, meaning.value
         if self._turned.get(name, 0.0) > self.limit:
             return self._turned[name]
         truth = noise.truth[name]
@@ -236,8 +248,9 @@ class Bisector:
         if name in followed:
             if truth.shape != right.shape:
                 return 0.0  # its size is decided, and nothing says how large the noise is
-            value = torch.where(value == right, truth, value.double() - right + truth)
-        return max(noise.ratios(value, name, limit, batched=batch.size > 0 and not self._pooled))
+            stored, wanted = meaning.of(right), meaning.of(truth)
+            value = torch.where(value == stored, wanted, value.double() - stored + wanted)
+        return max(noise.ratios(value, meaning, limit, batched=batch.size > 0 and not self._pooled))
 
     def _is_another(self, value: Tensor, name: str, taken: Mapping[str, Tensor], batch: Batch) -> bool:
         """Whether a value has its name by chance: torch.onnx numbers those that it makes itself in the same way.
@@ -256,7 +269,7 @@ class Bisector:
         followed = noise.following(taken)
         if value.shape != followed.get(name, noise.truth[name]).shape:
             return True
-        return any(self._ratio(value, noise, n, followed, batch) <= self.limit for n in alike - {name})
+        return any(self._ratio(value, noise, Meaning(n), followed, batch) <= self.limit for n in alike - {name})
 
     def _module(self, value: FileValue, partner: str | None) -> str:
         return value.module or (module_of(self._nodes[partner]) if partner else "")
@@ -318,12 +331,16 @@ class Bisector:
                     floats.add(name)
                     known = by_shape.get(tuple(value.shape), [])
                     hoped = [partners[name]] if partners.get(name) in known else []
-                    ratios = ((self._ratio(value, noise, n, followed, batch, limit), n) for n in (*hoped, *known))
+                    ratios = (
+                        (self._ratio(value, noise, Meaning(n), followed, batch, limit), n) for n in (*hoped, *known)
+                    )
                     ratio, partner = next(((r, each) for r, each in ratios if r <= self.limit), (math.inf, ""))
                     if partner:
                         self._ratios[name], agreeing[name] = ratio, partner
                     elif name in (self._matched.outputs or self._file.outputs):
-                        wrong[name] = self._ratio(value, noise, hoped[0], followed, batch, limit) if hoped else math.inf
+                        wrong[name] = (
+                            self._ratio(value, noise, Meaning(hoped[0]), followed, batch, limit) if hoped else math.inf
+                        )
             if not wrong:
                 break
         for name in (name for name in values if name in agreeing):

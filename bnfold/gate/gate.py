@@ -131,7 +131,7 @@ class Gate:
         candidates = self._candidates()
         outputs, engines, placed = self._judge_each(candidates)
         self.progress("check", len(candidates), len(candidates) + 1)
-        sites = judge_sites(self._references, self.ledger, candidates, self.site_limit)
+        sites = judge_sites(self._references, self.ledger, self.folded, candidates, self.site_limit)
         accuracy = None
         if self.data and candidates:
             accuracy = judge_accuracy(

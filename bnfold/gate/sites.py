@@ -12,17 +12,24 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
+from bnfold.affine import Meaning
 from bnfold.gate.candidates import Candidate, OnnxCandidate, TorchCandidate
 from bnfold.gate.judge import epsilon, site_ratios
 from bnfold.gate.reference import KERNELS, ROUNDINGS, References, first_line, watched_batch
 from bnfold.gate.samples import Batch
 from bnfold.graph.interpret import Runner, coarsest_epsilon
+from bnfold.graph.program import meanings
 from bnfold.report import Ledger, SiteResult
 
 
 def judge_sites(
-    references: References, ledger: Ledger, candidates: Sequence[Candidate], limit: float
+    references: References,
+    ledger: Ledger,
+    folded: ExportedProgram | None,
+    candidates: Sequence[Candidate],
+    limit: float,
 ) -> list[SiteResult]:
     """The ratio of error to noise at every site of every candidate; what exceeds ``limit`` is a problem."""
     sites, findings = ledger.sites, references.findings
@@ -36,7 +43,7 @@ def judge_sites(
     noise = Noise.of(references, batch, set(sites.values()))
     if noise is None:  # no float64 truth: said already, and inconclusive
         return []
-    judge = _SiteJudge(references, sites, modules, batch, noise, limit)
+    judge = _SiteJudge(references, sites, meanings(folded) if folded is not None else {}, modules, batch, noise, limit)
     results: list[SiteResult] = []
     for candidate in candidates:
         if candidate.deployed:
@@ -63,6 +70,7 @@ class _SiteJudge:
 
     references: References
     sites: Mapping[str, str]
+    meanings: Mapping[str, Meaning | None]
     modules: Mapping[str, str]
     batch: Batch
     noise: Noise
@@ -91,14 +99,16 @@ class _SiteJudge:
         for folded, value in ((name, value) for name, value in found.items() if name in self.sites):
             name = self.sites[folded]
             truth = self.noise.truth[name]
+            meaning = self.meanings.get(folded) or Meaning(name)
             if name in followed and value.shape == truth.shape == followed[name].shape:
                 # What the candidate's own decisions change is no error: it is taken off.
-                value = torch.where(value == followed[name], truth, value.double() - followed[name] + truth)
+                right, wanted = meaning.of(followed[name]), meaning.of(truth)
+                value = torch.where(value == right, wanted, value.double() - right + wanted)
             where = f"{candidate.name}, fold of '{self.modules[folded]}'"
             if value.shape != truth.shape:
                 problems.append(f"{where}: shape {tuple(value.shape)} instead of {tuple(truth.shape)}")
                 continue
-            ratios = self.noise.ratios(value, name, self.limit, batched=self.batch.size > 0)
+            ratios = self.noise.ratios(value, meaning, self.limit, batched=self.batch.size > 0)
             site = SiteResult(candidate.name, folded, self.modules[folded], *ratios)
             results.append(site)
             if not _worst(site) <= self.limit:
@@ -133,15 +143,15 @@ class Noise:
         except Exception:
             return None
 
-    def ratios(self, value: Tensor, name: str, limit: float, *, batched: bool) -> tuple[float, float]:
-        """Error over noise, over all elements and in the worst channel, of a value that should be the one named."""
-        truth, own = self.truth[name], self.unfolded[name]
+    def ratios(self, value: Tensor, meaning: Meaning, limit: float, *, batched: bool) -> tuple[float, float]:
+        """Error over noise, over all elements and in the worst channel, of a value that stands for another."""
+        truth, own = meaning.of(self.truth[meaning.value]), meaning.of(self.unfolded[meaning.value])
         floor = max(coarsest_epsilon(self._references.captured.program), epsilon(own.dtype))
         found = site_ratios(value, own, truth, floor, batched=batched)
         if max(found) <= limit:
             return found
         # What rounding does is noise too. It only makes a ratio smaller, and costs a run in float64 each time.
-        return site_ratios(value, own, truth, floor, self.rounding[name], batched=batched)
+        return site_ratios(value, own, truth, floor, meaning.moved(self.rounding[meaning.value]), batched=batched)
 
     def following(self, taken: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The true values where a candidate took these decisions; empty where they are those of the unfolded model."""

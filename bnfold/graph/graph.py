@@ -24,12 +24,13 @@ from torch.export.graph_signature import (
 )
 
 from bnfold import aten
+from bnfold.affine import Meaning
 from bnfold.errors import FoldError
 from bnfold.graph.call import Call
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name, free_name, with_modules
-from bnfold.graph.program import copy_graph, output_specs, rebuild
+from bnfold.graph.program import MEANING, copy_graph, output_specs, rebuild
 from bnfold.graph.sizes import Sizes
 from bnfold.semantics import Semantics, Shape
 
@@ -72,8 +73,8 @@ class Graph:
             if spec.kind is not InputKind.USER_INPUT
         }
         self.added = 0
-        #: Which captured value each edited value now equals; None for one that equals none.
-        self.stands_for: dict[Node, str | None] = {}
+        #: What each edited value stands for; None for one that stands for no captured value.
+        self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
         #: How many operators edits have dropped.
         self.dropped = 0
@@ -255,9 +256,9 @@ class Graph:
         """Whether the value is still there."""
         return value not in self._gone
 
-    def meaning(self, value: Node) -> str | None:
-        """The captured value that ``value`` equals; its own name where no edit has changed it."""
-        return self.stands_for.get(value, value.name)
+    def meaning(self, value: Node) -> Meaning | None:
+        """The captured value that ``value`` stands for; its own where no edit has changed it."""
+        return self.stands_for[value] if value in self.stands_for else Meaning(value.name)
 
     def count_operators(self) -> int:
         """How many operators compute something from the inputs."""
@@ -394,6 +395,8 @@ class Graph:
             FoldError: torch rejects the edited program; a defect of bnfold.
         """
         self.graph.eliminate_dead_code()
+        for node, meaning in self.stands_for.items():
+            node.meta[MEANING] = meaning
         old = self.program
         specs = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
         state: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from bnfold.affine import Meaning
 from bnfold.errors import InputError
 from bnfold.evaluate.evaluator import Weight, node_evaluator, outer_names
 from bnfold.graph.call import Call
@@ -114,7 +115,7 @@ class OnnxGraph(Graph):
         self._targets: dict[Node, str] = {}
         self._names: dict[Node, str] = {}
         self.added, self.dropped = 0, 0
-        self.stands_for: dict[Node, str | None] = {}
+        self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
         self._weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
         self._way, self._ways = 0, dict[int, Known]()
@@ -276,9 +277,9 @@ class OnnxGraph(Graph):
         """A value's name in the file."""
         return self._names.get(value, value.name)
 
-    def meaning(self, value: Node) -> str | None:
-        """The value of the file as it was that ``value`` equals."""
-        return self.stands_for.get(value, self.name(value))
+    def meaning(self, value: Node) -> Meaning | None:
+        """The value of the file as it was that ``value`` stands for."""
+        return self.stands_for[value] if value in self.stands_for else Meaning(self.name(value))
 
     def values(self) -> Iterator[Node]:
         """The values computed from inputs, in topological order."""
@@ -325,6 +326,7 @@ class OnnxGraph(Graph):
         return f"{self.module(call.value)}.{slot.replace('.', '_')}"
 
     def new_constant(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
+        """A constant, float64 until ``finish`` rounds it; it gets the name ``origin`` or one like it."""
         self.added += 1
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(f"folded{self.added}")

@@ -11,6 +11,11 @@ from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import ExportGraphSignature, OutputKind, OutputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
+from bnfold.affine import Meaning
+
+#: The key of what an edited value stands for in a node's metadata.
+MEANING = "bnfold.meaning"
+
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy whose nodes keep their names and have metadata of their own."""
@@ -20,6 +25,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         copied = mapping[node] = new.node_copy(node, mapping.__getitem__)
         copied.name = node.name  # fx would rename an input called ``input``
     return new
+
+
+def meanings(program: ExportedProgram) -> dict[str, Meaning | None]:
+    """What edited values stand for, by name; None: for none of the captured ones. All others are themselves."""
+    return {node.name: node.meta[MEANING] for node in program.graph.nodes if MEANING in node.meta}
 
 
 def output_specs(program: ExportedProgram, graph: fx.Graph) -> list[OutputSpec]:

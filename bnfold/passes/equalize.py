@@ -75,7 +75,8 @@ def equalize(graph: Graph, ledger: Ledger) -> Ledger:
     for (value, slot), tensor in plan.constants.items():
         rewriter.set_constant(value, slot, tensor)
     for value in moved:
-        rewriter.stands_for(value, None)
+        meaning = graph.meaning(value)
+        rewriter.stands_for(value, meaning and meaning.then(solution.after(value)))
     layers = [value for value in moved if isinstance(gauges.at(value), Contraction)]
     changed = {graph.name(value) for value in moved}
     return replace(
@@ -145,6 +146,8 @@ class _Balance:
             new = np.array([root for root in roots.tolist() if root not in done], dtype=np.int64)
             done.update(new.tolist())
             if len(new):
+                # What several layers make, as a residual stream, is left: the steps of what is stored count there too.
+                new = new[[sum(side.makes for side in sides[root].values()) == 1 for root in new.tolist()]]
                 near = {key: side for root in new.tolist() for key, side in sides[root].items()}
                 found.append((new, list(near.values())))
         return found
@@ -175,7 +178,7 @@ def _mixes(graph: Graph, value: Node, indices: Ints) -> bool:
 def _entry(rewriter: Rewriter, solution: Solution, value: Node, made: Path) -> Scaled:
     graph = rewriter.graph
     readers = sorted(made.into, key=graph.order.__getitem__)
-    sites = tuple((graph.name(reader), m) for reader in readers if (m := graph.meaning(reader)) is not None)
+    sites = tuple((graph.name(reader), m.value) for reader in readers if (m := graph.meaning(reader)) is not None)
     into = tuple(dict.fromkeys(map(rewriter.where, readers)))
     scale = np.abs(solution.scale(value))
     return Scaled(graph.name(value), rewriter.where(value), into, float(np.maximum(scale, 1 / scale).max()), sites)

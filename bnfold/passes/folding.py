@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.sizes import WAYS
 from bnfold.graph.threads import torch_threads
@@ -67,8 +68,7 @@ class Folder:
             into = sorted(path.into, key=self.graph.order.__getitem__)
             names = tuple(dict.fromkeys(map(self.rewriter.where, into)))
             entries[site] = Entry(*info[site], direction, names, path.through)
-        kept = {value: solution.is_kept(value) for value in gauges.of}
-        by = self._apply(gauges, plan, kept, gone)
+        by = self._apply(gauges, plan, solution, gone)
         self._note(told, plan, by)
         self.graph.refresh()
         where = {s: (by[s],) if direction == "backward" else path.into for s, (direction, path) in told.items()}
@@ -156,19 +156,19 @@ class Folder:
 
     # -- applying --------------------------------------------------------------------------------------------------
 
-    def _apply(self, gauges: Gauges, plan: Plan, kept: dict[Node, bool], gone: set[Node]) -> dict[Node, Node]:
+    def _apply(self, gauges: Gauges, plan: Plan, solution: Solution, gone: set[Node]) -> dict[Node, Node]:
         """Makes the edits; answers what takes the place of every affine that goes."""
+        kept = {value: solution.is_kept(value) for value in gauges.of}
         rewriter, by = self.rewriter, dict[Node, Node]()
         for (value, slot), tensor in plan.constants.items():
             rewriter.set_constant(value, slot, tensor)
-        for value in gauges.of:
-            if value not in gone and not kept[value]:
-                rewriter.stands_for(value, None)
+        meanings = {value: self._meaning(value, solution) for value in gauges.of if not kept[value] or value in gone}
+        for value in meanings.keys() - gone:
+            rewriter.stands_for(value, meanings[value])
         for value in [value for value in gauges.of if value in gone]:
             operand = self.graph.call(value).at(gauges.at(value).slot)  # type: ignore[attr-defined]
             by[value] = operand
-            if kept[value]:
-                rewriter.stands_for(operand, self.graph.name(value))
+            rewriter.stands_for(operand, meanings[value])
             rewriter.drop(value, operand)
         for value, tensor in plan.adds.items():
             meaning = self.graph.meaning(value)
@@ -176,6 +176,13 @@ class Folder:
             rewriter.stands_for(added, meaning)
             by |= {site: added for site, node in by.items() if node is value}
         return by
+
+    def _meaning(self, value: Node, solution: Solution) -> Meaning | None:
+        """What a value stands for, and how it is stored; None where some of it is not."""
+        name = self.graph.name(value)
+        if solution.is_kept(value):
+            return Meaning(name)
+        return None if solution.is_lost(value) else Meaning(name, solution.after(value))
 
     def _note(self, told: dict[Node, tuple[Outcome, Path]], plan: Plan, by: dict[Node, Node]) -> None:
         """Which constants were touched for which affine, for who writes the fold into a class."""
@@ -224,7 +231,7 @@ class Folder:
 
     def _with_sites(self, entry: Entry, values: tuple[Node, ...]) -> Entry:
         still = [v for v in values if v in self.graph.order]
-        sites = tuple((self.graph.name(v), m) for v in still if (m := self.graph.meaning(v)) is not None)
+        sites = tuple((self.graph.name(v), m.value) for v in still if (m := self.graph.meaning(v)) is not None)
         return replace(entry, site=sites)
 
 

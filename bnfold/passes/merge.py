@@ -51,7 +51,7 @@ def merge(graph: Graph, ledger: Ledger) -> Ledger:
     now = {graph.name(value): graph.meaning(value) for value in graph.values()}
 
     def still(site: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        return tuple((folded, captured) for folded, captured in site if now.get(folded) == captured)
+        return tuple(pair for pair in site if (meaning := now.get(pair[0])) is not None and meaning.value == pair[1])
 
     def entry_now(entry: Entry) -> Entry:
         into = next((done.into for done in merges if entry.value in done.values), None)
@@ -247,7 +247,7 @@ class Merger:
         self, value: Node, kind: str, names: tuple[str, ...], into: Node, gone: tuple[str, ...], saved: tuple[int, int]
     ) -> Done:
         meaning = self.graph.meaning(value)
-        site = () if meaning is None else ((self.graph.name(value), meaning),)
+        site = () if meaning is None else ((self.graph.name(value), meaning.value),)
         return Merge(self.graph.name(value), kind, names, self.graph.module(into), gone, *saved, site), value
 
     # -- edits -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
 from bnfold.semantics import Contraction, Scaling, Semantics
 
@@ -47,8 +48,8 @@ class Rewriter:
         self.graph.bypass(value, by)
         self.forget(value, *readers)
 
-    def stands_for(self, value: Node, meaning: str | None) -> None:
-        """From now on the value equals the captured one of that name, or none."""
+    def stands_for(self, value: Node, meaning: Meaning | None) -> None:
+        """From now on the value stands for a captured one, or none."""
         self.graph.stands_for[value] = meaning
 
     def where(self, value: Node) -> str:

@@ -86,6 +86,11 @@ class Solution:
     def _is_kept(self, gauge: Gauge) -> bool:
         return not self._moved[0][gauge.scale].any() and not self._moved[1][gauge.shift].any()
 
+    def is_lost(self, value: Node) -> bool:
+        """Whether some of a value is not stored: its producer emits zeros there, or its readers leave it out."""
+        scale = self._gauges.of[value].scale
+        return bool((self._empty[scale] == 1).any() or (self._scale[scale] == 0).any())
+
     def scale(self, value: Node) -> Floats:
         """The scale that a value is stored with."""
         return self._scale[self._gauges.of[value].scale]

@@ -7,7 +7,8 @@ known is never changed by what comes later, so taking back is forgetting the lat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,7 +270,24 @@ class System:
         ``choose`` is called with entries (variable, free variable, coefficient), and what every variable is where all
         that is free is zero; it answers what every variable is, if it is free, in the same form (see ``times``).
         """
-        self._compress(np.arange(self._pivot.size))
+        with self._unchanged():  # rows that stay are put together from rows that may be taken back
+            self._compress(np.arange(self._pivot.size))
+            return self._values(choose)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Leaves rows as they are, whatever is put into them meanwhile."""
+        columns = (self._start, self._length, self._right)
+        held, entries, uses = [column.now.copy() for column in columns], self._cols.size, len(self._uses)
+        try:
+            yield
+        finally:
+            for column, numbers in zip(columns, held):
+                column.now[:] = numbers
+            self._cols.size = self._vals.size = entries
+            del self._uses[uses:]
+
+    def _values(self, choose: Choose | None) -> Floats:
         right = given(np.zeros(self._rank.size), self.logs)
         right[self._pivot.now] = self._right.now
         if choose is not None:
