@@ -192,7 +192,8 @@ def judge(subject: Subject, model: onnx.ModelProto, folder: Path, **options: Any
     path = folder / "net.onnx"
     onnx.save(model, path)
     try:
-        report = Gate(subject.captured, subject.ledger, None, path, subject.lowered.sites, **options).judge()
+        names, meanings = subject.lowered.sites, subject.meanings
+        report = Gate(subject.captured, subject.ledger, None, path, names, meanings, **options).judge()
     except BnfoldError as error:
         return {"verdict": "error", "ratio": math.inf, "site_ratio": math.inf, "problem": str(error)}
     return {

@@ -17,7 +17,9 @@ from faults import bf16
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from bnfold.affine import Meaning
 from bnfold.graph.capture import Captured, capture
+from bnfold.graph.program import meanings
 from bnfold.lowering.lower import Lowered, lower
 from bnfold.report import Ledger
 from bnfold.stages import fold_captured
@@ -55,19 +57,21 @@ class Subject:
     layer: str
     norm: str
     site: tuple[str, str] | None
+    meanings: Mapping[str, Meaning | None]
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Tensor, ...], norm: str = "") -> Subject:
         """Faults go into the layer that took ``norm`` in, or else into one halfway through the net."""
         captured = capture(module, args)
         folded = fold_captured(captured, merge=True)
+        meaning = meanings(folded.program)
         lowered = lower(folded.program, dims=captured.dims, sites=folded.ledger.sites)
         file = lowered_file(lowered)
         made = {name: node for node in file.graph.node for name in node.output}
         weights = {tensor.name for tensor in file.graph.initializer}
         sites, layers = [], []
         for entry in folded.ledger.entries:
-            for value, _ in entry.site:
+            for value in (v for v, _ in entry.site if (stored := meaning.get(v)) is None or stored.after is None):
                 node = made.get(lowered.sites.get(value, ""))
                 known = all(f"{entry.module}.{name}" in captured.program.state_dict for name in MOMENTS)
                 if node is not None and entry.is_batch_norm and known and has_weight(node, weights):
@@ -78,10 +82,12 @@ class Subject:
         constants = {name: value.detach().clone() for name, value in folded.program.state_dict.items()}
         if sites:
             layer, norm, value = next((site for site in sites if site[1] == norm), sites[len(sites) // 2])
-            return cls(module, args, captured, folded.ledger, constants, lowered, file, layer, norm, (value, norm))
+            return cls(
+                module, args, captured, folded.ledger, constants, lowered, file, layer, norm, (value, norm), meaning
+            )
         return cls(
             module, args, captured, folded.ledger, constants, lowered, file, layers[len(layers) // 2],
-            norms[len(norms) // 2], None,
+            norms[len(norms) // 2], None, meaning,
         )  # fmt: skip
 
     def copy(self) -> onnx.ModelProto:

@@ -77,7 +77,8 @@ ALLOWED: dict[str, str] = {
     "threads": "",
     "stale": "errors failures",
     "functional": "errors",
-    "folding": "affine choices gauges graph normalisations plan reasons report rewriter semantics sizes solution threads",
+    "folding": "affine choices gauges graph normalisations plan reasons report rewriter semantics sizes solution"
+    " threads",
     "normalisations": "affine aten graph semantics",
     "plan": "gauges graph report semantics solution",
     "solution": "affine gauges graph semantics",
@@ -93,7 +94,7 @@ ALLOWED: dict[str, str] = {
     "lower": "errors names program translate",
     "translate": "errors translations whole_layers",
     "translations": "",
-    "gate": "accuracy adversarial candidates capture data devices engines errors following interpret"
+    "gate": "affine program accuracy adversarial candidates capture data devices engines errors following interpret"
     " matching optimizers outputs parts reference report runner runners runtime samples sites"
     " stored threads",
     "outputs": "candidates decisions following judge names reference report",
@@ -103,7 +104,7 @@ ALLOWED: dict[str, str] = {
     "optimizers": "",
     "following": "candidates decisions judge reference",
     "decisions": "aten interpret judge samples",
-    "sites": "program affine candidates interpret judge reference report samples",
+    "sites": "affine candidates interpret judge reference report samples",
     "reference": "capture decisions errors functional interpret judge samples",
     "accuracy": "candidates capture data errors following interpret judge metrics names parts reference report samples"
     " stored",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from bnfold.affine import Meaning
 from bnfold.gate.accuracy import judge_accuracy, look
 from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
@@ -46,6 +47,7 @@ from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
+from bnfold.graph.program import meanings
 from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, SiteResult, Verdict
 from bnfold.runtime.runner import UserRunner
@@ -68,6 +70,8 @@ class Gate:
     path: Path | None = None
     #: What the file calls the folded program's values.
     file_names: Mapping[str, str] = field(default_factory=dict)
+    #: What the folded program's values stand for; None: as that says itself.
+    meanings: Mapping[str, Meaning | None] | None = None
     device: Device | str = "cpu"
     samples: int = MIN_SAMPLES
     seed: int = 0
@@ -96,6 +100,11 @@ class Gate:
         """
         with _threads_that_pay(self.captured):
             return self._judge()
+
+    def _meanings(self) -> Mapping[str, Meaning | None]:
+        if self.meanings is None:
+            return {} if self.folded is None else meanings(self.folded)
+        return self.meanings
 
     def look(self, facts: Facts) -> Part:
         """What the data show of the file, where the gate of all the data knows the rest.
@@ -131,7 +140,7 @@ class Gate:
         candidates = self._candidates()
         outputs, engines, placed = self._judge_each(candidates)
         self.progress("check", len(candidates), len(candidates) + 1)
-        sites = judge_sites(self._references, self.ledger, self.folded, candidates, self.site_limit)
+        sites = judge_sites(self._references, self.ledger, self._meanings(), candidates, self.site_limit)
         accuracy = None
         if self.data and candidates:
             accuracy = judge_accuracy(

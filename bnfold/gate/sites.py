@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
 from bnfold.gate.candidates import Candidate, OnnxCandidate, TorchCandidate
@@ -20,14 +19,13 @@ from bnfold.gate.judge import epsilon, site_ratios
 from bnfold.gate.reference import KERNELS, ROUNDINGS, References, first_line, watched_batch
 from bnfold.gate.samples import Batch
 from bnfold.graph.interpret import Runner, coarsest_epsilon
-from bnfold.graph.program import meanings
 from bnfold.report import Ledger, SiteResult
 
 
 def judge_sites(
     references: References,
     ledger: Ledger,
-    folded: ExportedProgram | None,
+    meanings: Mapping[str, Meaning | None],
     candidates: Sequence[Candidate],
     limit: float,
 ) -> list[SiteResult]:
@@ -43,7 +41,7 @@ def judge_sites(
     noise = Noise.of(references, batch, set(sites.values()))
     if noise is None:  # no float64 truth: said already, and inconclusive
         return []
-    judge = _SiteJudge(references, sites, meanings(folded) if folded is not None else {}, modules, batch, noise, limit)
+    judge = _SiteJudge(references, sites, meanings, modules, batch, noise, limit)
     results: list[SiteResult] = []
     for candidate in candidates:
         if candidate.deployed:
