@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from bnfold import store
-from bnfold.errors import LowerError, UsageError
+from bnfold.errors import BnfoldError, InputError, LowerError, ResourceError, UsageError
 from bnfold.gate.data import load_data
 from bnfold.gate.file_gate import FileGate
 from bnfold.graph.onnx_graph import OnnxGraph
@@ -58,14 +58,31 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
     ledger = Ledger()
     before = len(model.graph.node)
     if options.fold:
-        graph = OnnxGraph(model, source.path.parent)
-        ledger = graph.with_unseen(fold_graph(graph))
-        if options.equalize:
-            ledger = equalize_graph(graph, ledger)
-        model = graph.finish()
+        model, ledger = _folded(model, source.path, options)
     if not options.allow_nonfinite:
         refuse_nonfinite(ledger)
     return FoldedFile(model, ledger, (before, len(model.graph.node)))
+
+
+def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[onnx.ModelProto, Ledger]:
+    """The model with what folds folded, and where every affine went."""
+    try:
+        graph = OnnxGraph(model, path.parent)
+        ledger = graph.with_unseen(fold_graph(graph))
+        if options.equalize:
+            ledger = equalize_graph(graph, ledger)
+        return graph.finish(), ledger
+    except BnfoldError as error:
+        error.where = error.where or str(path)
+        raise
+    except MemoryError as error:
+        raise ResourceError("the memory does not suffice to fold it", where=str(path)) from error
+    except Exception as error:  # a file may contradict itself in any way, and onnx's inference misses some
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"its operators, attributes and shapes do not fit one another: {text}", where=str(path),
+            hint="onnx.checker.check_model(path, full_check=True) may say more; if it runs, please report it",
+        ) from error  # fmt: skip
 
 
 def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> ExportReport:

@@ -25,6 +25,7 @@ from bnfold.aten.deciding import Deciding
 from bnfold.errors import BnfoldError, InputError, ResourceError
 from bnfold.evaluate.attributes import Attributes
 from bnfold.evaluate.deciding import deciding
+from bnfold.evaluate.limits import MAX_ELEMENTS, asked
 from bnfold.evaluate.nodes import OPERATORS, raised, tensor
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
 from bnfold.runtime.model_file import read_model
@@ -189,7 +190,7 @@ def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
     kind = value.type.tensor_type
     dims = kind.shape.dim
     shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims)
-    known = kind.elem_type and kind.elem_type != onnx.TensorProto.STRING
+    known = kind.elem_type in onnx.TensorProto.DataType.values()[1:] and kind.elem_type != onnx.TensorProto.STRING
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type) if known else np.dtype(object)
     return ValueInfo(value.name, dtype, shape)
 
@@ -223,6 +224,12 @@ class _Evaluator(ReferenceEvaluator):
                 raise
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise MissingOperatorError(operator, node.name or next(iter(node.output), ""), self._where) from error
+        except BnfoldError:
+            raise
+        except Exception as error:  # its attributes are of other kinds than the operator's
+            label = f"{node.op_type} '{node.name or next(iter(node.output), '')}'"
+            text = f"{label} cannot be read: {' '.join(str(error).split())[:200]}"
+            raise InputError(text, where=self._where) from error
 
     def run(  # type: ignore[override]
         self, output_names: Any, feed_inputs: Mapping[str, Any], attributes: Any = None, *, watch: _Watch | None = None,
@@ -265,6 +272,8 @@ class _Evaluator(ReferenceEvaluator):
             read = [_stored(values[name]) for name in node.input]
             if node.op_type not in _PICKING:
                 read = [raised(x) for x in read]
+            if not node.domain and asked(node.op_type, read) > MAX_ELEMENTS:
+                raise MemoryError
             results: Sequence[Any] = [raised(x) for x in node.run(*read, **more)]  # type: ignore[no-untyped-call]
         except BnfoldError:
             raise

@@ -7,6 +7,7 @@ bodies and all other nodes and initializers stay what they are.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import getitem
@@ -33,6 +34,8 @@ from bnfold.semantics.build import OPAQUE
 
 #: Constants of more elements are not computed: a file can ask for any number of them.
 MAX_ELEMENTS = 1 << 27
+#: A value of more elements is taken for one of unknown size: no machine holds it.
+MAX_SIZE = 1 << 48
 #: Operators of floats whose results are integers, and let gauges pass or do not ask for them.
 _ON_FLOATS = {"Shape", "Size", "MaxPool"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -162,7 +165,8 @@ class OnnxGraph(Graph):
         self._names[node] = name
         kind = known.types.get(name)
         dtype, shape = None if kind is None else _DTYPES.get(kind), known.shapes.get(name)
-        node.meta["val"] = None if dtype is None or shape is None else torch.empty(shape, dtype=dtype, device="meta")
+        known_size = dtype is not None and shape is not None and 0 <= math.prod(shape) < MAX_SIZE
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta") if known_size else None  # type: ignore[arg-type]
 
     def _known(self) -> Known:
         if self._way not in self._ways:
@@ -192,9 +196,15 @@ class OnnxGraph(Graph):
     def semantics(self, value: Node) -> Semantics:
         """What the operator of a value does, by the table of ONNX."""
         call = OnnxCall(self, value)
-        unknown = [n for _, n in call.slots() if n.meta.get("val") is None]
-        counts = self.is_float(value) or call.operator in _ON_FLOATS
-        return semantics(call) if counts and (not unknown or call.operator in _ON_FLOATS) else OPAQUE
+        counts = self.is_float(value) or (call.operator in _ON_FLOATS and value.meta.get("val") is not None)
+        if not counts or any(n.meta.get("val") is None for _, n in call.slots() if call.operator not in _ON_FLOATS):
+            return OPAQUE
+        try:
+            return semantics(call)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Rows take operands and attributes for what the operator's page says; a file may hold anything.
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"{call.operator} '{self.module(value)}' does not fit its operands: {text}") from error
 
     def maker(self, value: Any) -> OnnxCall | None:
         """The application that makes a value; None of an input."""

@@ -15,7 +15,7 @@ import onnx
 
 from bnfold.errors import BnfoldError, InputError
 from bnfold.evaluate.evaluator import File64, Weight, node_evaluator
-from bnfold.evaluate.nodes import MAX_ELEMENTS
+from bnfold.evaluate.limits import MAX_ELEMENTS
 from bnfold.evaluate.subject import Array
 
 #: Batches, and sizes of other dynamic axes: multiples of nothing first, then what strides of 32 can take.
@@ -184,6 +184,8 @@ def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.Mode
     for value in light.graph.input:
         if value.name in weights:
             continue
+        if value.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values()[1:]:
+            return {}
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if np.prod(shape, dtype=np.float64) > 1 << 27:

@@ -1,0 +1,55 @@
+"""How many elements a node's operands ask for: a file can ask for any number of them, in a few bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+#: What a single result may take: a quarter of this machine's memory, in float64.
+MAX_ELEMENTS = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 32
+
+
+def asked(operator: str, given: Sequence[Any]) -> float:
+    """The elements of the first result, where operands say how many; of others at least as many as broadcasting makes.
+
+    Args:
+        operator: a standard operator's type.
+        given: its operands, None where there is none.
+    """
+    arrays = [x for x in given if isinstance(x, np.ndarray)]
+    if not arrays:
+        return 0.0
+    first, last = arrays[0], arrays[-1]
+    if operator in ("ConstantOfShape", "RandomNormal", "RandomUniform"):
+        return _product(first)
+    if operator == "Expand":
+        return max(first.size, 1) * _product(last)
+    if operator == "Tile":
+        return first.size * _product(last)
+    if operator in ("Resize", "Upsample"):
+        return max(_product(last), first.size * _product(last) if last.dtype.kind == "f" else 0.0)
+    if operator == "Pad" and len(arrays) > 1 and arrays[1].size == 2 * first.ndim:
+        return _product(np.array(first.shape) + np.maximum(arrays[1].reshape(2, -1), 0).sum(0))
+    if operator == "Range" and len(arrays) == 3:
+        start, stop, step = (float(x.reshape(-1)[0]) for x in arrays)
+        return abs((stop - start) / step) if step else math.inf
+    if operator == "OneHot":
+        return first.size * _product(arrays[1])
+    if operator == "CenterCropPad" or operator.endswith("Window"):
+        return _product(last)
+    if operator == "MatMul" and min(x.ndim for x in arrays) > 1:
+        return float(first.size // max(first.shape[-1], 1)) * last.shape[-1]
+    if operator in ("Gather", "GatherND"):
+        return 0.0 if operator != "Gather" else float(last.size) * first.size / max(max(first.shape, default=1), 1)
+    try:
+        return float(math.prod(np.broadcast_shapes(*(x.shape for x in arrays))))
+    except ValueError:  # no operator that broadcasts
+        return 0.0
+
+
+def _product(sizes: Any) -> float:
+    return float(np.prod(np.abs(np.asarray(sizes, np.float64))))
