@@ -203,7 +203,13 @@ class _Evaluator(ReferenceEvaluator):
 
     def __init__(self, proto: Any, *, new_ops: Any = None, where: str = "", **options: Any) -> None:
         self._where = where
-        super().__init__(proto, new_ops=new_ops or OPERATORS, **options)
+        try:
+            super().__init__(proto, new_ops=new_ops or OPERATORS, **options)
+        except BnfoldError:
+            raise
+        except Exception as error:  # attributes of other names and kinds than the operators'
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"an operator's attributes cannot be read: {text}", where=where) from error
         reads = [(*node.input, *outer_names(node)) for node in self.nodes_]
         last = {name: i for i, names in enumerate(reads) for name in names}
         outputs = set(self.output_names)
@@ -224,12 +230,6 @@ class _Evaluator(ReferenceEvaluator):
                 raise
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise MissingOperatorError(operator, node.name or next(iter(node.output), ""), self._where) from error
-        except BnfoldError:
-            raise
-        except Exception as error:  # its attributes are of other kinds than the operator's
-            label = f"{node.op_type} '{node.name or next(iter(node.output), '')}'"
-            text = f"{label} cannot be read: {' '.join(str(error).split())[:200]}"
-            raise InputError(text, where=self._where) from error
 
     def run(  # type: ignore[override]
         self, output_names: Any, feed_inputs: Mapping[str, Any], attributes: Any = None, *, watch: _Watch | None = None,

@@ -42,7 +42,7 @@ def asked(operator: str, given: Sequence[Any]) -> float:
     if operator == "CenterCropPad" or operator.endswith("Window"):
         return _product(last)
     if operator == "MatMul" and min(x.ndim for x in arrays) > 1:
-        return float(first.size // max(first.shape[-1], 1)) * last.shape[-1]
+        return float(first.size // max(first.shape[-1], 1) * last.shape[-1])
     if operator in ("Gather", "GatherND"):
         return 0.0 if operator != "Gather" else float(last.size) * first.size / max(max(first.shape, default=1), 1)
     try:

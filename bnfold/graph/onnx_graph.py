@@ -100,11 +100,8 @@ class OnnxGraph(Graph):
     """A file under edit.
 
     Args:
-        model: the file's content without its external data; changed by ``finish`` alone.
+        model: the file's content without its external data, as ``read_onnx`` lets through; changed by ``finish`` alone.
         beside: the folder of its external data.
-
-    Raises:
-        InputError: a node reads what nothing before it computes.
     """
 
     def __init__(self, model: onnx.ModelProto, beside: Path | None) -> None:
@@ -142,9 +139,6 @@ class OnnxGraph(Graph):
             operator = Operator(proto, self.opsets)
             reads = [*proto.input, *(n for n in operator.outer if n in values)]
             operator.outer = reads[len(proto.input) :]
-            if missing := [name for name in reads if name and name not in values]:
-                label = f"{proto.op_type} '{proto.name or next(iter(proto.output), '')}'"
-                raise InputError(f"{label} reads '{missing[0]}', which nothing before it computes")
             node = self.graph.call_function(operator, tuple(values[n] if n else None for n in reads))
             if len(proto.output) == 1:
                 self._note(node, proto.output[0], known)
@@ -155,8 +149,6 @@ class OnnxGraph(Graph):
                 if name:
                     values[name] = item = self.graph.call_function(getitem, (node, i))
                     self._note(item, name, known)
-        if missing := [v.name for v in graph.output if v.name not in values]:
-            raise InputError(f"nothing computes its output '{missing[0]}'")
         self.graph.output(tuple(values[v.name] for v in graph.output))
         self._read_before = {name for node, name in self._targets.items() if node.users}
         self._unread = {node for node in self.graph.nodes if not node.users}
@@ -336,7 +328,7 @@ class OnnxGraph(Graph):
         return f"{self.module(call.value)}.{slot.replace('.', '_')}"
 
     def new_constant(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
-        """A constant, float64 until ``finish`` rounds it; it gets the name ``origin`` or one like it."""
+        """A constant, float64 until ``finish`` rounds it into an initializer named ``origin`` or like it."""
         self.added += 1
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(f"folded{self.added}")

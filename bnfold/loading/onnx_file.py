@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,41 @@ def read_onnx(path: Path) -> OnnxFile:
             raise InputError(f"initializer '{tensor.name}' {problem}", where=where, hint=_AGAIN)
     if name := next(_recursive(model), None):
         raise InputError(f"its function '{name}' calls itself", where=where)
+    if problem := next(_miswired(model.graph, set()), None):
+        raise InputError(problem, where=where)
+    for function in model.functions:
+        if problem := next(_miswired(function, set(function.input)), None):
+            raise InputError(f"in its function '{function.name}' {problem}", where=where)
     return file
+
+
+def _miswired(graph: onnx.GraphProto | onnx.FunctionProto, around: Collection[str]) -> Iterator[str]:
+    """What reads a value that nothing computes, or nothing before it, and what is computed twice.
+
+    onnx's inference, in C++, takes for granted that there is no such thing.
+    """
+    own, outputs = set[str](), list(graph.output)
+    if isinstance(graph, onnx.GraphProto):
+        own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        own |= {tensor.values.name for tensor in graph.sparse_initializer}
+        outputs = [value.name for value in graph.output]
+    seen = {*around, *own, ""}
+    for node in graph.node:
+        label = f"{node.op_type} '{node.name or next(iter(node.output), '')}'"
+        if missing := [name for name in node.input if name not in seen]:
+            yield f"{label} reads '{missing[0]}', which nothing before it computes"
+        for attribute in node.attribute:
+            if attribute.name == "num_outputs" and attribute.i != len(node.output):
+                yield f"{label} makes {attribute.i} outputs and names {len(node.output)}"
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _miswired(body, seen)
+        for name in filter(None, node.output):
+            if name in own:
+                yield f"{label} computes '{name}', which is there already"
+            own.add(name)
+        seen.update(node.output)
+    if missing := [name for name in outputs if name not in seen]:
+        yield f"nothing computes its output '{missing[0]}'"
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
