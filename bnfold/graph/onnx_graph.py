@@ -26,7 +26,7 @@ from bnfold.graph.call import Call
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
-from bnfold.graph.onnx_shapes import Known, inferred
+from bnfold.graph.onnx_shapes import Evaluator, Known, inferred
 from bnfold.onnx_ops import semantics
 from bnfold.report import Entry, Ledger, Refusal
 from bnfold.semantics import Semantics, Shape
@@ -118,7 +118,7 @@ class OnnxGraph(Graph):
         self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
         self._weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
-        self._way, self._ways = 0, dict[int, Known]()
+        self._way, self._ways, self._runs = 0, dict[int, Known](), dict[str, Evaluator]()
         self._build()
         self.refresh()
 
@@ -162,7 +162,7 @@ class OnnxGraph(Graph):
 
     def _known(self) -> Known:
         if self._way not in self._ways:
-            self._ways[self._way] = inferred(self.model, self._weights, self._way)
+            self._ways[self._way] = inferred(self.model, self._weights, self._way, self._runs)
         return self._ways[self._way]
 
     # -- reading ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ reshapes) is known then too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from bnfold.evaluate.evaluator import File64, Weight, node_evaluator
 from bnfold.evaluate.limits import MAX_ELEMENTS
 from bnfold.evaluate.subject import Array
 
+#: What computes a node: values by name -> one result per output.
+Evaluator = Callable[[Mapping[str, Array]], list[Any]]
 #: Batches, and sizes of other dynamic axes: multiples of nothing first, then what strides of 32 can take.
 _BATCHES = (2, 3, 5)
 _SIZES = ((37, 41, 53), (96, 160, 128), (224, 256, 288), (1, 2, 3))
@@ -68,8 +70,8 @@ class Known:
     values: dict[str, Array] = field(default_factory=dict)
 
 
-def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int) -> Known:
-    """What is known at one way of sizes, 0 to 2.
+def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int, runs: dict[str, Evaluator]) -> Known:
+    """What is known at one way of sizes, 0 to 2; ``runs`` keeps what computes sizes for the next one.
 
     Raises:
         InputError: onnx finds the file inconsistent at every size.
@@ -83,10 +85,10 @@ def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int) ->
         except Exception as caught:  # of onnx's own, which it does not export
             error = error or caught
             continue
-        return _filled(_read(found), model, weights, light)
+        return _filled(_read(found), model, weights, light, runs)
     try:
         light = _light(model, weights, _BATCHES[way], _SIZES[0][way])
-        return _filled(_read(onnx.shape_inference.infer_shapes(light)), model, weights, light)
+        return _filled(_read(onnx.shape_inference.infer_shapes(light)), model, weights, light, runs)
     except Exception as caught:
         raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error or caught).split())[:200]}") from caught
 
@@ -149,7 +151,10 @@ def _read(model: onnx.ModelProto) -> Known:
     return known
 
 
-def _filled(known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto) -> Known:
+def _filled(
+    known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto,
+    runs: dict[str, Evaluator],
+) -> Known:  # fmt: skip
     """With what a run shows, and the values that follow from shapes."""
     missing = [n for node in model.graph.node for n in node.output if n and n not in known.shapes]
     if missing:
@@ -167,7 +172,10 @@ def _filled(known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight],
             sized = any(name in known.values for name in node.input)
             small = all(np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL for name in node.output)
             if (sized or node.op_type == "Constant") and small and all(x is not None for x in given.values()):
-                known.values |= dict(zip(node.output, node_evaluator(node, opsets)(given)))  # type: ignore[arg-type]
+                run = runs.get(node.output[0])
+                if run is None:
+                    run = runs[node.output[0]] = node_evaluator(node, opsets)
+                known.values |= dict(zip(node.output, run(given)))  # type: ignore[arg-type]
     return known
 
 

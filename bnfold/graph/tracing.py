@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export._unlift import _check_input_constraints_pre_hook
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -73,6 +72,9 @@ def trace(module: nn.Module, say: Say, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _called(module: nn.Module) -> nn.Module:
     """The module as torch.export must be given it: the graph of a GraphModule it runs without the module's hooks."""
+    # torch._dynamo comes with it, which takes half a second to import, and a file needs none of it.
+    from torch.export._unlift import _check_input_constraints_pre_hook
+
     hooks = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {_check_input_constraints_pre_hook}
     if not isinstance(module, GraphModule) or not hooks:
         return module
