@@ -1,9 +1,10 @@
-"""ONNX files that others made: what bnfold folds of them and proves, beside ONNX Runtime's basic level and onnxsim.
+"""ONNX files that others made: what bnfold folds of them and proves, beside four tools that work on such files.
 
-    python scripts/foreign_files.py net.onnx folder-of-files ... [--no-check]
+    python scripts/foreign_files.py net.onnx folder-of-files ... --json found.jsonl [--no-check]
 
-A row per file: BatchNormalizations and per-channel multiplications and additions before, after bnfold, after ONNX
-Runtime's basic level, after onnxsim and onnxoptimizer or onnxslim where they are installed; the verdict; seconds.
+A row per file: BatchNormalizations and other per-channel multiplications and additions that are there, and that each
+tool leaves; seconds of one core that it took, its import apart; what the gate says. Files that are in the JSON are not
+tried again, and the table is made of all of them. onnxslim and onnxoptimizer have to be installed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import contextlib
 import importlib
 import io
-import sys
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,23 +30,22 @@ from bnfold.semantics import Refused, Scaling
 
 
 def files(paths: list[Path]) -> Iterator[Path]:
-    """The ONNX files among paths and in folders."""
-    for path in paths:
-        yield from sorted(path.rglob("*.onnx")) if path.is_dir() else [path]
+    """The ONNX files among paths and in folders, small ones first."""
+    found = [each for path in paths for each in (path.rglob("*.onnx") if path.is_dir() else [path])]
+    yield from sorted(found, key=lambda path: (path.stat().st_size, path))
 
 
-def affines(path: Path) -> str:
+def affines(path: Path) -> tuple[int, int]:
     """BatchNormalizations of a file, and its other per-channel affines."""
     source = read_onnx(path)
     graph = OnnxGraph(source.loaded(), path.parent)
-    rewriter, norms, others = Rewriter(graph), 0, 0
+    rewriter, others = Rewriter(graph), 0
     for value in graph.values():
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(bnfold.BnfoldError):
             found = rewriter.at(value)
-            norm = graph.call(value).operator == "BatchNormalization" and not isinstance(found, Refused)
-            norms += norm
+            norm = graph.call(value).operator == "BatchNormalization" or isinstance(found, Refused)
             others += isinstance(found, Scaling) and not norm and len(found.affine.varies()) == 1
-    return f"{norms} + {others}"
+    return sum(node.op_type == "BatchNormalization" for node in source.model.graph.node), others
 
 
 def ours(path: Path, out: Path) -> None:
@@ -59,6 +59,7 @@ def runtime(path: Path, out: Path) -> None:
 
     onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(out)
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -75,57 +76,99 @@ def onnxslim(path: Path, out: Path) -> None:
     onnx.save(importlib.import_module("onnxslim").slim(onnx.load(path)), out)
 
 
-TOOLS: dict[str, Callable[[Path, Path], None]] = {"bnfold": ours, "ONNX Runtime": runtime, "onnxsim": onnxsim}
-if importlib.util.find_spec("onnxslim"):
-    TOOLS["onnxslim"] = onnxslim
+def onnxoptimizer(path: Path, out: Path) -> None:
+    """onnxoptimizer with its defaults, and its fusing of BatchNormalizations."""
+    tool = importlib.import_module("onnxoptimizer")
+    onnx.save(tool.optimize(onnx.load(path), tool.get_fuse_and_elimination_passes()), out)
 
 
-def tried(tool: Callable[[Path, Path], None], path: Path, folder: Path) -> str:
+TOOLS: dict[str, Callable[[Path, Path], None]] = {
+    "bnfold": ours, "ONNX Runtime": runtime, "onnxsim": onnxsim, "onnxslim": onnxslim, "onnxoptimizer": onnxoptimizer,
+}  # fmt: skip
+
+
+def tried(tool: Callable[[Path, Path], None], path: Path, folder: Path) -> dict[str, Any]:
     """What a tool leaves, and its seconds; the name of its failure otherwise."""
-    out, start = folder / "out.onnx", time.perf_counter()
+    out = folder / f"{tool.__name__}.onnx"
+    out.unlink(missing_ok=True)
+    start = time.process_time()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             tool(path, out)
-        spent = time.perf_counter() - start
-        return f"{affines(out)} ({spent:.1f} s)"
+        spent = time.process_time() - start
+        return {"left": affines(out), "seconds": round(spent, 2)}
     except bnfold.BnfoldError as error:
-        return f"refused: {error.what[:60]}"
+        return {"refused": error.what[:100]}
     except Exception as error:
-        return f"fails: {type(error).__name__}"
+        return {"fails": type(error).__name__}
 
 
-def row(path: Path, folder: Path, *, check: bool) -> list[str]:
-    """One line of the table."""
+def row(path: Path, folder: Path, *, check: bool) -> dict[str, Any]:
+    """What is found of one file."""
+    found: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
     try:
-        before = affines(path)
+        found["before"] = affines(path)
     except bnfold.BnfoldError as error:
-        return [path.name, f"refused: {error.what[:80]}", *[""] * len(TOOLS), ""]
-    cells = [path.name, before, *(tried(tool, path, folder) for tool in TOOLS.values())]
-    verdict, start = "not checked", time.perf_counter()
+        return {**found, "refused": error.what[:100]}
+    found |= {name: tried(tool, path, folder) for name, tool in TOOLS.items()}
     if check:
+        start = time.process_time()
         try:
             report: Any = bnfold.export(path, folder / "checked.onnx", device="cpu")
-            ratio = report.check.ratio
-            verdict = f"{report.check.verdict}, {ratio:.2g} ({time.perf_counter() - start:.1f} s)"
-            if not report.passed:
-                verdict += f": {report.check.problems[0][:160]}"
+            verdict, why = report.check.verdict, (report.check.problems or ("",))[0]
         except bnfold.BnfoldError as error:
-            verdict = f"refused: {error}"[:200]
-    return [*cells, verdict]
+            verdict, why = "refused", error.what
+        found["check"] = {"verdict": verdict, "why": why[:200], "seconds": round(time.process_time() - start, 1)}
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows, and below them how many affines are left of all files that every tool takes."""
+    lines = [f"| file | before | {' | '.join(TOOLS)} | gate |", "|" + " --- |" * (len(TOOLS) + 3)]
+    for each in sorted(rows, key=lambda found: found["file"].lower()):
+        if "refused" in each:
+            lines.append(f"| {each['file']} | refused: {each['refused']} |{' |' * (len(TOOLS) + 1)}")
+            continue
+        least = min(sum(each[t]["left"]) for t in TOOLS if "left" in each[t])
+        cells = [_cell(each[tool], least) for tool in TOOLS]
+        gate = each.get("check", {})
+        seconds = f" ({gate['seconds']} s)" if gate else ""
+        lines.append(
+            f"| {each['file']} | {_count(each['before'])} | {' | '.join(cells)} | {gate.get('verdict', '')}{seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def _count(counts: list[int]) -> str:
+    return " + ".join(map(str, counts))
+
+
+def _cell(found: dict[str, Any], least: int) -> str:
+    if "left" not in found:
+        return f"refused: {found['refused']}" if "refused" in found else f"fails ({found['fails']})"
+    counts = _count(found["left"])
+    return f"{f'**{counts}**' if sum(found['left']) == least else counts} ({found['seconds']} s)"
 
 
 def main() -> None:
-    """Prints the table."""
+    """Tries what was not tried yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("paths", nargs="*", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--no-check", action="store_true")
     given = parser.parse_args()
-    heads = ["file", "before", *TOOLS, "check"]
-    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    rows = [json.loads(line) for line in given.json.read_text().splitlines()] if given.json.exists() else []
+    for tool in TOOLS.values():  # imports, apart
+        if tool is not ours and tool is not runtime:
+            importlib.import_module(tool.__name__)
     with tempfile.TemporaryDirectory() as folder:
         for path in files(given.paths):
-            print(f"| {' | '.join(row(path, Path(folder), check=not given.no_check))} |", flush=True)
-            sys.stdout.flush()
+            if path.name in {found["file"] for found in rows}:
+                continue
+            rows.append(row(path, Path(folder), check=not given.no_check))
+            with given.json.open("a") as out:
+                out.write(json.dumps(rows[-1]) + "\n")
+    print(table(json.loads(json.dumps(rows))))
 
 
 if __name__ == "__main__":

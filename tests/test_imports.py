@@ -40,7 +40,7 @@ ALLOWED: dict[str, str] = {
     "onnx_flow": "data equalize errors file_gate folding lower onnx_file onnx_graph options report stages store",
     "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
-    "onnx_shapes": "errors evaluator nodes subject",
+    "onnx_shapes": "errors evaluator limits subject",
     "onnx_ops": "affine onnx_call semantics",
     "file_gate": "decisions errors evaluator judge reference report runtime subject",
     "onnx_file": "errors model_file",
@@ -124,7 +124,8 @@ ALLOWED: dict[str, str] = {
     "draw": "",
     "store": "errors files",
     # ONNX files in float64
-    "evaluator": "aten attributes deciding errors model_file nodes subject",
+    "evaluator": "aten attributes deciding errors limits model_file nodes subject",
+    "limits": "",
     "nodes": "attributes operators subject",
     "operators": "attributes recurrent resize windows",
     "windows": "attributes",
