@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import zoo
@@ -69,8 +71,36 @@ class Rounding(Net):
         return self.tail(x.float())
 
 
-def test_autocast_that_rounds_stays_and_is_told():
-    folded = bnfold.fold(zoo.randomize(Rounding()).eval(), (IMAGE,))
-    assert folded.ledger.count() == (1, 1)
-    assert any("2 BatchNorms stay unseen" in note for note in folded.captured.notes)
+def test_autocast_that_rounds_stays_and_is_folded_in(tmp_path):
+    module = zoo.randomize(Rounding()).eval()
+    folded = bnfold.fold(module, (IMAGE,))
+    assert folded.ledger.count() == (3, 3) and not folded.captured.notes
     assert any("wrap_with_autocast" in str(node.target) for node in folded.program.graph.nodes)
+    assert bnfold.export(module, tmp_path / "net.onnx", (IMAGE,), device="cpu").passed
+
+
+class Branches(Net):
+    """Every branch has a convolution and a BatchNorm; they share one weight, and one BatchNorm has nothing beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.alone = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cond(x.mean() > 0, self.body, lambda x: self.alone(torch.tanh(self.other(self.body[0](x)))), (x,))
+        return self.tail(x)
+
+
+def test_branches_are_folded_into(tmp_path):
+    module = zoo.randomize(Branches()).eval()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    report = bnfold.export(module, tmp_path / "net.onnx", (IMAGE,), device="cpu")
+    assert report.passed and report.ledger.count() == (4, 5) and report.file.batch_norms == 1
+    (left,) = report.ledger.left
+    assert left.module == "alone" and {r.reason for r in left.refusals} == {"nonlinear", "region"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    folded = bnfold.fold(module, (IMAGE,)).program.module()
+    module = copy.deepcopy(module).double()
+    for x in (IMAGE + 1, IMAGE - 1):
+        truth = module(x.double()).detach()
+        assert float((folded(x).detach() - truth).abs().max()) < 1e-5 * float(truth.abs().max())

@@ -191,8 +191,8 @@ def _captured(
         notes += [f"sizes that it takes: {words}"] if (words := sizes.words(dims)) else []
     if hidden := hidden_batch_norms(functional.graph_module):
         notes.append(
-            f"{hidden} BatchNorms stay unseen in regions of their own (autocast that is on, torch.cond): take them out "
-            "of the region to have them folded"
+            f"{hidden} BatchNorms stay unseen in regions of their own (a loop): take them out of the region to have "
+            "them folded"
         )
     return Captured(
         functional, eager, spec, tuple(flat), tuple(user), dims, masters, tuple(notes), in_place, sizes

@@ -206,4 +206,5 @@ def module_of(node: fx.Node) -> str:
     """The qualified name of the module whose forward made the node, ``""`` for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    return str(path).removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
+    path = str(path).removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
+    return path.removeprefix("_export_root").removeprefix(".")  # in the graph of a region

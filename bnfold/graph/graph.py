@@ -60,7 +60,7 @@ class Graph:
         for node in self.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
             self.graph.erase_node(node)  # of a dtype and a device that the tensor has in the graph anyhow
         self.graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
-        self._masters = dict(masters or {})
+        self.masters = dict(masters or {})
         self._pending: dict[Node, Tensor] = {}
         self._origin: dict[Node, str] = {}
         self._constants: dict[Node, Tensor | None] = {}
@@ -76,6 +76,8 @@ class Graph:
         #: What each edited value stands for; None for one that stands for no captured value.
         self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
+        #: Graphs of regions that take the place of the program's, by the names that refer to them.
+        self.bodies: dict[str, fx.GraphModule] = {}
         #: How many operators edits have dropped.
         self.dropped = 0
         self.refresh()
@@ -159,7 +161,7 @@ class Graph:
         if node in self._pending:
             return self._pending[node]
         target = self._targets[node]
-        value: Tensor = self._masters.get(target, constant_of(self.program, target))
+        value: Tensor = self.masters.get(target, constant_of(self.program, target))
         return value.detach().to(torch.float64) if value.is_floating_point() else value
 
     def dtype(self, value: Node) -> torch.dtype:
@@ -424,6 +426,7 @@ class Graph:
             specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         keep = [specs[node.name] for node in self.graph.nodes if node.op == "placeholder"]
         try:
-            return rebuild(old, self.graph, ExportGraphSignature(keep, output_specs(old, self.graph)), state, constants)
+            signature = ExportGraphSignature(keep, output_specs(old, self.graph))
+            return rebuild(old, self.graph, signature, state, constants, bodies=self.bodies)
         except Exception as error:
             raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error

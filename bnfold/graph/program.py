@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram, ModuleCallEntry
-from torch.export.graph_signature import ExportGraphSignature, OutputKind, OutputSpec, TensorArgument
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    SymIntArgument,
+    TensorArgument,
+)
 from torch.utils import _pytree as pytree
 
 from bnfold.affine import Meaning
@@ -48,10 +56,16 @@ def rebuild(
     state: dict[str, Any],
     constants: dict[str, Any],
     module_call_graph: list[ModuleCallEntry] | None = None,
+    bodies: Mapping[str, fx.GraphModule] | None = None,
 ) -> ExportedProgram:
-    """An ExportedProgram like ``old`` around another graph. Its constructor validates."""
+    """An ExportedProgram like ``old`` around another graph. Its constructor validates.
+
+    ``bodies`` take the place of the graphs of regions, by the names under which the graph refers to them.
+    """
+    named = {str(node.target) for node in graph.find_nodes(op="get_attr")} if bodies else ()
+    root = {name: (bodies or {}).get(name) or getattr(old.graph_module, name) for name in named}
     new = ExportedProgram(
-        root=old.graph_module,
+        root=root or old.graph_module,
         graph=graph,
         graph_signature=signature,
         state_dict=state,
@@ -89,3 +103,34 @@ def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedPro
         dict(program.constants),
         [replace(top, signature=flat), *rest],
     )
+
+
+def of_body(old: ExportedProgram, body: fx.GraphModule, stored: Mapping[str, str]) -> ExportedProgram | None:
+    """The graph of a region of ``old`` as a program of its own; None where it takes or returns anything but tensors.
+
+    Args:
+        old: the program.
+        body: the graph of the region.
+        stored: names of its placeholders that hold a parameter or buffer of ``old``, and the name of that.
+    """
+    graph = copy_graph(body.graph)
+    known = {spec.target: spec for spec in old.graph_signature.input_specs}
+    specs = []
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node.name in stored:
+            specs.append(replace(known[stored[node.name]], arg=TensorArgument(node.name)))
+        elif isinstance(value, Tensor):
+            specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+        elif hasattr(value, "node"):
+            specs.append(InputSpec(InputKind.USER_INPUT, SymIntArgument(node.name), None))
+        else:
+            return None
+    (returned,) = graph.output_node().args
+    if not isinstance(returned, (tuple, list)) or not all(isinstance(node, fx.Node) for node in returned):
+        return None
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in returned]  # type: ignore
+    state = {name: old.state_dict[name] for name in stored.values() if name in old.state_dict}
+    constants = {name: old.constants[name] for name in stored.values() if name in old.constants}
+    inner = {str(node.target): getattr(body, str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    return rebuild(old, graph, ExportGraphSignature(specs, outputs), state, constants, bodies=inner)

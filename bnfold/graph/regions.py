@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+#: Operators of regions by name: which argument is the graph; those behind it are its operands.
+_BODY = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+
 
 def inline_regions(graph: fx.Graph, owner: fx.GraphModule) -> None:
     """Puts the operators of regions that change no value into ``graph``, itself; ``owner`` holds their graphs."""
@@ -30,18 +33,35 @@ def inline_regions(graph: fx.Graph, owner: fx.GraphModule) -> None:
             graph.erase_node(reference)
 
 
-def hidden_batch_norms(program_module: fx.GraphModule) -> int:
-    """How many BatchNorms stand in regions that are left, where no pass sees them."""
-    bodies = {node.target for node in program_module.graph.nodes if node.op == "get_attr"}
-    inner = [module for name, module in program_module.named_modules() if name.split(".")[0] in bodies]
-    nodes = (node for module in inner if isinstance(module, fx.GraphModule) for node in module.graph.nodes)
-    return sum("batch_norm" in str(node.target) for node in nodes if node.op == "call_function")
+def bodies(node: fx.Node) -> list[tuple[fx.Node, list[Any]]]:
+    """The graphs that an operator runs on its operands, as what refers to them; none of an operator of another kind."""
+    name = getattr(node.target, "__name__", "")
+    if name == "cond":
+        return [(reference, list(node.args[3])) for reference in node.args[1:3]]  # type: ignore[arg-type, misc]
+    at = _BODY.get(name)
+    return [] if at is None else [(node.args[at], list(node.args[at + 1 :]))]  # type: ignore[list-item]
+
+
+def hidden_batch_norms(owner: fx.GraphModule) -> int:
+    """How many BatchNorms stand in regions whose graphs no pass looks into."""
+    found = 0
+    for node in owner.graph.nodes:
+        if node.op == "get_attr" and isinstance(body := getattr(owner, str(node.target), None), fx.GraphModule):
+            seen = any(node in [reference for reference, _ in bodies(user)] for user in node.users)
+            found += hidden_batch_norms(body) if seen else batch_norms(body)
+    return found
+
+
+def batch_norms(body: fx.GraphModule) -> int:
+    """How many BatchNorms stand in a graph and in the graphs of its regions."""
+    graphs = [module.graph for module in body.modules() if isinstance(module, fx.GraphModule)]
+    return sum("batch_norm" in str(node.target) for graph in graphs for node in graph.nodes)
 
 
 def _inside(node: fx.Node, owner: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]] | None:
     """The graph and the operands of a region that changes no value."""
     name = getattr(node.target, "__name__", "")
-    at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
+    at = _BODY.get(name)
     if at is None or any(getattr(user, "op", "") != "call_function" or len(user.args) != 2 for user in node.users):
         return None
     reference = node.args[at]

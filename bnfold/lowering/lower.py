@@ -54,8 +54,9 @@ class Lowered:
 
     @property
     def batch_norms(self) -> int:
-        """Number of BatchNormalization operators."""
-        return sum(node.op_type == "BatchNormalization" for node in self.model.graph)
+        """Number of BatchNormalization operators, those in subgraphs among them."""
+        nodes = ir.traversal.RecursiveGraphIterator(self.model.graph)
+        return sum(node.op_type == "BatchNormalization" for node in nodes)
 
     @property
     def weight_bytes(self) -> int:

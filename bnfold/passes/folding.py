@@ -18,6 +18,7 @@ from bnfold.passes.gauges import Gauges
 from bnfold.passes.normalisations import recognise
 from bnfold.passes.plan import Edit, Path, Plan, downstream, upstream
 from bnfold.passes.reasons import reasons
+from bnfold.passes.regions import fold_regions
 from bnfold.passes.rewriter import Rewriter
 from bnfold.passes.solution import Solution, solved
 from bnfold.report import Entry, Ledger, Outcome, Refusal
@@ -34,10 +35,12 @@ def fold(graph: Graph) -> Ledger:
     A normalisation in arithmetic becomes one operator, and what constants alone compute a constant, first.
     Deterministic; near linear in the graph.
     """
-    recognise(graph)
-    graph.materialise()
     with torch_threads(1):  # many small operators
-        return Folder(graph).run()
+        inside = fold_regions(graph, fold)
+        recognise(graph)
+        graph.materialise()
+        ledger = Folder(graph).run()
+    return replace(ledger, entries=(*ledger.entries, *inside))
 
 
 class Folder:

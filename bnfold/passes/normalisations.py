@@ -39,6 +39,9 @@ def recognise(graph: Graph) -> None:
     Along axis 1 that is batch_norm, also where the channels were moved from there right before. Elsewhere ONNX has no
     operator for it, and a multiply and an add are what is left of three.
     """
+    constants = (node for node in graph.graph.nodes if node.op == "call_function" and graph.is_constant(node))
+    if not any(graph.call(node).operator in _ROOTS for node in constants):
+        return
     done: set[Node] = set()
     for value in reversed(list(graph.values())):
         if value in done or not graph.holds(value):

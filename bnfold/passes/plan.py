@@ -127,7 +127,8 @@ def downstream(gauges: Gauges, solution: Solution, gone: set[Node]) -> dict[Node
             if reader.op != "call_function" or gauges.graph.is_list(reader):
                 continue
             call, semantics = gauges.call(reader), gauges.at(reader)
-            if all(slot in semantics.shape_only for slot, node in call.slots() if node is value):
+            unread = semantics.shape_only
+            if unread and all(slot in unread for slot, node in call.slots() if node is value):
                 continue
             if reader not in gone and semantics.absorbs:
                 parts.append(Path((reader,)))

@@ -61,6 +61,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "no-saving": ("folding it would put another operator in its place", "nothing to gain"),
     "model-input": ("nothing that could absorb it lies between the model's input and the affine", "nothing"),
     "model-output": ("nothing that could absorb it lies between the affine and the model's output", "nothing"),
+    "region": (
+        "nothing that could absorb it stands in its region (torch.cond, autocast), whose border nothing passes",
+        "take it out of the region, or what absorbs it in",
+    ),
     "dynamic-size": (
         "the fold would be exact only for one size of a dynamic dimension",
         "make that dimension --static",
