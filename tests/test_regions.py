@@ -80,7 +80,7 @@ def test_autocast_that_rounds_stays_and_is_folded_in(tmp_path):
 
 
 class Branches(Net):
-    """Every branch has a convolution and a BatchNorm; they share one weight, and one BatchNorm has nothing beside it."""
+    """Every branch has a convolution and a BatchNorm; they share one weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class PreActivated(nn.Module):
         super().__init__()
         self.norms, self.convs = nn.ModuleList(), nn.ModuleList()
         width = i
-        for at, (kernel, out) in enumerate(convs):
+        for kernel, out in convs:
             self.norms.append(nn.BatchNorm2d(width))
             self.convs.append(conv(width, out, kernel, stride if kernel == 3 and stride > 1 else 1))
             stride = 1 if kernel == 3 else stride
@@ -256,7 +256,7 @@ class ECG(nn.Module):
 
 
 class DeepSpeech(nn.Module):
-    """Convolutions with BatchNorm and Hardtanh, then recurrent layers with a BatchNorm in front of all but the first."""
+    """Convolutions with BatchNorm and Hardtanh, then recurrent layers, all but the first behind a BatchNorm."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -357,8 +357,8 @@ class SegResNet(nn.Module):
         for shrink, up, beside in zip(self.shrink, self.up, found[-2::-1]):
             y = F.interpolate(shrink(x), scale_factor=2.0, mode="bilinear")
             x = up(y + beside)
-        y = self.final(x)
-        return y
+        found: Tensor = self.final(x)
+        return found
 
 
 class Widened(nn.Module):
