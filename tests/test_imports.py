@@ -77,7 +77,8 @@ ALLOWED: dict[str, str] = {
     "threads": "",
     "stale": "errors failures",
     "functional": "errors",
-    "folding": "affine choices gauges graph normalisations plan reasons report rewriter semantics sizes solution"
+    "bodies": "errors functional graph program regions report",
+    "folding": "affine bodies choices gauges graph normalisations plan reasons report rewriter semantics sizes solution"
     " threads",
     "normalisations": "affine aten graph semantics",
     "plan": "gauges graph report semantics solution",
@@ -155,14 +156,14 @@ ALLOWED: dict[str, str] = {
     "batchnorms": "report",
     "moments": "",
     # the vocabulary, and the graph that folding and merging edit
-    "graph": "affine aten call errors functional interpret names program semantics sizes",
+    "graph": "affine aten call functional interpret names program semantics sizes",
     "call": "graph semantics",  # graph only as a type
     "aten": "affine call semantics sizes",
     "sizes": "",
     "semantics": "affine",
     "affine": "",
     "interpret": "",
-    "program": "affine",
+    "program": "affine errors names",
     "names": "",
     "report": "_version",
     "files": "errors",

@@ -2,7 +2,7 @@
 
 Works on a copy of an ExportedProgram's lifted graph. Constants are held in float64 from the first edit on and rounded
 once, in ``finish``; an existing tensor is never written to, so whoever shares it (another layer, the caller's model)
-keeps what it had. Everything that leans on how torch.export builds a program stands in this file.
+keeps what it had.
 """
 
 from __future__ import annotations
@@ -16,21 +16,15 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    TensorArgument,
-)
+from torch.export.graph_signature import InputKind
 
 from bnfold import aten
 from bnfold.affine import Meaning
-from bnfold.errors import FoldError
 from bnfold.graph.call import Call
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
-from bnfold.graph.names import common_name, free_name, with_modules
-from bnfold.graph.program import MEANING, copy_graph, output_specs, rebuild
+from bnfold.graph.names import common_name
+from bnfold.graph.program import MEANING, copy_graph, with_constants
 from bnfold.graph.sizes import Sizes
 from bnfold.semantics import Semantics, Shape
 
@@ -399,34 +393,5 @@ class Graph:
         self.graph.eliminate_dead_code()
         for node, meaning in self.stands_for.items():
             node.meta[MEANING] = meaning
-        old = self.program
-        specs = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
-        state: dict[str, Tensor] = {}
-        constants: dict[str, Any] = dict(old.constants)
-        live = [n for n in self.graph.nodes if n.op == "placeholder"]
-        for node in live:
-            spec = specs.get(node.name)
-            if node in self._pending:
-                continue
-            assert spec is not None
-            if spec.kind is not InputKind.USER_INPUT and not node.users:
-                self.graph.erase_node(node)
-                constants.pop(spec.target or "", None)
-            elif spec.target in old.state_dict:
-                state[spec.target] = old.state_dict[spec.target]
-        taken, numbers = with_modules([*state, *constants]), dict[str, int]()
-        for node in [n for n in live if n in self._pending]:
-            if not node.users:
-                self.graph.erase_node(node)
-                continue
-            name = free_name(self._origin[node], taken, numbers)
-            taken.add(name)
-            rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
-            state[name] = torch.nn.Parameter(rounded, requires_grad=False)
-            specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
-        keep = [specs[node.name] for node in self.graph.nodes if node.op == "placeholder"]
-        try:
-            signature = ExportGraphSignature(keep, output_specs(old, self.graph))
-            return rebuild(old, self.graph, signature, state, constants, bodies=self.bodies)
-        except Exception as error:
-            raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
+        new = {node: (tensor, self._origin[node]) for node, tensor in self._pending.items()}
+        return with_constants(self.program, self.graph, new, self.bodies)

@@ -17,9 +17,12 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 from bnfold.affine import Meaning
+from bnfold.errors import FoldError
+from bnfold.graph.names import free_name, with_modules
 
 #: The key of what an edited value stands for in a node's metadata.
 MEANING = "bnfold.meaning"
@@ -103,6 +106,53 @@ def with_outputs(program: ExportedProgram, values: Iterable[str]) -> ExportedPro
         dict(program.constants),
         [replace(top, signature=flat), *rest],
     )
+
+
+def with_constants(
+    old: ExportedProgram,
+    graph: fx.Graph,
+    new: Mapping[fx.Node, tuple[Tensor, str]],
+    bodies: Mapping[str, fx.GraphModule],
+) -> ExportedProgram:
+    """``old`` around ``graph``, its edited copy, without the constants that nobody reads any more.
+
+    Args:
+        old: the program.
+        graph: loses the placeholders of dead constants.
+        new: placeholders of constants of its own, what they hold before it is rounded to their dtype, and a name.
+        bodies: see ``rebuild``.
+
+    Raises:
+        FoldError: torch rejects the edited program; a defect of bnfold.
+    """
+    specs = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
+    state, constants = dict[str, Tensor](), dict(old.constants)
+    live = graph.find_nodes(op="placeholder")
+    for node in live:
+        if node in new:
+            continue
+        spec = specs[node.name]
+        if spec.kind is not InputKind.USER_INPUT and not node.users:
+            graph.erase_node(node)
+            constants.pop(spec.target or "", None)
+        elif spec.target in old.state_dict:
+            state[spec.target] = old.state_dict[spec.target]
+    taken, numbers = with_modules([*state, *constants]), dict[str, int]()
+    for node in [node for node in live if node in new]:
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        tensor, origin = new[node]
+        name = free_name(origin, taken, numbers)
+        taken.add(name)
+        state[name] = Parameter(tensor.to(node.meta["val"].dtype).contiguous(), requires_grad=False)
+        specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
+    keep = [specs[node.name] for node in graph.find_nodes(op="placeholder")]
+    try:
+        signature = ExportGraphSignature(keep, output_specs(old, graph))
+        return rebuild(old, graph, signature, state, constants, bodies=bodies)
+    except Exception as error:
+        raise FoldError(f"the folded program is not valid: {error}", hint="Please report this model.") from error
 
 
 def of_body(old: ExportedProgram, body: fx.GraphModule, stored: Mapping[str, str]) -> ExportedProgram | None:

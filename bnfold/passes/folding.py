@@ -13,12 +13,12 @@ from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.sizes import WAYS
 from bnfold.graph.threads import torch_threads
+from bnfold.passes.bodies import fold_regions
 from bnfold.passes.choices import Choice, Choices
 from bnfold.passes.gauges import Gauges
 from bnfold.passes.normalisations import recognise
 from bnfold.passes.plan import Edit, Path, Plan, downstream, upstream
 from bnfold.passes.reasons import reasons
-from bnfold.passes.regions import fold_regions
 from bnfold.passes.rewriter import Rewriter
 from bnfold.passes.solution import Solution, solved
 from bnfold.report import Entry, Ledger, Outcome, Refusal
