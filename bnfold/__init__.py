@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from bnfold.loading.structure import prepare
-    from bnfold.options import Folded, Options
+    from bnfold.options import Folded, OptionFields, Options
     from bnfold.pipeline import bisect, check, export, fold, inspect
     from bnfold.report import Bisection, CheckReport, Diagnosis, Entry, ExportReport, Ledger, Refusal
     from bnfold.statistics.calibration import calibrate
@@ -36,7 +36,7 @@ _HOMES = {
     "bnfold.statistics.calibration": ["calibrate"],
     "bnfold.eager.eager": ["WrittenBack"],
     "bnfold.errors": _ERRORS.split(),
-    "bnfold.options": ["Folded", "Options"],
+    "bnfold.options": ["Folded", "OptionFields", "Options"],
     "bnfold.pipeline": ["bisect", "check", "export", "fold", "inspect"],
     "bnfold.report": ["Bisection", "CheckReport", "Diagnosis", "Entry", "ExportReport", "Ledger", "Refusal"],
     "bnfold.loading.structure": ["prepare"],
@@ -55,6 +55,7 @@ __all__ = [
     "InputError",
     "Ledger",
     "LowerError",
+    "OptionFields",
     "Options",
     "ProviderError",
     "Refusal",
@@ -83,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

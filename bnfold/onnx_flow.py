@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from bnfold import store
+from bnfold.drawing import of_files
 from bnfold.errors import BnfoldError, InputError, LowerError, ResourceError, UsageError
 from bnfold.gate.data import load_data
 from bnfold.gate.file_gate import FileGate
@@ -21,7 +22,7 @@ from bnfold.lowering.lower import EXTERNAL_BYTES, relocate, simplified
 from bnfold.options import Clock, Options
 from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
-from bnfold.report import CheckReport, Diagnosis, ExportReport, FileReport, Ledger
+from bnfold.report import CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
 from bnfold.stages import (
     compared,
     expect,
@@ -41,6 +42,7 @@ class FoldedFile:
     model: onnx.ModelProto
     ledger: Ledger
     operators: tuple[int, int]
+    graph: tuple[Operator, ...]
 
 
 def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
@@ -61,7 +63,7 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
         model, ledger = _folded(model, source.path, options)
     if not options.allow_nonfinite:
         refuse_nonfinite(ledger)
-    return FoldedFile(model, ledger, (before, len(model.graph.node)))
+    return FoldedFile(model, ledger, (before, len(model.graph.node)), of_files(source.model, model, ledger))
 
 
 def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[onnx.ModelProto, Ledger]:
@@ -112,7 +114,9 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
         facts = provenance_facts(options.provenance, str(source.path.name), source.elements)
-        report = ExportReport(facts, folded.ledger, verdict, None, folded.operators, clock.spent, kind="export")
+        report = ExportReport(
+            facts, folded.ledger, verdict, None, folded.operators, clock.spent, kind="export", graph=folded.graph
+        )
         if options.dry_run:
             return report
         if verdict is None or verdict.passed:
@@ -136,7 +140,9 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
     with clock("fold"):
         folded = fold_file(source, replace(options, allow_nonfinite=True))
     facts = provenance_facts(options.provenance, str(source.path.name), source.elements)
-    plan = ExportReport(facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan")
+    plan = ExportReport(
+        facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan", graph=folded.graph
+    )
     note = "the health of BatchNorms is read off torch models; of a file this is the fold plan"
     return Diagnosis(facts, (), (), plan, 0, (note,))
 
@@ -168,9 +174,9 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
 
 
 def _refuse(options: Options) -> None:
-    for name in ("dtype", "adversarial", "static", "eager"):
+    for name in ("dtype", "adversarial", "static", "eager", "input_names", "output_names"):
         if getattr(options, name):
-            raise UsageError("it does not apply to an ONNX file", where=f"--{name}")
+            raise UsageError("it does not apply to an ONNX file", where=f"--{name.replace('_', '-')}")
 
 
 def _data(data: Any, source: OnnxFile) -> Mapping[str, np.ndarray[Any, Any]] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 
 from bnfold.eager.eager import WrittenBack
 from bnfold.eager.eager import write_back as write_into_class
+from bnfold.errors import UsageError
 from bnfold.gate.gate import LIMIT
 from bnfold.graph.capture import Captured
 from bnfold.graph.wrapped import unwrapped
@@ -78,7 +80,38 @@ class Folded:
 
 @dataclass(frozen=True)
 class Options:
-    """What ``export`` can be asked for beyond its model and its inputs; see the README's table."""
+    """What ``export`` and its like can be asked for beyond the model and its inputs, each as a keyword argument too.
+
+    Attributes:
+        device: the provider that runs the file: ``cpu``, ``cuda``, ``openvino``, ... as ``--device`` takes them;
+            ``auto`` is CUDA where that works.
+        provider_options: of that provider.
+        require_all_nodes: fail where a node runs on another provider.
+        runner: ``"file.py:name"`` or a callable that is judged as well.
+        runner_timeout: seconds for one call of it.
+        precision: what it computes in, such as ``"float16"``; the model's dtype by default.
+        data: samples by input name, or the .npz or .npy file that holds them.
+        samples: how many to compare, 10 at least.
+        seed: of random samples.
+        adversarial: look by gradient for inputs that overflow or differ most.
+        limit: the largest error, in multiples of the unfolded model's own.
+        opset: ONNX operator set; ``opset_version`` is understood too.
+        dtype: convert the model to this floating-point dtype first.
+        static: no dynamic sizes by default.
+        fold, merge, simplify, check: on, unless False; an ONNX file is simplified only if True.
+        equalize: move scales between layers so that per-tensor int8 loses less.
+        eager: write the folds into the model's own class (``save_folded``).
+        external_data: weights in a file beside it; by default above 1 GB.
+        allow_nonfinite: leave a BatchNorm with NaN or infinities in place instead of raising.
+        keep_failed: keep a file that does not pass, as NAME.failed.SUFFIX.
+        dry_run: write nothing.
+        baseline: JSON file that the run must not be worse than.
+        update_baseline: write it, if the verdict is a pass.
+        input_names, output_names: of the file's inputs and outputs, in order; by default the model's own.
+        metadata: entries of the file's ``metadata_props``.
+        provenance, sources: where the model comes from, and the files that must not be written over.
+        progress: called with a stage's name, how much of it is done, and how much there is.
+    """
 
     device: str = "auto"
     provider_options: Mapping[str, str] = field(default_factory=dict)
@@ -107,6 +140,9 @@ class Options:
     dry_run: bool = False
     baseline: Path | str | None = None
     update_baseline: bool = False
+    input_names: Sequence[str] = ()
+    output_names: Sequence[str] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
     provenance: Provenance | None = None
     sources: Sequence[Path] = ()
     progress: Progress = field(default=silent, repr=False)
@@ -115,6 +151,82 @@ class Options:
     def notes(self) -> Mapping[str, str]:
         """bnfold's own notes in the file that the weights came from; a file of weights that is written keeps them."""
         return {} if self.provenance is None else self.provenance.notes
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of ``Options`` as keyword arguments; a test holds the two together."""
+
+    device: str
+    provider_options: Mapping[str, str]
+    require_all_nodes: bool
+    runner: str | Callable[..., Any] | None
+    runner_timeout: float
+    precision: str | None
+    data: Path | str | Mapping[str, Any] | None
+    samples: int
+    seed: int
+    adversarial: bool
+    limit: float
+    opset: int | None
+    opset_version: int | None
+    dtype: torch.dtype | str | None
+    static: bool
+    fold: bool
+    merge: bool
+    equalize: bool
+    eager: bool
+    simplify: bool | None
+    check: bool
+    external_data: bool | None
+    allow_nonfinite: bool
+    keep_failed: bool
+    dry_run: bool
+    baseline: Path | str | None
+    update_baseline: bool
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    metadata: Mapping[str, str]
+    provenance: Provenance | None
+    sources: Sequence[Path]
+    progress: Progress
+
+
+#: What ``torch.onnx.export`` takes besides, and why bnfold does not.
+_OF_TORCH = {
+    "dynamic_axes": "Give dynamic_shapes, as torch.export has it",
+    "f": "The path is the second argument",
+    "export_params": "The weights are always in the file",
+    "verify": "The check is always made, unless check=False",
+    "do_constant_folding": "simplify=False leaves simplification out",
+    "optimize": "simplify=False leaves simplification out",
+    "training": "What is exported is the model in eval mode",
+    "report": "The report is what export returns; it has to_json()",
+    "keep_initializers_as_inputs": "Weights are no inputs of the file",
+    "verbose": "progress= is told of every stage",
+    **dict.fromkeys(
+        ("dynamo", "fallback", "operator_export_type", "custom_opsets", "custom_translation_table", "autograd_inlining",
+         "export_modules_as_functions", "profile", "dump_exported_program", "artifacts_dir"),
+        "bnfold calls the exporter its own way; leave it out",
+    ),
+}  # fmt: skip
+
+
+def asked(options: Options | None, more: Mapping[str, Any]) -> Options:
+    """The options of a call: ``options``, with what was given by name in place.
+
+    Raises:
+        UsageError: there is no such option; the message has the nearest, or what stands for torch.onnx's.
+    """
+    more = dict(more)
+    if "opset_version" in more:  # torch.onnx's own word
+        more.setdefault("opset", more.pop("opset_version"))
+    known = [each.name for each in fields(Options)]
+    for name in more:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = _OF_TORCH.get(name) or (f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}")
+            raise UsageError(f"there is no option {name!r}", hint=hint)
+    return replace(options or Options(), **more)
 
 
 class Clock:

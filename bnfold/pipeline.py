@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.export import ExportedProgram
@@ -22,13 +22,14 @@ from bnfold.gate.gate import Gate
 from bnfold.gate.parts import Spread as Parts
 from bnfold.graph.program import meanings
 from bnfold.graph.wrapped import unwrapped
+from bnfold.interface import interface, renamed
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
 from bnfold.loading.user_code import unended
 from bnfold.lowering.lower import lower
 from bnfold.onnx_flow import check_file, export_file, plan_file
-from bnfold.options import Clock, Folded, Model, Options
+from bnfold.options import Clock, Folded, Model, OptionFields, Options, asked
 from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FileReport, Ledger
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
@@ -43,7 +44,7 @@ from bnfold.stages import (
     metadata,
     opset,
     prepare,
-    read_data,
+    read,
     refuse_nonfinite,
     sha256_of,
     source_facts,
@@ -104,7 +105,7 @@ def export(
     *,
     dynamic_shapes: Any = None,
     options: Options | None = None,
-    **more: Any,
+    **more: Unpack[OptionFields],
 ) -> ExportReport:
     """Folds ``model``, writes it as ONNX, and proves the file equal to the unfolded model before it is there.
 
@@ -114,7 +115,7 @@ def export(
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
-        options: everything else, or its fields one by one as keyword arguments (``device="openvino"``).
+        options: everything else, or its fields one by one as keyword arguments (``device="cuda"``); see ``Options``.
 
     Returns:
         What was folded, the verdict, and the file if one was written.
@@ -122,18 +123,19 @@ def export(
     Raises:
         BnfoldError: any stage failed; ``exit_code`` says which kind. A failed verdict is no exception: ask ``passed``.
     """
-    options = replace(options or Options(), **more)
+    options = asked(options, more)
     path, clock = Path(path), Clock(options.progress)
     if not isinstance(model, Model):
         return export_file(model, path, options)
     expect(options)
     store.check_destination(path, sources=options.sources)
-    asked = judging(options, writes=True) if options.check else {}
+    judge = judging(options, writes=True) if options.check else {}
     folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     with clock("lower"):
         lowered = lower(
             folded.program, opset=opset(options, folded.program), simplify=options.simplify is not False,
             dims=folded.captured.dims, sites=traced(folded), metadata=metadata(options, folded),
+            **renamed(options, folded.captured),
         )  # fmt: skip
         if options.opset not in (None, lowered.opset):
             raise LowerError(f"torch.onnx wrote opset {lowered.opset} instead of {options.opset}", where="--opset")
@@ -145,7 +147,7 @@ def export(
             with clock("check"):
                 verdict = Gate(
                     folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
-                    lowered.sites, data=data, labels=labels, **asked,
+                    lowered.sites, data=data, labels=labels, **judge,
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
         report = make_report("export", model, options, folded, verdict, clock)
@@ -172,7 +174,7 @@ def save_folded(
     *,
     dynamic_shapes: Any = None,
     options: Options | None = None,
-    **more: Any,
+    **more: Unpack[OptionFields],
 ) -> ExportReport:
     """Folds ``model``, proves the folded program equal to it, and writes the program as ``.pt2``; no ONNX.
 
@@ -186,7 +188,7 @@ def save_folded(
     Raises:
         BnfoldError: any stage failed; ``exit_code`` says which kind.
     """
-    options = replace(options or Options(), **more)
+    options = asked(options, more)
     path, clock = Path(path), Clock(options.progress)
     store.check_destination(path, sources=options.sources)
     expect(options)
@@ -228,7 +230,7 @@ def plan(
     *,
     dynamic_shapes: Any = None,
     options: Options | None = None,
-    **more: Any,
+    **more: Unpack[OptionFields],
 ) -> ExportReport:
     """What folding would do to ``model``: where every affine goes, what stays and why. Writes and judges nothing.
 
@@ -239,7 +241,7 @@ def plan(
         InputError: no example inputs, or not those that the program takes.
         CaptureError: torch.export cannot capture the model.
     """
-    options = replace(options or Options(), **more, allow_nonfinite=True, data=None)
+    options = replace(asked(options, more), allow_nonfinite=True, data=None)
     clock = Clock(options.progress)
     folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock)
     return make_report("plan", model, options, folded, None, clock)
@@ -253,7 +255,7 @@ def inspect(
     *,
     dynamic_shapes: Any = None,
     options: Options | None = None,
-    **more: Any,
+    **more: Unpack[OptionFields],
 ) -> Diagnosis:
     """The health of every BatchNorm of ``model``, and what folding would do to them; ``model`` is not touched.
 
@@ -271,7 +273,7 @@ def inspect(
     Raises:
         InputError: the data cannot be read or the model fails on it, or the inputs are not those of the program.
     """
-    options = replace(options or Options(), **more, allow_nonfinite=True)
+    options = replace(asked(options, more), allow_nonfinite=True)
     clock = Clock(options.progress)
     if not isinstance(model, Model):
         return plan_file(model, options)
@@ -349,7 +351,7 @@ def bisect(
     *,
     dynamic_shapes: Any = None,
     options: Options | None = None,
-    **more: Any,
+    **more: Unpack[OptionFields],
 ) -> Bisection:
     """The first module of an existing ONNX file that leaves the noise, and what was folded into it.
 
@@ -367,12 +369,12 @@ def bisect(
         InputError: the file is missing or damaged, does not run, or its inputs do not fit the model's.
         CaptureError: torch.export cannot capture the model.
     """
-    options, path = replace(options or Options(), **more, allow_nonfinite=True), Path(path)
+    options, path = replace(asked(options, more), allow_nonfinite=True), Path(path)
     device, clock = resolve_device(options.device, options.provider_options), Clock(options.progress)
     made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
     if made:
         options = replace(options, fold=made != "no", merge="merged" in made, equalize="equalised" in made)
-    folded, data, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock)
+    folded, data, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock, path)
     with clock("bisect"):
         found = Bisector(
             folded.captured, path, folded.ledger, meanings(folded.program), device, options.samples, options.seed,
@@ -391,7 +393,7 @@ def check(
     dynamic_shapes: Any = None,
     options: Options | None = None,
     spread: Parts | None = None,
-    **more: Any,
+    **more: Unpack[OptionFields],
 ) -> CheckReport:
     """The gate alone: judges an existing ONNX file against a torch model.
 
@@ -405,7 +407,7 @@ def check(
         InputError: the file is missing or damaged, or its inputs do not fit the model's.
         CaptureError: torch.export cannot capture the model.
     """
-    options, path = replace(options or Options(), **more), None if path is None else Path(path)
+    options, path = asked(options, more), None if path is None else Path(path)
     resolve_device(options.device, options.provider_options)
     if path is not None:
         read_model(path)  # before anything is computed
@@ -414,11 +416,11 @@ def check(
     if not isinstance(model, Model):
         return check_file(path, model, options, whole=spread is None)
     expect(options)
-    asked, clock = judging(options), Clock(options.progress)
-    with clock("capture"):
-        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
-        data, labels = read_data(options.data, captured, options.progress)
-    verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **asked).judge()
-    verdict = compared(replace(verdict, notes=(*captured.notes, *verdict.notes)), options)
+    judge, clock = judging(options), Clock(options.progress)
+    captured, data, labels = read(model, args, kwargs, dynamic_shapes, options, clock, path)
+    verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **judge).judge()
+    verdict = compared(
+        replace(verdict, notes=(*captured.notes, *verdict.notes), interface=interface(captured)), options
+    )
     keep_baseline(verdict, options)
     return replace(verdict, source=source_facts(options.provenance, model), file=None if path is None else str(path))

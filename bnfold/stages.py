@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +17,20 @@ from torch.nn.parameter import is_lazy
 
 from bnfold import store
 from bnfold._version import __version__
+from bnfold.drawing import of_programs
 from bnfold.errors import CaptureError, FoldError, InputError, UsageError
 from bnfold.gate.baseline import expect_baseline, judge_baseline, write_baseline
 from bnfold.gate.data import Labels, assign, examine, load_data, select
 from bnfold.gate.decisions import places
-from bnfold.gate.stored import Rows
+from bnfold.gate.stored import Rows, open_arrays
 from bnfold.graph.capture import Captured, capture, input_shapes
 from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
 from bnfold.graph.wrapped import refuse_mixed, unwrapped
+from bnfold.interface import interface
+from bnfold.loading.inputs import model_inputs, specs_for, specs_of_arrays
 from bnfold.loading.load import Provenance
+from bnfold.loading.onnx_file import specs_of_file
 from bnfold.loading.specs import dtype_name
 from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
 from bnfold.options import Clock, Folded, Model, Options, Progress, silent
@@ -32,6 +38,7 @@ from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import FORMATS, resolve_device
 from bnfold.statistics.ranges import layer_ranges, norm_ranges
@@ -94,12 +101,10 @@ def keep_baseline(verdict: CheckReport | None, options: Options) -> None:
 
 
 def prepare(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock, file: Path | None = None
 ) -> tuple[Folded, dict[str, Rows] | None, Labels | None]:
-    """Captures and folds, and reads the data that the gate will need."""
-    with clock("capture"):
-        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
-        data, labels = read_data(options.data, captured, options.progress)
+    """Captures and folds, and reads the data that the gate will need; ``file`` is the ONNX file of a run on one."""
+    captured, data, labels = read(model, args, kwargs, dynamic_shapes, options, clock, file)
     with clock("fold"):
         folded = (
             fold_captured(captured, merge=options.merge, equalize=options.equalize)
@@ -109,6 +114,36 @@ def prepare(
         if not options.allow_nonfinite:
             refuse_nonfinite(folded.ledger)
     return folded, data, labels
+
+
+def read(
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock, file: Path | None
+) -> tuple[Captured, dict[str, Rows] | None, Labels | None]:
+    """Captures, and reads the data that the gate will need."""
+    with clock("capture"):
+        if args is None and not kwargs:
+            args, kwargs, dynamic_shapes = known_inputs(model, dynamic_shapes, file, options)
+        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
+        return captured, *read_data(options.data, captured, options.progress)
+
+
+def known_inputs(model: Model, dynamic_shapes: Any, file: Path | None, options: Options) -> tuple[Any, Any, Any]:
+    """Example inputs where none are given: as the run's ONNX file says, else as its data do; none where neither does.
+
+    Raises:
+        InputError: the file's inputs are more than the model's.
+    """
+    if isinstance(model, ExportedProgram):
+        return None, None, dynamic_shapes
+    found = specs_of_file(read_model(file)) if file is not None else []
+    data, extra = options.data, not found
+    if extra and data is not None:
+        found = specs_of_arrays(data if isinstance(data, Mapping) else open_arrays(Path(data)))
+    specs = specs_for(unwrapped(model), found, extra=extra)
+    if not specs:
+        return None, None, dynamic_shapes
+    args, kwargs, shapes = model_inputs(unwrapped(model), None, {}, specs, {}, seed=options.seed)
+    return args, kwargs, None if options.static else dynamic_shapes or shapes
 
 
 def make_report(
@@ -123,7 +158,8 @@ def make_report(
     return ExportReport(
         source_facts(options.provenance, model), folded.ledger, verdict, None, count_operators(folded), clock.spent,
         folded.captured.notes, layer_ranges(folded.captured, folded.program, folded.ledger),
-        norm_ranges(folded.captured, folded.ledger), kind,
+        norm_ranges(folded.captured, folded.ledger), kind, interface(folded.captured, options),
+        of_programs(folded.captured, folded.program, folded.ledger),
     )  # fmt: skip
 
 
@@ -229,6 +265,9 @@ def file_metadata(options: Options, ledger: Ledger) -> dict[str, str]:
         # A file that passes is stored byte for byte as it was judged; one that is kept all the same is written anew.
         "bnfold.verdict": "pass" if options.check else "not checked",
     }
+    if taken := [key for key in options.metadata if key.startswith("bnfold.")]:
+        raise UsageError(f"'{taken[0]}' is what bnfold writes itself", where="--metadata", hint="Choose another key")
+    found |= options.metadata
     if options.provenance is not None:
         found["bnfold.source"] = options.provenance.source
         if options.provenance.sha256:
@@ -249,9 +288,11 @@ def source_facts(provenance: Provenance | None, model: Model | None = None) -> d
 
 def provenance_facts(provenance: Provenance | None, source: str, parameters: int) -> dict[str, Any]:
     """The same of what has a name and so many parameters, where nothing else is known."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     if provenance is None:
-        return {"source": source, "parameters": parameters}
+        return {"source": source, "parameters": parameters, "date": date}
     return {
+        "date": date,
         "source": provenance.source,
         "weights": provenance.weights,
         "sha256": provenance.sha256,

@@ -29,21 +29,24 @@ ALLOWED: dict[str, str] = {
     "bench": "contestants model_file report runtime threads",
     "contestants": "capture copies errors runtime scripted",
     # the data flow
-    "pipeline": "program batches bisection calibrated_file calibration diagnose errors file_graph gate lower model_file"
-    " onnx_flow options parts program_file report runtime schemes stages store structure user_code wrapped",
+    "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate interface lower program"
+    " model_file onnx_flow options parts program_file report runtime schemes stages store structure user_code wrapped",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
-    "stages": "_version baseline capture data decisions equalize errors folding graph inputs load"
-    " lower merge names options ranges report runner runtime specs store stored wrapped",
-    "options": "capture eager gate load report runner wrapped",
+    "stages": "_version baseline capture data decisions drawing equalize errors folding graph inputs interface load"
+    " lower merge model_file names onnx_file options ranges report runner runtime specs store stored wrapped",
+    "drawing": "capture functional report",
+    "interface": "capture errors names options report",
+    "options": "capture eager errors gate load report runner wrapped",
     # the stages, each with the parts that are its own
     # One ONNX file against another
-    "onnx_flow": "data equalize errors file_gate folding lower onnx_file onnx_graph options report stages store",
+    "onnx_flow": "data drawing equalize errors file_gate folding lower onnx_file onnx_graph options report"
+    " stages store",
     "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
     "onnx_shapes": "errors evaluator limits subject",
     "onnx_ops": "affine onnx_call semantics",
     "file_gate": "decisions errors evaluator judge reference report runtime subject",
-    "onnx_file": "errors model_file",
+    "onnx_file": "errors model_file specs",
     "load": "onnx_file capture checkpoint copies errors files fitting hubs"
     " inert normalize program_file script_file structure user_code weights_file wrapped",
     "hubs": "errors files normalize",
@@ -185,7 +188,7 @@ KNOWS_ONNX = {
     "nodes",
     "deciding",
     "onnx_file",
-    *("onnx_flow", "onnx_graph", "onnx_shapes"),
+    *("drawing", "onnx_flow", "onnx_graph", "onnx_shapes"),
 }
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {

@@ -107,6 +107,10 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...
     return found
 
 
+def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
 def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     ctx.meta["debug"] = value
 
@@ -213,6 +217,9 @@ output_options = _options(
 )
 onnx_options = _options(
     "The file",
+    _row("--input-names", metavar="A,B", callback=_names, help="Of its inputs, in order. Default: the model's own."),
+    _row("--output-names", metavar="A,B", callback=_names, help="Of its outputs, in order."),
+    _row("--metadata", multiple=True, metavar="KEY=VALUE", callback=_pairs, help="Entry of its metadata; repeatable."),
     _row("--opset", type=click.IntRange(1, _MOST), metavar="N", help="ONNX operator set. Default: torch.onnx's."),
     _row("--external-data/--no-external-data", default=None, help="Weights in a file beside it. Default: above 1 GB."),
     _flag("--no-fold", help="Export the model as it is, to compare with."),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,10 +34,13 @@ _OWN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "keep_fail
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
 
-def load_model(job: Job, *, optional: bool = False, files: bool = True) -> tuple[Loaded, dict[str, Any]]:
+def load_model(
+    job: Job, *, optional: bool = False, files: bool = True, judged: Path | None = None
+) -> tuple[Loaded, dict[str, Any]]:
     """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any.
 
-    ``files``: whether it may be an ONNX file, which has its inputs in it.
+    ``files``: whether it may be an ONNX file, which has its inputs in it; ``judged``: the ONNX file of the run, which
+    says what the model takes where nothing else does, as the data do.
     """
     import torch
 
@@ -56,8 +60,9 @@ def load_model(job: Job, *, optional: bool = False, files: bool = True) -> tuple
     if optional and not specs and not ranges and loaded.args is None and not loaded.kwargs:
         return loaded, {}
     args, kwargs, shapes = model_inputs(
-        loaded.model, loaded.args, loaded.kwargs, specs, ranges, where=job.source, seed=given.get("seed", 0)
-    )
+        loaded.model, loaded.args, loaded.kwargs, specs, ranges, where=job.source, seed=given.get("seed", 0),
+        elsewhere=judged is not None or given.get("data") is not None,
+    )  # fmt: skip
     return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
 
 
@@ -88,7 +93,17 @@ def pipeline_options(job: Job, loaded: Loaded, progress: Callable[[str, int, int
     given = job.given
     same: tuple[str, ...] = ("device", "data", "samples", "seed", "limit", "opset", "static", "external_data")
     same += ("provider_options", "require_all_nodes", "runner", "runner_timeout", "precision")
-    same += ("allow_nonfinite", "keep_failed", "dry_run", "adversarial", "baseline", "update_baseline")
+    same += (
+        "input_names",
+        "output_names",
+        "metadata",
+        "allow_nonfinite",
+        "keep_failed",
+        "dry_run",
+        "adversarial",
+        "baseline",
+        "update_baseline",
+    )
     return Options(
         **{name: given[name] for name in same if name in given},
         dtype=given["dtype"],
@@ -136,7 +151,7 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 def present(job: Job, report: Report | Bisection, render: Callable[[Page, bool], None]) -> None:
     """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people."""
-    shared = with_arguments(job, report, shared=True)
+    shared = with_arguments(job, _with_command(job, report), shared=True)
     try:
         for path in job.given["report"]:
             _write_report(path, shared)
@@ -162,8 +177,7 @@ def with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Repor
         return report
 
     def word(value: Any) -> str:
-        outside = isinstance(value, Path) and (value.is_absolute() or ".." in value.parts)
-        return value.name if shared and outside else str(value)
+        return _shared_word(value) if shared else str(value)
 
     output = job.given.get("output")
     given = {
@@ -174,12 +188,35 @@ def with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Repor
     return replace(report, source=report.source | {"given": given})
 
 
+def _with_command(job: Job, report: _Report) -> _Report:
+    """The report with the command line that it came from, as others may read it."""
+    context = click.get_current_context()
+    known = getattr(report, "source", None)
+    if not isinstance(known, dict):
+        return report
+    named = context.params.get("named") or [*filter(None, [context.params.get("file")]), job.source]
+    words = [_shared_word(Path(each)) if "://" not in str(each) else str(each) for each in named]
+    own = [parameter.name or "" for parameter in context.command.params]
+    words += [word for group in _given(_shared_word, own) for word in group]
+    return replace(report, source=known | {"command": f"bnfold {context.info_name} {shlex.join(words)}"})  # type: ignore[type-var]
+
+
+def _shared_word(value: Any) -> str:
+    """A path outside of the working directory as its name alone: of where others work it tells nothing."""
+    outside = isinstance(value, Path) and (value.is_absolute() or ".." in value.parts)
+    return value.name if outside else str(value)
+
+
 def _options(word: Callable[[Any], str], command: str) -> list[list[str]]:
     """The options that this run was given and ``command`` takes, each with its value as the command line has it."""
     from bnfold.commands import COMMANDS  # each of which needs this module
 
+    return _given(word, {p.name for each in COMMANDS if each.name == command for p in each.params} - _OWN)
+
+
+def _given(word: Callable[[Any], str], names: Collection[str | None]) -> list[list[str]]:
+    """Those of this run's options that are called so."""
     context = click.get_current_context()
-    names = {parameter.name for each in COMMANDS if each.name == command for parameter in each.params} - _OWN
     found: list[list[str]] = []
     for parameter in context.command.params:
         said = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE

@@ -175,6 +175,7 @@ class Classification:
         return {
             "before": share[0], "after": share[1], "top5_before": top5[0], "top5_after": top5[1], "flips": self.flips,
             "smallest_margin": self._smallest, "output": self.output, "labelled": self._labelled,
+            "classes": self._classes,
             "far_flips": self.far, "undecided": self._undecided, "flipped": tuple(self.flipped),
         }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 
 from bnfold.errors import InputError, UsageError
 from bnfold.graph.scripted import signature
-from bnfold.loading.specs import RANGE_SYNTAX, InputSpec, Range
+from bnfold.loading.specs import DTYPES, RANGE_SYNTAX, InputSpec, Range
 
 _ANY: Range = (1, None)
 #: Example sizes of dynamic dimensions other than the batch: networks that halve images five times need these.
@@ -28,6 +28,7 @@ def model_inputs(
     *,
     where: str | None = None,
     seed: int = 0,
+    elsewhere: bool = False,
 ) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
     """Example inputs of a loaded source: those that the user specified, else the source's own.
 
@@ -39,6 +40,7 @@ def model_inputs(
         ranges: of the dynamic dimensions in ``specs``.
         where: the source, for messages.
         seed: of the random values.
+        elsewhere: whether an ONNX file or data may say what nothing else does.
 
     Returns:
         ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
@@ -55,10 +57,43 @@ def model_inputs(
         return example(specs, [p.name for p in parameters], ranges=ranges, seed=seed, keywords=keywords)
     if ranges:
         raise UsageError("--dynamic names a dimension of --input, and there is no --input")
-    if args is None and not kwargs and isinstance(model, torch.nn.Module):
-        hint = "Give --input NAME:DTYPE[N,3,224,224], or set example_inputs on the module"
+    if args is None and not kwargs and isinstance(model, torch.nn.Module) and not elsewhere:
+        hint = (
+            "Give --input NAME:DTYPE[N,3,224,224] or --data, or set example_inputs on the module or beside its factory"
+        )
         raise InputError("nothing says what the model takes", where=where, hint=hint)
     return args, dict(kwargs), None
+
+
+def specs_of_arrays(arrays: Mapping[str, Any]) -> list[InputSpec]:
+    """What arrays say of the inputs that they are samples of: the first axis is the batch, the others are fixed."""
+    found = []
+    for name, rows in arrays.items():
+        dtype = "float32" if rows.dtype.kind == "f" else rows.dtype.name
+        if dtype in DTYPES and len(rows.shape):
+            found.append(InputSpec(name, dtype, ("N", *map(int, rows.shape[1:]))))
+    return found
+
+
+def specs_for(model: torch.nn.Module, found: Sequence[InputSpec], *, extra: bool) -> list[InputSpec]:
+    """Those of ``found`` that ``model`` takes, each by the name of a parameter or, where none has its name, in order.
+
+    Args:
+        model: what takes them; floating-point inputs get the dtype of its weights.
+        found: what a file says.
+        extra: there may be more than inputs, such as labels: what has no parameter's name is left out.
+    """
+    parameters = list(signature(model).parameters)
+    if extra and not (len(found) == 1 and found[0].name not in parameters):
+        found = [spec for spec in found if spec.name in parameters]
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return [
+        InputSpec(
+            spec.name if spec.name in parameters else None,
+            str(own).removeprefix("torch.") if spec.dtype.startswith(("float", "bfloat")) else spec.dtype, spec.dims,
+        )
+        for spec in found
+    ]  # fmt: skip
 
 
 def example(

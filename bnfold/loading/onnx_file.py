@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import onnx
 
 from bnfold.errors import InputError
+from bnfold.loading.specs import DTYPES, InputSpec
 from bnfold.runtime.model_file import read_model
 
 _AGAIN = "Export it again, or fetch it again and compare its size with the original's"
@@ -102,6 +105,32 @@ def _miswired(graph: onnx.GraphProto | onnx.FunctionProto, around: Collection[st
         seen.update(node.output)
     if missing := [name for name in outputs if name not in seen]:
         yield f"nothing computes its output '{missing[0]}'"
+
+
+def specs_of_file(file: onnx.ModelProto) -> list[InputSpec]:
+    """What an ONNX file says of its inputs, by name; nothing where it leaves a rank or a dtype open."""
+    held = {tensor.name for tensor in file.graph.initializer}
+    found = []
+    for value in file.graph.input:
+        tensor = value.type.tensor_type
+        dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        name = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+        if value.name in held:
+            continue
+        if not tensor.HasField("shape") or name not in DTYPES:
+            return []
+        dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim]
+        found.append(InputSpec(value.name, name, tuple(_axis(value.name, axis, dim) for axis, dim in enumerate(dims))))
+    return found
+
+
+def _axis(name: str, axis: int, dim: int | str) -> int | str:
+    """A fixed size as it is; a name, or what stands for one, as a letter of ``--input``."""
+    if isinstance(dim, int):
+        return dim
+    return (
+        dim if dim.isidentifier() and not keyword.iskeyword(dim) else f"d{axis}_{re.sub(r'[^0-9a-zA-Z_]', '_', name)}"
+    )
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

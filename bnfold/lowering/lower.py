@@ -70,6 +70,7 @@ def lower(
     opset: int | None = None,
     simplify: bool = True,
     dims: Mapping[str, str] | None = None,
+    inputs: Mapping[str, str] | None = None,
     outputs: Iterable[str] | None = None,
     sites: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
@@ -81,12 +82,14 @@ def lower(
         opset: version of the default operator set; torch.onnx's default where None.
         simplify: run onnxsim on the skeleton.
         dims: symbolic dimension -> the name it gets in the file.
+        inputs: new names for inputs, by the names that they have in ``program``.
         outputs: names for the outputs.
         sites: values whose names must survive into the file where the values do.
         metadata: entries for the file's ``metadata_props``.
 
     Raises:
-        LowerError: torch.onnx cannot translate an operator, or the result does not pass onnx.checker.
+        LowerError: torch.onnx cannot translate an operator, an input is to have the name of a weight, or
+            onnx.checker rejects the result.
     """
     named = zip(program.graph_signature.output_specs, output_names(program), strict=True)
     # torch.onnx leaves out an output that is None.
@@ -111,6 +114,7 @@ def lower(
     _keep_pads(model.graph)
     _own_outputs(model.graph)
     kept = _name(model, dims or {}, list(outputs or [name for _, name in own]))
+    _rename_inputs(model.graph, inputs or {})
     kept |= {spec.arg.name: v.name or "" for (spec, _), v in zip(own, model.graph.outputs)}
     model.metadata_props.update(metadata or {})
     model.producer_name, model.producer_version = "bnfold", ""
@@ -348,6 +352,17 @@ def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> dict[
                 ]
             )
     return sites
+
+
+def _rename_inputs(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    taken = {value.name for value in (*graph.outputs, *graph.initializers.values())}
+    if clash := next((new for old, new in names.items() if new in taken), None):
+        hint = "Choose another name"
+        raise LowerError(f"a weight or an output is called '{clash}'", where="--input-names", hint=hint)
+    for value in (value for node in graph for value in node.outputs if value.name in names.values()):
+        value.name = f"{value.name}_value"
+    for value in graph.inputs:
+        value.name = names.get(value.name or "", value.name)
 
 
 def _dimension(text: str) -> str | int:

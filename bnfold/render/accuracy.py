@@ -21,6 +21,8 @@ def accuracy_lines(check: CheckReport, page: Page, *, verbose: bool) -> None:
         return
     if known.output:
         page.line("", _classes(known), *_top5(known))
+        if known.at_chance:
+            page.line("Warning", Text(chance(known), STYLES["fail"]))
     for target in known.targets:
         page.line(
             "", f"{target.output} against its targets: RMS error {target.rmse_before:.4g} before, "
@@ -43,6 +45,14 @@ def accuracy_lines(check: CheckReport, page: Page, *, verbose: bool) -> None:
         )  # fmt: skip
     if known.undecided:
         page.line("", f"{known.undecided} undecided: their two largest logits are closer than the noise allowed")
+
+
+def chance(known: Accuracy) -> str:
+    """What top-1 at the level of guessing means."""
+    return (
+        f"the unfolded model itself guesses: {known.before:.1%} of {known.classes} classes. The weights, the data, "
+        "their labels or their normalisation are not those that it was trained with, and what was compared says little"
+    )
 
 
 def baseline_lines(baseline: BaselineReport | None, page: Page, *, verbose: bool) -> None:

@@ -69,12 +69,23 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
         steps.append(("judge it on more samples, and real ones", again(data="samples.npz", samples=more)))
     if not kept:
         steps.append(("keep the file that failed", again(keep_failed="")))
+    if _accuracy_alone(check):
+        return [("see which samples changed, and by how much", again(verbose=""))]
     file_stands = any(e.verdict == "fail" for e in check.engines[1:]) and check.engines[0].verdict == "pass"
     if suffix == ".onnx" and check.verdict == "fail" and file and not file_stands:
         steps.append(("find the first module that goes wrong", _call(report.source, "bisect", file)()))
     if suffix == ".onnx":
         steps.append(("see every candidate and every output", _call(report.source, "check", file)(verbose="")))
     return steps
+
+
+def _accuracy_alone(check: CheckReport) -> bool:
+    """Whether every value is right and only what was counted on the data is worse: no module is at fault then."""
+    numbers = [o.ratio <= check.limit for o in check.outputs]
+    numbers += [max(s.ratio, s.channel_ratio) <= check.site_limit for s in check.sites]
+    worse = check.accuracy is not None and check.accuracy.far_flips > 0
+    worse |= check.baseline is not None and bool(check.baseline.regressed)
+    return check.verdict == "fail" and worse and all(numbers) and not any(e.verdict == "fail" for e in check.engines)
 
 
 def _call(source: Mapping[str, Any], kind: str, file: str) -> Callable[..., str]:

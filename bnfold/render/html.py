@@ -12,6 +12,8 @@ from bnfold.render.plots import require_matplotlib
 from bnfold.render.sections import (
     SIGNS,
     fold_sections,
+    graph_sections,
+    interface_section,
     judged_sections,
     origin_section,
     problem_section,
@@ -19,7 +21,7 @@ from bnfold.render.sections import (
     site_sections,
 )
 from bnfold.render.tables import Section, Table, section
-from bnfold.report import CalibrationReport, CheckReport, Diagnosis, ExportReport, FleetReport, LatencyReport
+from bnfold.report import CalibrationReport, CheckReport, Diagnosis, ExportReport, FleetReport, Latency, LatencyReport
 
 Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport
 
@@ -64,8 +66,11 @@ def page(report: Report) -> str:
 def _judged(report: ExportReport | CheckReport) -> Content:
     check = report.check if isinstance(report, ExportReport) else report
     sections = [] if check is None else [*problem_section(report, check), *judged_sections(check)]
+    sections += interface_section(report.interface)
     if isinstance(report, ExportReport):
-        sections += [*fold_sections(report), *site_sections(check), *range_sections(report)]
+        sections += [
+            *fold_sections(report), *graph_sections(report), *site_sections(check), *range_sections(report),
+        ]  # fmt: skip
     else:
         sections += site_sections(report)
     verdict = "not judged" if check is None else check.verdict
@@ -102,7 +107,8 @@ def _diagnosis(report: Diagnosis) -> Content:
     summary, sections = [counted(report)], [*health_sections(report)]
     if report.plan is not None:
         summary.append(_counted(report.plan))
-        sections += [*fold_sections(report.plan), *range_sections(report.plan, norms=False)]
+        sections += [*fold_sections(report.plan), *graph_sections(report.plan)]
+        sections += [*range_sections(report.plan, norms=False)]
     word, tone = ("healthy", "pass") if report.healthy else ("look at the findings", "inconclusive")
     return Content("Inspect", _model(report.source), word, tone, summary, [*sections, origin_section(report)])
 
@@ -115,7 +121,7 @@ def _calibration(report: CalibrationReport) -> Content:
 
 def _latency(report: LatencyReport) -> Content:
     rows = [
-        (c.name, _milliseconds(c.median), _milliseconds(c.p95), f"{c.ratio:.3g}",
+        (c.name, _milliseconds(c.median), _milliseconds(c.p95), _ratio(c, report),
          f"{c.interval[0]:.3g} to {c.interval[1]:.3g}", "–" if c.load is None else _milliseconds(c.load),
          "–" if c.memory is None else words.size(c.memory), c.provider)
         for c in report.contestants
@@ -135,6 +141,11 @@ def _latency(report: LatencyReport) -> Content:
     )  # fmt: skip
     heading = " and ".join(c.name for c in report.contestants)
     return Content("Latency", heading, "measured", "not judged", (), [side_by_side])
+
+
+def _ratio(latency: Latency, report: LatencyReport) -> str:
+    known = latency.told_apart or latency is report.contestants[0]
+    return f"{latency.ratio:.3g}" if known else "not told apart"
 
 
 def _milliseconds(seconds: float) -> str:

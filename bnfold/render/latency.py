@@ -14,6 +14,7 @@ def latency_report(report: LatencyReport, page: Page) -> None:
     page.line("Measured", inputs or "no inputs", threads, f"{report.rounds} rounds after {report.warmup} calls each")
     known = dict(report.machine)
     words = [known.pop("processor", ""), f"{known.pop('cores', '?')} cores", known.pop("system", "")]
+    known.pop("date", None)
     page.line("", ", ".join([*words, *(f"{name} {version}" for name, version in known.items())]))
     rows = [_row(latency, first=i == 0) for i, latency in enumerate(report.contestants)]
     page.table(("latency", "median", "p95", "ratio (95 % interval)", "speed", "load", "memory", "on"), rows)
@@ -23,10 +24,11 @@ def latency_report(report: LatencyReport, page: Page) -> None:
 
 def _row(latency: Latency, *, first: bool) -> tuple[str, ...]:
     low, high = latency.interval
-    ratio = f"{latency.ratio:.3f} ({low:.3f} to {high:.3f})"
+    known = f"{latency.ratio:.3f} " if latency.told_apart else "not told apart "
+    ratio = f"{known}({low:.3f} to {high:.3f})"
     return (
         latency.name, seconds(latency.median), seconds(latency.p95),
-        "1" if first else ratio, "" if first else f"{latency.speedup:.2f}x",
+        "1" if first else ratio, f"{latency.speedup:.2f}x" if latency.told_apart and not first else "",
         "" if latency.load is None else seconds(latency.load), "" if latency.memory is None else size(latency.memory),
         latency.provider,
     )  # fmt: skip

@@ -26,11 +26,12 @@ NormRow = tuple[str, Sequence[float], Sequence[float]]
 ROWS = 80
 #: Units of the picture: its width, the height of a row, and the letters of a label.
 _WIDTH, _ROW, _LABEL = 300, 14, 20
-_STAND_INS = {
+#: Colours that libraries draw with, and those of the page that take their place.
+STAND_INS = {
     "#000001": "currentColor", "#000002": "var(--muted)", "#000003": "var(--line)", "#000004": "var(--fail)",
     "#000005": "var(--before)", "#000006": "var(--after)", "#000007": "var(--third)",
 }  # fmt: skip
-_INK, _MUTED, _LINE, _FAIL, _BEFORE, _AFTER, _THIRD = _STAND_INS
+_INK, _MUTED, _LINE, _FAIL, _BEFORE, _AFTER, _THIRD = STAND_INS
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "bnfold", "svg.fonttype": "none", "font.size": 8, "font.family": "DejaVu Sans",
     "text.color": _INK, "axes.edgecolor": _LINE, "axes.labelcolor": _INK, "xtick.color": _MUTED,
@@ -183,18 +184,22 @@ def _svg(
                           columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _at_home(written.getvalue(), name, title)
+    return at_home(written.getvalue(), name, title)
 
 
-def _at_home(svg: str, name: str, title: str) -> str:
-    """An SVG file as an element of a page: ids of its own, the page's colours, a title for those who do not see it."""
+def at_home(svg: str, name: str, title: str, *, natural: bool = False) -> str:
+    """An SVG file as an element of a page: ids of its own, the page's colours, a title for those who do not see it.
+
+    ``natural``: as wide as it is drawn, and not as the page.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for stand_in, colour in _STAND_INS.items():
+    for stand_in, colour in STAND_INS.items():
         svg = svg.replace(stand_in, colour)
     head, rest = svg.split(">", 1)
     (box,) = re.findall(r'viewBox="[^"]*"', head)
+    box += f' width="{float(box.split()[2]):.0f}"' if natural else ""
     opening = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-labelledby="{name}-title"'
     return f'{opening}><title id="{name}-title">{escape(title)}</title>{rest}'
 

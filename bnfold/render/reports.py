@@ -14,16 +14,18 @@ from bnfold.render.advice import int8_warnings, judged, next_steps
 from bnfold.render.page import STYLES, Page
 from bnfold.render.running import running_lines
 from bnfold.render.words import count, error, number, plural, size
-from bnfold.report import REASONS, CheckReport, Entry, ExportReport, LayerRange, Ledger, OutputResult
+from bnfold.report import REASONS, CheckReport, Entry, ExportReport, LayerRange, Ledger, OutputResult, Port
 
 #: Rows of a table, or lines of outputs, that are shown without --verbose.
 _SHOWN, _PROBLEMS = 20, 8
 _LISTED = 12
+_PORTS = 6
 
 
 def export_report(report: ExportReport, page: Page, *, destination: str, dry_run: bool, verbose: bool) -> None:
     """What ``export`` and ``fold`` print."""
     loaded(report.source, report.notes, page)
+    _ports(report.interface, page)
     _folded(report, page)
     if verbose:
         _plan(report.ledger, page, bare=True)
@@ -48,6 +50,7 @@ def fold_plan(report: ExportReport, page: Page, *, verbose: bool) -> None:
 def check_report(source: dict[str, Any], path: str, report: CheckReport, page: Page, *, verbose: bool) -> None:
     """What ``check`` prints."""
     loaded(source, (), page)
+    _ports(report.interface, page)
     page.line("Against", subject=path)
     _checked(report, page, verbose=verbose)
     page.line("Verdict", _verdict(report.verdict))
@@ -72,6 +75,15 @@ def loaded(source: dict[str, Any], notes: Sequence[str], page: Page) -> None:
         notes = (what, *notes)
     for note in notes:
         page.line("", f"note: {note}")
+
+
+def _ports(interface: Sequence[Port], page: Page) -> None:
+    """What goes in and what comes out, a line each."""
+    for role, label in (("input", "Takes"), ("output", "Gives")):
+        found = [str(port) for port in interface if port.role == role]
+        more = [f"and {len(found) - _PORTS} more"] if len(found) > _PORTS else []
+        if found:
+            page.line(label, *found[:_PORTS], *more)
 
 
 def _model(source: dict[str, Any]) -> str:

@@ -11,10 +11,22 @@ from statistics import median, quantiles
 
 from bnfold._version import __version__
 from bnfold.render import words
+from bnfold.render.accuracy import chance
 from bnfold.render.advice import int8_warnings, judged, next_steps
+from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
 from bnfold.render.plots import ROWS, NormRow, norm_plot, site_plot, weight_plot
 from bnfold.render.tables import Section, Table, label, of_result, section, table
-from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, Entry, ExportReport, LayerRange, Ledger
+from bnfold.report import (
+    REASONS,
+    CalibrationReport,
+    CheckReport,
+    Diagnosis,
+    Entry,
+    ExportReport,
+    LayerRange,
+    Ledger,
+    Port,
+)
 from bnfold.report.plain import versions
 
 OUTCOMES = {
@@ -58,7 +70,8 @@ def judged_sections(check: CheckReport) -> Iterator[Section]:
         ("table", Table("Outputs", heads, rows)), ("notes", list(check.notes)),
     )  # fmt: skip
     if check.accuracy is not None:
-        yield of_result("accuracy", "Accuracy on real data", check.accuracy)
+        warning = [chance(check.accuracy)] if check.accuracy.at_chance else []
+        yield of_result("accuracy", "Accuracy on real data", check.accuracy, ("alert", warning))
     for field in fields(check):
         found, title = getattr(check, field.name), label(field.name).capitalize()
         if field.name not in _PLACED and is_dataclass(found):
@@ -95,6 +108,20 @@ def fold_sections(report: ExportReport) -> Iterator[Section]:
     if merges:
         heads = ("into", "kind", "layers", "operators fewer", "multiply-adds fewer")
         yield section("merges", "Merges", ("table", Table("Layers that became one", heads, merges, (0, 2))))
+
+
+def graph_sections(report: ExportReport) -> Iterator[Section]:
+    """The operators in a picture, and of which kinds there are how many."""
+    if not report.graph:
+        return
+    drawn, count = picture(report.graph), sum(operator.before for operator in report.graph)
+    boxes = f" Of {count} operators, a box is a module; the page can be made larger." if count > OPERATORS else ""
+    text = f"Each operator below its module; {legend(report.graph)}.{boxes}" if drawn else MISSING
+    rows = operator_types(report.graph)
+    yield section(
+        "graph", "Operators before and after", ("text", text), ("graph", drawn),
+        ("table", Table("Kinds of operators", ("operator", "before", "after"), rows)),
+    )  # fmt: skip
 
 
 def _left(ledger: Ledger) -> Section:
@@ -183,6 +210,7 @@ def origin_section(report: ExportReport | CheckReport | Diagnosis | CalibrationR
     """The model, the file, and the versions of what ran."""
     source = report.source
     facts = [
+        ("made at", source.get("date")), ("by", source.get("command")),
         ("model", source.get("source")), ("weights", source.get("weights")),
         ("SHA-256 of the model", source.get("sha256")),
         ("parameters", words.count(source["parameters"]) if source.get("parameters") else None),
@@ -201,6 +229,14 @@ def origin_section(report: ExportReport | CheckReport | Diagnosis | CalibrationR
         facts.append(("seconds", ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.timings.items())))
     facts += [("bnfold", __version__), *versions().items(), ("platform", platform.platform())]
     return section("origin", "Where it comes from", ("facts", [(k, str(v)) for k, v in facts if v not in (None, "")]))
+
+
+def interface_section(interface: Sequence[Port]) -> Iterator[Section]:
+    """What goes in and what comes out."""
+    rows = [(port.name, port.role, port.dtype, ", ".join(map(str, port.shape)) or "a number") for port in interface]
+    if rows:
+        heads = ("name", "", "dtype", "shape")
+        yield section("interface", "Inputs and outputs", ("table", Table("Names are dynamic sizes", heads, rows)))
 
 
 def _name(entry: Entry) -> str:

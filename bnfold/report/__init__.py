@@ -6,9 +6,11 @@ from bnfold.report.accuracy import Accuracy, Agreement, Flip, TargetFit
 from bnfold.report.baseline import BaselineReport, BaselineRow
 from bnfold.report.bisection import Bisection, Culprit
 from bnfold.report.calibration import CalibratedLayer, CalibrationReport
+from bnfold.report.drawing import Fate, Operator
 from bnfold.report.export import ExportReport, FileReport
 from bnfold.report.fleet import FleetReport, ModelRow
 from bnfold.report.health import FINDINGS, Diagnosis, Finding, NormHealth, NormKind, Severity, Spread
+from bnfold.report.interface import Port, Role
 from bnfold.report.latency import Latency, LatencyReport
 from bnfold.report.ledger import REASONS, Change, Entry, Ledger, Merge, Outcome, Refusal, Scaled
 from bnfold.report.ranges import LayerRange, NormRange, WeightRange
@@ -32,6 +34,7 @@ __all__ = [
     "Engine",
     "Entry",
     "ExportReport",
+    "Fate",
     "FileReport",
     "Finding",
     "FleetReport",
@@ -45,10 +48,13 @@ __all__ = [
     "NormHealth",
     "NormKind",
     "NormRange",
+    "Operator",
     "Outcome",
     "OutputResult",
     "Placement",
+    "Port",
     "Refusal",
+    "Role",
     "Scaled",
     "Severity",
     "SiteResult",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -82,6 +83,7 @@ class Accuracy:
         flipped: the flips that are furthest from a tie, at most 20.
         agreement: one per output.
         targets: one per output that has targets.
+        classes: how many classes there are; 0 where no output has any.
         data: SHA-256 of the arrays, whatever file they came from.
     """
 
@@ -100,4 +102,17 @@ class Accuracy:
     flipped: tuple[Flip, ...] = ()
     agreement: tuple[Agreement, ...] = ()
     targets: tuple[TargetFit, ...] = ()
+    classes: int = 0
     data: str = field(default="", repr=False)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the unfolded model itself is no better than guessing.
+
+        Guessing among k classes gets 1/k of n labels right, give or take ``sqrt((1 - 1/k) / (k n))``; three of these
+        above it is what one guesser in 700 reaches.
+        """
+        if self.before is None or self.classes < 2 or not self.labelled:
+            return False
+        chance = 1 / self.classes
+        return self.before <= chance + 3 * math.sqrt(chance * (1 - chance) / self.labelled)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from bnfold.report.drawing import Operator
+from bnfold.report.interface import Port
 from bnfold.report.ledger import Ledger
 from bnfold.report.plain import as_json
 from bnfold.report.ranges import LayerRange, NormRange
@@ -32,7 +34,8 @@ class ExportReport:
     """Everything that a run found out; ``operators`` before and after folding, ``timings`` in seconds.
 
     ``layers`` and ``norms`` are the ranges of the contractions and of the BatchNorms, ``kind`` is the run's command, or
-    ``plan`` for what was only planned.
+    ``plan`` for what was only planned. ``interface`` is what goes in and what comes out,
+    ``graph`` the operators before and after.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("passed",)
@@ -46,6 +49,8 @@ class ExportReport:
     layers: tuple[LayerRange, ...] = ()
     norms: tuple[NormRange, ...] = ()
     kind: Literal["export", "fold", "plan"] = "export"
+    interface: tuple[Port, ...] = ()
+    graph: tuple[Operator, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -39,6 +39,12 @@ class Latency:
         """How many times as fast as the first contestant."""
         return 1 / self.ratio
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether the ratio means anything: with 1 inside its interval nobody knows which of the two is faster."""
+        low, high = self.interval
+        return not low <= 1 <= high
+
 
 @dataclass(frozen=True)
 class LatencyReport:

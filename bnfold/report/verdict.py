@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from bnfold.report.accuracy import Accuracy
 from bnfold.report.baseline import BaselineReport
+from bnfold.report.interface import Port
 from bnfold.report.plain import as_json
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -107,6 +108,7 @@ class CheckReport:
     engines: tuple[Engine, ...] = ()
     adversarial: Adversarial | None = None
     baseline: BaselineReport | None = None
+    interface: tuple[Port, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -14,6 +14,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,6 +91,7 @@ def bench(
     """
     tell = progress or (lambda stage, done, total: None)
     tell("open", 0, 1)
+    others = _others()
     where = resolve_device(device, provider_options)
     for path in paths:
         read_model(Path(path))
@@ -105,9 +107,10 @@ def bench(
             given, named = torch_arguments(model, args, kwargs or {}, feeds[0], name)
             contestants.append(torch_contestant(name, model, given, named, device=_torch_device(where)))
         measured = measure(contestants, rounds=rounds, warmup=warmup, seed=seed, progress=tell)
+    notes = (*filter(None, [pip_problem()]), *others, *_notes(contestants, measured))
     return LatencyReport(
         measured, rounds, warmup, threads, {n: written(array.dtype, array.shape) for n, array in feeds[0].items()},
-        machine(with_torch=model is not None), (*filter(None, [pip_problem()]), *_notes(contestants, measured)),
+        machine(with_torch=model is not None), notes,
     )  # fmt: skip
 
 
@@ -205,11 +208,27 @@ def _notes(contestants: Sequence[Contestant], measured: Sequence[Latency]) -> It
         yield f"turns of {worst.name} vary: something else keeps this machine busy, or its clock changes"
 
 
+def _others() -> list[str]:
+    """What is said where other programs take so much of the machine that nothing measured on it can be trusted."""
+    with contextlib.suppress(OSError, AttributeError):
+        cores, load = _cores(), os.getloadavg()[0]
+        if load > 1 + cores / 4:  # one is what loading this program and the models takes
+            return [
+                f"this machine is too busy to measure on: {load:.1f} programs wanted to run on its {cores} cores in "
+                "the last minute; take no figure from here"
+            ]
+    return []
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(*, with_torch: bool = True) -> dict[str, str]:
     """The processor, its cores that this process may use, and the versions of what runs the models."""
     names = [*installed_runtimes(), *(["torch"] if with_torch else [])]
-    found = {"processor": _processor(), "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-             else os.cpu_count() or 1), "system": f"{platform.system()} {platform.machine()}"}  # fmt: skip
+    found = {"processor": _processor(), "cores": str(_cores()), "system": f"{platform.system()} {platform.machine()}",
+             "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
