@@ -26,7 +26,9 @@ from bnfold.report import (
     Ledger,
     Merge,
     NormRange,
+    Operator,
     OutputResult,
+    Port,
     Refusal,
     SiteResult,
     WeightRange,
@@ -65,6 +67,14 @@ EXPORT = ExportReport(
         LayerRange("linear", NASTY, None, WeightRange((0.0, float("nan")), 1.0)),
     ),
     (NormRange("bn", "bn1", (0.5, -2.0, 1.0), (0.0, 100.0, float("inf"))),),
+    interface=(Port("input", "x", "float32", ("batch", 3, "2*H")), Port("output", "y", "float32", ("batch", 10))),
+    graph=(
+        Operator("input", "x", (), "kept"), Operator("conv2d", "conv1", (0,), "changed"),
+        Operator("batch_norm", "bn1", (1,), "folded"), Operator("gelu", "act", (2,), "kept"),
+        Operator("mul", NASTY, (3,), "left"), Operator("conv2d", "block.a", (4,), "changed"),
+        Operator("conv2d", "block.b", (4,), "merged"), Operator("add", "block", (5, 6), "merged"),
+        Operator("add", "block", (7,), "new"), Operator("output", "", (8,), "kept"),
+    ),
 )  # fmt: skip
 LATENCY = LatencyReport(
     (Latency("a.onnx", "CPUExecutionProvider", 1e-3, 2e-3, 10, 1.0, (1.0, 1.0), 0.1, 12345678),

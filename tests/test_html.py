@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_samples import EXPORT, LATENCY, NASTY, diagnosis, real, reports
 
-from bnfold.render import document, plots
+from bnfold.render import document, graph, plots
 from bnfold.report import (
     Accuracy,
     Entry,
@@ -27,6 +27,7 @@ from bnfold.report import (
     LayerRange,
     Ledger,
     NormRange,
+    Operator,
     SiteResult,
     WeightRange,
 )
@@ -127,11 +128,12 @@ def test_everything_asked_for_is_in_it() -> None:
         "into the layer before", "relu", "block.a, block.b", "36.9 K",
         "What stays, and why", "aten.gelu", "nothing: the algebra does not allow it",
         "Error per layer against the noise", "Weight ranges before and after folding", "per-tensor int8 hopeless",
-        "Scale and shift of every BatchNorm", "ab" * 32, "torch", "net.safetensors", "the batch is fixed",
+        "Inputs and outputs", "batch, 3, 2*H", "Kinds of operators", "Scale and shift of every BatchNorm", "ab" * 32,
+        "torch", "net.safetensors", "the batch is fixed",
     ):  # fmt: skip
         assert words in found.words, words
     titles = re.findall(r"<title id=[^>]*>([^<]*)", document(reports()["fail"], ".html"))
-    assert len(titles) == 3
+    assert len(set(titles)) == 4 + bool(shutil.which("dot"))
     assert "What to do next" not in page(EXPORT).words and "cd" * 32 in page(EXPORT).words
 
 
@@ -172,9 +174,11 @@ def test_two_pages_of_one_report_are_equal_and_belong_to_dark_and_light() -> Non
 def test_many_layers_are_drawn_row_by_row_up_to_a_limit() -> None:
     text = document(deep(), ".html")
     for title in ("Error at every fold site", "Weight ranges of every layer", "Scale and shift of every BatchNorm"):
-        (svg,) = re.findall(rf"<svg[^>]*><title[^>]*>{title}.*?</svg>", text, re.DOTALL)
-        rows = re.findall(r">([^<]*normalization_\d|[^<]*…[^<]*|[^<]*\d+\.b[^<]*)</text>", svg)
-        assert len(rows) == plots.ROWS == len(set(rows))
+        both = re.findall(rf"<svg[^>]*><title[^>]*>{title}.*?</svg>", text, re.DOTALL)
+        assert len(both) == 2  # for a phone and for a screen
+        for svg in both:
+            rows = re.findall(r">([^<]*normalization_\d|[^<]*…[^<]*|[^<]*\d+\.b[^<]*)</text>", svg)
+            assert len(rows) == plots.ROWS == len(set(rows))
     assert f"The {plots.ROWS} of {DEEP} that stand out most are drawn" in Page(text).words
 
 
@@ -184,14 +188,56 @@ def test_many_layers_are_drawn_row_by_row_up_to_a_limit() -> None:
         (["a.b.conv", "a.c.conv"], ["b", "c"]),
         (["a", "b"], ["a", "b"]),
         (["net.conv"], ["net"]),
-        (["x.weight", "x.weight"], ["weight", "weight"]),
+        (["x.weight", "x.weight"], ["weight", "weight #2"]),
+        ([f"layer{i}.0.downsample.1" for i in (1, 2)], ["layer1.0.downsample", "layer2.0.downsample"]),
+        (
+            ["stage1.0.downsample.convolution", "stage2.0.downsample.norm"],
+            ["s1.0.d.convolution", "s2.0.downsample.norm"],
+        ),
         (["", "a.b"], ["", "a.b"]),
         (["stages.0.layers.11.expansion.q", "classifier"], ["s.0.l.11.expansion.q", "classifier"]),
         (["m" * 40, "classifier"], ["mmmmmmmmm…mmmmmmmmmm", "classifier"]),
     ],
 )
 def test_labels_fit_beside_a_plot(names: list[str], expected: list[str]) -> None:
-    assert plots._short(names) == expected
+    assert plots._short(names, 20) == expected
+
+
+def test_labels_tell_apart_what_differs_wherever_it_does() -> None:
+    names = [f"a{'b' * 30}{i}{'c' * 30}" for i in (1, 2)] + [f"encoder{i}.layer.{j}.x" for i in (1, 2) for j in (1, 2)]
+    for letters in (20, 48):
+        found = plots._short([*names, names[0]], letters)
+        assert len(set(found)) == len(names) + 1 and all(len(label) < 67 for label in found)
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="no graphviz here: apt-get install graphviz")
+def test_every_operator_is_in_the_picture_with_what_became_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = str(graph.picture(EXPORT.graph))
+    assert re.findall(r">([−=+*!]) (\w+)<", text) == [
+        ("+", "conv2d"), ("−", "batch_norm"), ("!", "mul"), ("+", "conv2d"), ("=", "conv2d"), ("=", "add"), ("*", "add")
+    ]  # fmt: skip
+    assert text.count('class="edge"') == sum(len(operator.reads) for operator in EXPORT.graph)
+    assert "block.a: took something in" in text and "<b>" not in text
+    many = [Operator("conv2d", f"stage{i // 99}.{i // 3 % 33}.conv", (i - 1,) if i else (), "kept") for i in range(990)]
+    text = str(graph.picture(many))
+    assert len(re.findall('class="node"', text)) == 330 // 33 and "stage3" in text and "99 operators" in text
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert graph.picture(many) is None and "graphviz draws" in page(EXPORT).words
+
+
+def test_kinds_of_operators_are_counted_before_and_after() -> None:
+    rows = {kind: (before, after) for kind, before, after in graph.operator_types(EXPORT.graph)}
+    assert rows == {
+        "conv2d": ("3", "2"), "add": ("1", "1"), "batch_norm": ("1", "0"), "gelu": ("1", "1"), "mul": ("1", "1")
+    }  # fmt: skip
+
+
+def test_the_page_of_a_failure_has_the_histogram_of_its_errors_and_that_of_bench_bars() -> None:
+    failed = document(reports()["fail"], ".html")
+    assert "How many values have which error over noise" in failed
+    assert "How many values have which error over noise" not in document(EXPORT, ".html")
+    bars = document(LATENCY, ".html")
+    assert bars.count("Time per call</title>") == 2 and ">net.py:make</text>" in bars
 
 
 # -- a real browser ----------------------------------------------------------------------------------------------------
@@ -202,9 +248,10 @@ MEASURE = """<!doctype html><body>
 <script>
 onload = () => {{
   const doc = document.getElementById("page").contentDocument, root = doc.documentElement;
-  const off = [...doc.querySelectorAll("body *")].filter(e => !e.closest(".scroll, svg") || e.matches(".scroll, svg"))
+  const off = [...doc.querySelectorAll("body *")].filter(e => !e.parentElement.closest(".scroll, svg"))
     .filter(e => e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 80));
-  const labels = [...doc.querySelectorAll("svg")].map(svg => {{
+  const shown = [...doc.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width);
+  const labels = shown.map(svg => {{
     const box = svg.getBoundingClientRect();
     const texts = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
     const cut = texts.filter(([, r]) => r.left < box.left - 1 || r.right > box.right + 1).map(([t]) => t);
@@ -256,7 +303,7 @@ def test_a_browser_shows_a_deep_net_without_overflow(width: int, tmp_path: Path)
     found, trouble = browse(tmp_path, deep(), width)
     assert trouble == ""
     assert found["scroll"] <= found["client"] and found["off"] == []
-    assert len(found["labels"]) == 3
+    assert len(found["labels"]) == 3 + bool(shutil.which("dot"))
     for plot in found["labels"]:
         assert plot["cut"] == [] and plot["over"] == [] and plot["height"] >= 8
 

@@ -196,6 +196,7 @@ KNOWS_ATEN = {
     "functional": "swaps in-place operators for their twins before anything is folded",
     "normalisations": "writes their arithmetic as the operator that it is",
     "plan": "takes the prefix off a name that is printed",
+    "drawing": "likewise",
     "interpret": "reads the bits of a value in its own dtype where a run is in float64",
     "lower": "takes unused statistics from a batch_norm that torch.onnx would misread",
     "translate": "writes operators that torch.onnx does not know by those that they stand for",

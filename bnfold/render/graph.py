@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bnfold.errors import printable
 from bnfold.render.plots import STAND_INS, at_home
+from bnfold.render.words import plural
 from bnfold.report import Fate, Operator
 
 #: Operators that are drawn one by one, and boxes at most where there are more.
@@ -71,7 +72,8 @@ def operator_types(graph: Iterable[Operator]) -> list[tuple[str, str, str]]:
 
 def _each(graph: Sequence[Operator]) -> Iterator[str]:
     """A node per operator, a box per module that has several."""
-    homes = [operator.module.rpartition(".")[0] for operator in graph]
+    above = {operator.module.rpartition(".")[0] for operator in graph}  # what such a module does itself is in its box
+    homes = [o.module if o.module in above else o.module.rpartition(".")[0] for o in graph]
     counts = Counter(homes)
     yield from _head()
     for number, home in enumerate(dict.fromkeys(homes)):
@@ -99,6 +101,7 @@ def _boxes(graph: Sequence[Operator]) -> Iterator[str]:
         [operator.kind if operator.kind in ("input", "output") else "" for operator in graph],
     )
     names = list(dict.fromkeys(homes))
+    ends = {home for home, operator in zip(homes, graph) if operator.kind in ("input", "output")}
     parents = {name: name.rpartition(".")[0] for name in names}
     yield from _head()
     for number, parent in enumerate(dict.fromkeys(parents.values())):
@@ -110,7 +113,8 @@ def _boxes(graph: Sequence[Operator]) -> Iterator[str]:
                 _, colour, style, _ = LOOKS[next(fate for fate in LOOKS if fates[fate])]
                 told = [f"{LOOKS[fate][0]} {count} {fate}" for fate, count in fates.items() if fate != "kept"]
                 own = name[len(parent) + 1 :] if parent else name
-                lines = [own or "the model", f"{sum(fates.values())} operators", *told]
+                outside = name in ends
+                lines = [own or "the model", *([] if outside else [plural(sum(fates.values()), "operator")]), *told]
                 yield _node(i, lines, colour, style, name or "the model", name)
         if parent:
             yield "}"
@@ -126,8 +130,8 @@ def _at(operator: Operator, depth: int) -> str:
 
 
 def _head() -> Iterator[str]:
-    yield "digraph { bgcolor=transparent; nodesep=0.15; ranksep=0.22; labeljust=l; margin=6;"
-    yield f'fontname="Courier,monospace"; fontsize=11; color="{_LINE}"; fontcolor="{_MUTED}";'
+    yield "digraph { bgcolor=transparent; nodesep=0.15; ranksep=0.22; labeljust=l; margin=0.05;"
+    yield f'fontname="Courier,monospace"; fontsize=11; color="{_LINE}"; fontcolor="{_MUTED}"; pad=0.05;'
     yield f'node [shape=box, fontname="Courier,monospace", fontsize=11, fontcolor="{_INK}", height=0.1];'
     yield 'node [margin="0.08,0.04"];'
     yield f'edge [color="{_MUTED}", arrowsize=0.5, penwidth=0.8];'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bnfold.render import words
 from bnfold.render.fleet import fleet_sections, fleet_summary
 from bnfold.render.health_files import calibration_sections, counted, health_sections
-from bnfold.render.plots import require_matplotlib
+from bnfold.render.plots import latency_plot, require_matplotlib
 from bnfold.render.sections import (
     SIGNS,
     fold_sections,
@@ -133,11 +133,12 @@ def _latency(report: LatencyReport) -> Content:
         *((f"input {name}", shape) for name, shape in report.inputs.items()), *report.machine.items(),
     ]  # fmt: skip
     text = (
-        "In every round each had a turn, in random order; ratios are medians over the rounds with their 95 % interval."
+        "In every round each had a turn, in random order; ratios are medians over the rounds with their 95 % interval. "
+        "A bar is a median, the line at its end that interval, the tick what 95 % of the turns stay below."
     )
     side_by_side = section(
-        "latency", "Side by side", ("text", text), ("table", Table("Time per call", heads, rows)),
-        ("facts", facts), ("notes", list(report.notes)),
+        "latency", "Side by side", ("text", text), ("plot", latency_plot(report)),
+        ("table", Table("Time per call", heads, rows)), ("facts", facts), ("notes", list(report.notes)),
     )  # fmt: skip
     heading = " and ".join(c.name for c in report.contestants)
     return Content("Latency", heading, "measured", "not judged", (), [side_by_side])

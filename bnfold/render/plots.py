@@ -1,7 +1,8 @@
 """Plots as SVG that belongs to the page it stands in: its text is text, and its colours are the page's.
 
-A row per layer, so that any number of layers fits a phone's width. matplotlib draws with stand-in colours, which are
-replaced by the page's variables: dark and light need no second picture.
+A row per layer, so that any number of layers fits a phone's width; each is drawn twice, for a phone and for a screen or
+paper, and the page shows the one that fits. matplotlib draws with stand-in colours, which are replaced by the page's
+variables: dark and light need no second picture.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from bnfold.errors import ProviderError
-from bnfold.report import CheckReport, LayerRange
+from bnfold.errors import ProviderError, printable
+from bnfold.report import CheckReport, LatencyReport, LayerRange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: Draws on axes, with about so many ticks along x.
+_Draw = Callable[["Axes", int], None]
 #: A BatchNorm's name, and minimum, quartiles and maximum of its scale and of its shift.
 NormRow = tuple[str, Sequence[float], Sequence[float]]
 #: Rows of a plot; of more layers those that stand out are drawn.
 ROWS = 80
-#: Units of the picture: its width, the height of a row, and the letters of a label.
-_WIDTH, _ROW, _LABEL = 300, 14, 20
+#: Points of a row's height; by name, points of a picture's width and the letters of a label.
+_ROW = 14
+_WIDTHS = {"narrow": (300, 20), "wide": (690, 48)}
 #: Colours that libraries draw with, and those of the page that take their place.
 STAND_INS = {
     "#000001": "currentColor", "#000002": "var(--muted)", "#000003": "var(--line)", "#000004": "var(--fail)",
@@ -61,7 +65,7 @@ def site_plot(check: CheckReport) -> str:
     finite = [ratio for ratio in worst.values() if ratio < math.inf]
     low, high = 0.05, 2 * max([*finite, check.site_limit])
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, ticks: int) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.axvline(1, color=_MUTED, linewidth=1)
@@ -77,14 +81,65 @@ def site_plot(check: CheckReport) -> str:
             for x, i in points:
                 if x >= high:
                     axes.annotate("infinite", (x, i), (-5, 0), textcoords="offset points", ha="right", va="center")
-        _decades(axes)
+        _decades(axes, ticks)
         axes.set_xlabel(f"error over noise (dashed: the limit, {check.site_limit:g})", loc="right")
 
     return _svg(
         "sites", "Error at every fold site in multiples of the unfolded model's own", draw,
-        _marked(_short([names[value] or value for value in rows]), [worst[v] > check.site_limit for v in rows]),
-        legend=True,
+        [names[value] or value for value in rows], bad=[worst[v] > check.site_limit for v in rows], legend=True,
     )  # fmt: skip
+
+
+def histogram_plot(check: CheckReport) -> str:
+    """How many of the values that were compared, outputs and fold sites, have which error over noise."""
+    found = [(o.candidate, o.ratio) for o in check.outputs]
+    found += [(s.candidate, max(s.ratio, s.channel_ratio)) for s in check.sites]
+    # A bin per doubling; what is infinite or no number is in the last, what is next to exact in the first.
+    low, top = -6, 1 + max((math.ceil(math.log2(r)) for _, r in found if 1 < r < math.inf), default=0)
+    top = max(top, math.ceil(math.log2(check.site_limit)) + 1)
+
+    def bin_of(ratio: float) -> int:
+        return top if not ratio < math.inf else max(low, math.floor(math.log2(ratio)) if ratio > 0 else low)
+
+    counts = {name: Counter(bin_of(r) for c, r in found if c == name) for name in dict.fromkeys(c for c, _ in found)}
+
+    def draw(axes: Axes, ticks: int) -> None:
+        below = Counter[int]()
+        for (name, count), colour in zip(counts.items(), (_AFTER, _BEFORE, _THIRD, _MUTED)):
+            bins = sorted(count)
+            axes.bar([b + 0.5 for b in bins], [count[b] for b in bins], 0.9, [below[b] for b in bins], color=colour,
+                     label=name)  # fmt: skip
+            below += count
+        axes.axvline(math.log2(check.limit), color=_FAIL, linewidth=1, linestyle=(0, (4, 2)))
+        axes.set_xlim(low, top + 1)
+        axes.set_ylim(0, 1.1 * max(below.values(), default=1))
+        step = max(1, math.ceil((top - low) / ticks))
+        places = range(low, top + 1, step)
+        axes.set_xticks([*places], [f"{2.0**place:g}" if place < 20 else f"{2.0**place:.0e}" for place in places])
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel(f"error over noise (dashed: the limit of an output, {check.limit:g})", loc="right")
+
+    return _svg("histogram", "How many values have which error over noise", draw, None, legend=True)
+
+
+def latency_plot(report: LatencyReport) -> str:
+    """Time per call of each: the median as a bar, the interval of the ratio as a line, 95 % below as a tick."""
+    first = report.contestants[0].median
+
+    def draw(axes: Axes, ticks: int) -> None:
+        for i, each in enumerate(report.contestants):
+            middle, low, high = (1e3 * first * ratio for ratio in (each.ratio, *each.interval))
+            axes.barh(i, 1e3 * each.median, 0.6, color=_AFTER if i == 0 else _BEFORE)
+            if high > low:
+                axes.errorbar(middle, i, xerr=[[middle - low], [high - middle]], color=_INK, capsize=3, linewidth=1.2)
+            axes.plot([1e3 * each.p95], [i], linestyle="", marker="|", markersize=9, color=_MUTED)
+        axes.set_xlim(0, None)
+        axes.locator_params(axis="x", nbins=ticks)
+        axes.set_xlabel("milliseconds per call", loc="right")
+
+    return _svg(
+        "latency-plot", "Time per call", draw, [each.name for each in report.contestants], height=1.6, between="/"
+    )
 
 
 def weight_plot(layers: Sequence[LayerRange]) -> str:
@@ -92,7 +147,7 @@ def weight_plot(layers: Sequence[LayerRange]) -> str:
     spreads = [max(layer.after.spread, layer.after.input_spread) for layer in layers]
     rows = [layers[i] for i in _standing_out(range(len(layers)), spreads)]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, ticks: int) -> None:
         axes.set_xscale("log")
         for weights, colour, shift, mark, label in (
             ([row.before for row in rows], _BEFORE, -0.17, "|", "before folding"),
@@ -104,13 +159,12 @@ def weight_plot(layers: Sequence[LayerRange]) -> str:
             axes.plot([w.median for _, w in known], [i for i, _ in known], linestyle="", marker=mark, markersize=4.5,
                       color=colour, label=label)  # fmt: skip
         axes.margins(x=0.06)
-        _decades(axes)
+        _decades(axes, ticks)
         axes.set_xlabel("largest |weight| per channel: smallest, median, largest", loc="right")
 
     return _svg(
         "weights", "Weight ranges of every layer before and after folding", draw,
-        _marked(_short([row.module or row.value for row in rows]), [row.spoiled for row in rows]), legend=True,
-        height=1.25,
+        [row.module or row.value for row in rows], bad=[row.spoiled for row in rows], legend=True, height=1.25,
     )  # fmt: skip
 
 
@@ -118,8 +172,8 @@ def norm_plot(norms: Sequence[NormRow]) -> str:
     """Scale and shift of every BatchNorm over its channels: all of them, the middle half, and the median."""
     rows = [norms[i] for i in _standing_out(range(len(norms)), [max(map(abs, (*s, *t))) for _, s, t in norms])]
 
-    def panel(part: str, summaries: Sequence[Sequence[float]]) -> Callable[[Axes], None]:
-        def draw(axes: Axes) -> None:
+    def panel(part: str, summaries: Sequence[Sequence[float]]) -> _Draw:
+        def draw(axes: Axes, ticks: int) -> None:
             low, lower, middle, upper, high = zip(*summaries)
             axes.axvline(0, color=_MUTED, linewidth=1)
             axes.hlines(range(len(rows)), low, high, color=_BEFORE, linewidth=1)
@@ -127,19 +181,21 @@ def norm_plot(norms: Sequence[NormRow]) -> str:
             axes.plot(middle, range(len(rows)), linestyle="", marker="|", markersize=7, color=_INK)
             if (reach := max(map(abs, (*low, *high)))) > 20:
                 axes.set_xscale("symlog", linthresh=1)
-                place = 10.0 ** math.floor(math.log10(reach))
-                ticks = [tick for tick in (-place, 0.0, place) if min(low) <= tick <= max(high) or tick == 0]
-                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+                top = math.floor(math.log10(reach))
+                powers = [10.0**power for power in range(top, -1, -max(1, math.ceil(4 * top / ticks)))]
+                places = [-power for power in powers] + [0.0] + powers[::-1]
+                shown = [place for place in places if min(low) <= place <= max(high) or place == 0]
+                axes.set_xticks(shown, [f"{place:g}" for place in shown], minor=False)
                 axes.set_xticks([], minor=True)
             else:
-                axes.locator_params(axis="x", nbins=3)
+                axes.locator_params(axis="x", nbins=max(3, ticks // 2))
             axes.set_xlabel(part)
 
         return draw
 
     return _svg(
         "norms", "Scale and shift of every BatchNorm", panel("scale", [scale for _, scale, _ in rows]),
-        _short([name for name, _, _ in rows]), second=panel("shift", [shift for _, _, shift in rows]),
+        [name for name, _, _ in rows], second=panel("shift", [shift for _, _, shift in rows]),
     )  # fmt: skip
 
 
@@ -149,42 +205,65 @@ def norm_plot(norms: Sequence[NormRow]) -> str:
 def _svg(
     name: str,
     title: str,
-    draw: Callable[[Axes], None],
-    labels: Sequence[str],
+    draw: _Draw,
+    names: Sequence[str] | None,
     *,
-    second: Callable[[Axes], None] | None = None,
+    bad: Sequence[bool] = (),
+    second: _Draw | None = None,
     legend: bool = False,
     height: float = 1.0,
+    between: str = ".",
 ) -> str:
-    """One picture: a row per label, the first on top; the same x axis above and below."""
+    """A picture for either width: a row per name, the first on top; the same x axis above and below.
+
+    Args:
+        name: of the picture, for its ids.
+        title: for those who do not see it.
+        draw: draws on axes, with about so many ticks.
+        names: of the rows; None where there are none, and y is a number.
+        bad: rows with a cross before their name: colour is not all that tells.
+        second: draws a second panel on the same rows.
+        legend: there is one.
+        height: of a row.
+        between: the parts of a name.
+    """
     require_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    top, bottom, left, right = 38 if legend else 20, 34, 8 + 4.9 * max(map(len, labels), default=0), 12
-    tall = max(len(labels), 1) * _ROW * height + top + bottom
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH / 72, tall / 72))
-        panels = figure.subplots(1, 1 if second is None else 2, squeeze=False, sharey=True)[0]
-        figure.subplots_adjust(left / _WIDTH, bottom / tall, 1 - right / _WIDTH, 1 - top / tall, wspace=0.14)
-        for axes, drawn in zip(panels, (draw, second)):
-            assert drawn is not None
-            axes.set_ylim(len(labels) - 0.4, -0.6)
-            axes.grid(axis="x")
-            axes.set_axisbelow(True)
-            drawn(axes)
-            axes.tick_params(axis="x", top=True, labeltop=True, length=2, labelsize=8, pad=2)
-            axes.tick_params(axis="x", which="minor", length=0)
-            axes.tick_params(axis="y", length=0)
-            axes.spines[:].set_visible(False)
-            axes.xaxis.label.set_fontsize(8)
-        panels[0].set_yticks(range(len(labels)), list(labels), fontsize=8.5)
-        if legend:
-            figure.legend(loc="upper left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7.5, handletextpad=0.2,
-                          columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return at_home(written.getvalue(), name, title)
+    drawn = []
+    for kind, (width, letters) in _WIDTHS.items():
+        labels = _short([printable(name) for name in names or []], letters, between)
+        labels = [f"✗ {label}" if wrong else label for label, wrong in zip(labels, bad or [False] * len(labels))]
+        top, bottom, left, right = 38 if legend else 20, 34, 12 + 5.3 * max(map(len, labels), default=3), 14
+        tall = (max(len(labels), 1) * _ROW * height if names is not None else 110) + top + bottom
+        with rc_context(_STYLE):
+            figure = Figure(figsize=(width / 72, tall / 72))
+            panels = figure.subplots(1, 1 if second is None else 2, squeeze=False, sharey=True)[0]
+            figure.subplots_adjust(left / width, bottom / tall, 1 - right / width, 1 - top / tall, wspace=0.14)
+            for axes, drawing in zip(panels, (draw, second)):
+                assert drawing is not None
+                if names is not None:
+                    axes.set_ylim(len(labels) - 0.4, -0.6)
+                axes.grid(axis="x")
+                axes.set_axisbelow(True)
+                drawing(axes, 6 if kind == "narrow" else 14)
+                axes.tick_params(
+                    axis="x", top=names is not None, labeltop=names is not None, length=2, labelsize=8, pad=2
+                )
+                axes.tick_params(axis="x", which="minor", length=0)
+                axes.tick_params(axis="y", length=0)
+                axes.spines[:].set_visible(False)
+                axes.xaxis.label.set_fontsize(8)
+            if names is not None:
+                panels[0].set_yticks(range(len(labels)), list(labels), fontsize=8.5)
+            if legend:
+                figure.legend(loc="upper left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7.5, handletextpad=0.2,
+                              columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+            written = io.StringIO()
+            figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawn.append(f'<div class="{kind}">{at_home(written.getvalue(), f"{name}-{kind}", title)}</div>')
+    return "".join(drawn)
 
 
 def at_home(svg: str, name: str, title: str, *, natural: bool = False) -> str:
@@ -204,21 +283,19 @@ def at_home(svg: str, name: str, title: str, *, natural: bool = False) -> str:
     return f'{opening}><title id="{name}-title">{escape(title)}</title>{rest}'
 
 
-def _decades(axes: Axes) -> None:
+def _decades(axes: Axes, ticks: int) -> None:
     """Plain numbers along a logarithmic axis, more of them where it covers little, none that touch."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = axes.get_xlim()
     decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 1.2 else (1.0, 3.0) if decades < 2.5 else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    subs = next(
+        (subs for subs in ((1.0, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0, 3.0)) if len(subs) * decades < ticks),
+        (1.0,),
+    )
+    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=ticks + 2))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.0e}" if value > 9999 else f"{value:g}"))
-
-
-def _marked(labels: Sequence[str], bad: Sequence[bool]) -> list[str]:
-    """The labels with a cross before those of what is bad: colour is not all that tells."""
-    return [f"✗ {label}" if wrong else label for label, wrong in zip(labels, bad)]
 
 
 def _standing_out(items: Sequence[Any], sizes: Sequence[float]) -> list[Any]:
@@ -231,26 +308,45 @@ def _sized(ratio: float) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """Names that fit beside a plot: without what all begin with and most end with, their first parts as initials."""
-    parts = [name.split(".") for name in names]
+def _short(names: Sequence[str], letters: int, between: str = ".") -> list[str]:
+    """Names that fit beside a plot: without what all begin with and most end with, their first parts as initials.
+
+    Two names are never one: where so many letters do not tell them apart there are more, and what has the very same
+    name, such as a layer that is called twice, gets a number.
+    """
+    parts = [name.split(between) for name in names]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     last, often = Counter(p[-1] for p in parts).most_common(1)[0] if parts else ("", 0)
     without = [p[:-1] if p[-1] == last and len(p) > 1 else p for p in parts]
     if often > len(parts) / 2 and len(set(map(tuple, without))) == len(set(map(tuple, parts))):
         parts = without
-    return [_fitting(p) for p in parts]
+    longest = max((len(between.join(p)) for p in parts), default=0)
+    different = len(set(map(tuple, parts)))
+    for length in range(letters, max(letters, longest) + 1):
+        found = [_fitting(p, length, between) for p in parts]
+        if len(set(found)) == different:
+            break
+    seen: Counter[str] = Counter()
+    for i, label in enumerate(found if parts else []):
+        seen[label] += 1
+        found[i] = f"{label} #{seen[label]}" if seen[label] > 1 else label
+    return found if parts else []
 
 
-def _fitting(parts: list[str]) -> str:
-    for found in _abbreviations(parts):
-        if len(found) <= _LABEL:
+def _fitting(parts: list[str], letters: int, between: str) -> str:
+    for found in _abbreviations(parts, between):
+        if len(found) <= letters:
             return found
-    return f"{found[: _LABEL // 2 - 1]}…{found[-_LABEL // 2 :]}"
+    return f"{found[: letters // 2 - 1]}…{found[-letters // 2 :]}"
 
 
-def _abbreviations(parts: list[str]) -> Iterator[str]:
-    yield ".".join(parts)
+def _abbreviations(parts: list[str], between: str) -> Iterator[str]:
+    yield between.join(parts)
     for i in range(1, len(parts)):
-        yield ".".join([*(part if part.isdigit() else part[:1] for part in parts[:i]), *parts[i:]])
+        yield between.join([*map(_initial, parts[:i]), *parts[i:]])
+
+
+def _initial(part: str) -> str:
+    """``layer12`` -> ``l12``."""
+    return part[:1] + part[len(part.rstrip("0123456789")) :] if not part.isdigit() else part

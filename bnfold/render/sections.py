@@ -14,7 +14,7 @@ from bnfold.render import words
 from bnfold.render.accuracy import chance
 from bnfold.render.advice import int8_warnings, judged, next_steps
 from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
-from bnfold.render.plots import ROWS, NormRow, norm_plot, site_plot, weight_plot
+from bnfold.render.plots import ROWS, NormRow, histogram_plot, norm_plot, site_plot, weight_plot
 from bnfold.render.tables import Section, Table, label, of_result, section, table
 from bnfold.report import (
     REASONS,
@@ -45,7 +45,12 @@ def problem_section(report: ExportReport | CheckReport, check: CheckReport) -> I
     if not check.passed:
         steps = [(f"To {what}:", command) for what, command in next_steps(report)]
         shown, more = list(check.problems[:_SHOWN]), list(check.problems[_SHOWN:])
-        yield section("problems", "Problems", ("alert", shown), ("more", more), ("steps", steps))
+        drawn = histogram_plot(check) if check.outputs else None
+        yield section(
+            "problems", "Problems", ("alert", shown), ("more", more), ("steps", steps),
+            ("text", drawn and "How many of the values that were compared, outputs and folds, have which error:"),
+            ("plot", drawn),
+        )  # fmt: skip
 
 
 def judged_sections(check: CheckReport) -> Iterator[Section]:
@@ -116,11 +121,11 @@ def graph_sections(report: ExportReport) -> Iterator[Section]:
         return
     drawn, count = picture(report.graph), sum(operator.before for operator in report.graph)
     boxes = f" Of {count} operators, a box is a module; the page can be made larger." if count > OPERATORS else ""
-    text = f"Each operator below its module; {legend(report.graph)}.{boxes}" if drawn else MISSING
+    text = f"Each operator over its module's name; {legend(report.graph)}.{boxes}" if drawn else MISSING
     rows = operator_types(report.graph)
     yield section(
-        "graph", "Operators before and after", ("text", text), ("graph", drawn),
-        ("table", Table("Kinds of operators", ("operator", "before", "after"), rows)),
+        "graph", "Operators before and after",
+        ("table", Table("Kinds of operators", ("operator", "before", "after"), rows)), ("text", text), ("graph", drawn),
     )  # fmt: skip
 
 
@@ -236,7 +241,9 @@ def interface_section(interface: Sequence[Port]) -> Iterator[Section]:
     rows = [(port.name, port.role, port.dtype, ", ".join(map(str, port.shape)) or "a number") for port in interface]
     if rows:
         heads = ("name", "", "dtype", "shape")
-        yield section("interface", "Inputs and outputs", ("table", Table("Names are dynamic sizes", heads, rows)))
+        yield section(
+            "interface", "Inputs and outputs", ("table", Table("Words in a shape are dynamic sizes", heads, rows))
+        )
 
 
 def _name(entry: Entry) -> str:
