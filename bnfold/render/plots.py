@@ -104,6 +104,8 @@ def histogram_plot(check: CheckReport) -> str:
     counts = {name: Counter(bin_of(r) for c, r in found if c == name) for name in dict.fromkeys(c for c, _ in found)}
 
     def draw(axes: Axes, ticks: int) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         below = Counter[int]()
         for (name, count), colour in zip(counts.items(), (_AFTER, _BEFORE, _THIRD, _MUTED)):
             bins = sorted(count)
@@ -116,7 +118,7 @@ def histogram_plot(check: CheckReport) -> str:
         step = max(1, math.ceil((top - low) / ticks))
         places = range(low, top + 1, step)
         axes.set_xticks([*places], [f"{2.0**place:g}" if place < 20 else f"{2.0**place:.0e}" for place in places])
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(f"error over noise (dashed: the limit of an output, {check.limit:g})", loc="right")
 
     return _svg("histogram", "How many values have which error over noise", draw, None, legend=True)
