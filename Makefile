@@ -1,7 +1,8 @@
 # make demo   installs and runs the main job on a trained model
 # make test   installs and runs every test
 # make wheels fetches what the tests of OpenVINO run with: 140 MB, in build/
-# make check  what CI runs: lint, types, wheels, tests
+# make docs   builds the site in build/site, and fails on a warning or a link that leads nowhere
+# make check  what CI runs: lint, types, docs, wheels, tests
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 WHEELS := build/wheels
 SEPARATE := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),onnxruntime-openvino openvino)
 
-.PHONY: demo test check lint types install wheels clean
+.PHONY: demo test check docs lint types install wheels clean
 
 install: $(STAMP)
 
@@ -47,7 +48,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-check: lint types wheels test
+docs: install
+	$(BIN)/python -m mkdocs build --quiet --strict
+
+check: lint types docs wheels test
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

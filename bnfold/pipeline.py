@@ -115,7 +115,7 @@ def export(
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
-        options: everything else, or its fields one by one as keyword arguments (``device="cuda"``); see ``Options``.
+        options: everything else, or its fields one by one as keyword arguments (``device="cpu"``); see ``Options``.
 
     Returns:
         What was folded, the verdict, and the file if one was written.

@@ -207,7 +207,7 @@ def test_a_report_on_two_files(tmp_path: Path) -> None:
         assert each.provider == "CPUExecutionProvider" and each.load is not None and each.load > 0
         assert 0 < each.median <= each.p95 and low <= each.ratio <= high
         assert each.memory is None or each.memory > 0
-    assert "other shapes than those of" in report.notes[0]
+    assert any("other shapes than those of" in note for note in report.notes)
     assert {"processor", "cores", "system"} <= set(report.machine) and stages[0] == "open" and stages[-1] == "measure"
     found = json.loads(report.to_json())
     assert found["contestants"][0]["ratio"] == 1 and len(found["contestants"]) == 2
@@ -357,7 +357,9 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "x:float32[2,3]   threads: 1   6 rounds after 5 calls each" in result.stdout
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if "onnx " in line or "net.py" in line}
     assert set(lines) >= {"a.onnx", "b.onnx", "net.py:make"}
-    assert re.search(r"b\.onnx +[\d.]+ \S+ +[\d.]+ \S+ +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+x", lines["b.onnx"])
+    times = r"b\.onnx +[\d.]+ \S+ +[\d.]+ \S+ +"
+    ratio = r"([\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+x|not told apart \([\d.]+ to [\d.]+\))"  # as the machine lets it
+    assert re.search(times + ratio, lines["b.onnx"])
     assert lines["a.onnx"].endswith("CPUExecutionProvider") and lines["net.py:make"].endswith("torch, cpu")
 
 

@@ -1,4 +1,4 @@
-"""The README names every command, exit code, refusal reason and kind of semantics, and its claims about files hold."""
+"""The pages name every command, exit code, refusal reason and kind of semantics, and their claims about files hold."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from bnfold.runtime.runtime import PROVIDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/*.md"), *DOCS.rglob("*.md")]
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
 
 
 @pytest.mark.parametrize("command", cli.commands)
@@ -23,39 +29,101 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert re.search(rf"^\| `python -m bnfold {command}\b", README, re.MULTILINE)
 
 
+def test_the_first_page_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
+
+
 def test_the_table_of_exit_codes_is_the_programs_own() -> None:
-    assert dict(re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)) == {
-        str(k): v for k, v in EXIT_CODES.items()
-    }
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page("guides/export.md"), re.MULTILINE)
+    assert dict(rows) == {str(k): v for k, v in EXIT_CODES.items()}
 
 
 def test_the_table_of_reasons_is_the_programs_own() -> None:
-    section = README[README.index("## Why a BatchNorm stays") :]
-    assert re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE) == list(REASONS)
+    assert re.findall(r"^\| `([a-z-]+)` \|", page("guides/left.md"), re.MULTILINE) == list(REASONS)
 
 
 def test_the_table_of_findings_is_the_programs_own() -> None:
-    section = README[README.index("## Healthy BatchNorms") : README.index("## Why a BatchNorm stays")]
-    rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \|", section, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \|", page("guides/health.md"), re.MULTILINE)
     assert rows == [(code, severity) for code, (severity, _, _) in FINDINGS.items()]
 
 
 def test_kinds_of_semantics_are_listed() -> None:
-    section = README[README.index("## Add an operator") :]
+    section = page("design.md").partition("## Add an operator")[2]
     kinds = {"Scaling", "Contraction", "Lookup", "Movement", "Average", "Sum", "Product", "Homogeneous", "Opaque"}
     assert kinds <= set(semantics.__all__)
     assert all(kind in section for kind in kinds)
 
 
 def test_the_row_shown_is_a_row_of_the_table() -> None:
-    row = re.search(r"\*_rows\(.*\),", README)
+    row = re.search(r"\*_rows\(.*\),", page("design.md"))
     assert row is not None
     assert row.group() in (ROOT / "bnfold" / "aten" / "__init__.py").read_text()
 
 
-def test_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / link).exists(), link
+def anchors(text: str) -> set[str]:
+    """Of its headings, as forges and the site make them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+        target = (path.parent / link).resolve() if link else path
+        assert target.exists(), (link, path)
+        assert not anchor or anchor in anchors(target.read_text()), (link, anchor)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().partition("nav:")[2])
+    assert sorted(listed) == sorted(["index.md", *(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))])
+
+
+#: What the README promised when it was one page: each is still said somewhere.
+PROMISES = (
+    "no tolerance to choose",
+    "never install two",
+    "--unsafe-pickle",
+    "allow-list",
+    "--mean-std",
+    "schema.json is its JSON Schema",
+    "without scripts or requests",
+    "only a pass passes",
+    "16 times the median",
+    "--data 'shards/*.npz'",
+    "in standard deviations",
+    "exact mean and variance",
+    "as such: it reads",
+    "plain torch.export.load reads it",
+    "under torch.compile and AOTInductor",
+    "one refusal per direction",
+    "never adds multiply-adds, weights or operators",
+    "powers of two, so no bit",
+    "truth is the captured, unfolded graph",
+    "at most 16, over all and for the worst channel",
+    "at most 4, and no batch size",
+    "near-tie",
+    "64 times the noise",
+    "none falls back",
+    "measured, not believed",
+    "nothing is unpickled",
+    "one that is made on the way cannot fail",
+    "pytest --bnfold-update",
+    "have not been measured: there was no GPU",
+    "geometric means",
+    "grow linearly",
+    "an operator without a row lets nothing pass",
+    "who may import whom",
+)
+
+
+def test_every_promise_of_the_old_first_page_is_still_somewhere() -> None:
+    def words(text: str) -> str:
+        return " ".join(re.sub(r"[`*]", "", text).lower().split())
+
+    said = words(" ".join(path.read_text() for path in PAGES))
+    missing = [promise for promise in PROMISES if words(promise) not in said]
+    assert missing == []
 
 
 @pytest.mark.parametrize("module", sorted(p for p in (ROOT / "bnfold").rglob("*.py")), ids=lambda p: p.name)

@@ -170,7 +170,7 @@ def test_options(options: dict[str, Any], holds: Any, tmp_path: Path) -> None:
 def test_options_as_one_object_or_one_by_one(tmp_path: Path) -> None:
     report = export(tmp_path / "net.onnx", options=bnfold.Options(opset=19, dry_run=True), seed=5)
     assert report.check is not None and not files(tmp_path)
-    with pytest.raises(TypeError):
+    with pytest.raises(bnfold.UsageError, match="nonsense"):
         export(tmp_path / "net.onnx", nonsense=1)
 
 

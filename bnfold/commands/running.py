@@ -220,7 +220,9 @@ def _given(word: Callable[[Any], str], names: Collection[str | None]) -> list[li
     found: list[list[str]] = []
     for parameter in context.command.params:
         said = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if not said or parameter.name not in names or not isinstance(parameter, click.Option):
+        if not said or parameter.name not in names or parameter.name not in context.params:
+            continue
+        if not isinstance(parameter, click.Option):
             continue
         value = context.params[parameter.name]
         if parameter.is_flag:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+#: Letters of an expression that a line shows; ``shape`` has all of it.
+_LONGEST = 24
 Role = Literal["input", "output"]
 
 
@@ -25,4 +27,5 @@ class Port:
     shape: tuple[int | str, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+        sizes = (str(size) if len(str(size)) <= _LONGEST else "…" for size in self.shape)
+        return f"{self.name} {self.dtype}[{', '.join(sizes)}]"
