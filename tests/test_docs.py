@@ -151,3 +151,14 @@ def test_only_the_runtime_knows_cuda() -> None:
     """A provider is a row: nothing outside of runtime/ tells one by its name."""
     files = [p for p in (ROOT / "bnfold").rglob("*") if p.suffix in {".py", ".json"} and p.parent.name != "runtime"]
     assert [str(p) for p in files if '"cuda"' in p.read_text()] == []
+
+
+def test_what_pip_installs_is_the_whole_package() -> None:
+    """Every folder with modules is a package, which setuptools finds, and files that are no modules are listed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert project["packages"] == {"find": {"include": ["bnfold*"]}}
+    folders = {path.parent for path in (ROOT / "bnfold").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+    listed = [path for each in project["package-data"]["bnfold"] for path in (ROOT / "bnfold").glob(each)]
+    others = [p for p in (ROOT / "bnfold").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert sorted(listed) == sorted(others)
