@@ -105,6 +105,7 @@ ALLOWED: dict[str, str] = {
     "bisection": "affine candidates capture engines errors file_graph following functional matching optimizers"
     " reference report runtime samples sites stored",
     "file_graph": "model_file",
+    "operator_bounds": "attributes subject",
     "optimizers": "",
     "following": "candidates decisions judge reference",
     "decisions": "aten interpret judge samples",

@@ -1,0 +1,82 @@
+"""The table of operator accuracies covers what it says, holds here, and is narrow enough to show a wrong operator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnfold.evaluate.attributes import Attributes
+from bnfold.gate.operator_bounds import MAGNITUDES, UNITS, bound, table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from operator_accuracy import CASES, runs
+
+#: Kernels of their own each: vectorised and not, along rows and elementwise, resized, recurrent.
+MEASURED = (
+    "Sigmoid", "Tanh", "Exp", "Gelu", "HardSwish", "Softmax", "LayerNormalization", "GroupNormalization", "Resize",
+    "GRU",
+)  # fmt: skip
+FIRST = {case.op: case for case in reversed(CASES)}
+
+
+def test_the_table_has_every_operator_that_the_script_sweeps_and_no_other() -> None:
+    measured = {row["op"] for row in table()["entries"] if row["dtype"] == "float32"}
+    assert measured == set(FIRST) and set(MAGNITUDES) <= measured
+    assert {row["op"] for row in table()["entries"]} == measured
+    numbers = np.array([[row["absolute"], row["relative"]] for row in table()["entries"]])
+    assert np.isfinite(numbers).all() and (numbers[:, 0] >= 0).all() and (numbers[:, 1] > 0).all()
+    assert table()["safety"] >= 2 and table()["processors"] and table()["onnxruntime"]
+
+
+@pytest.mark.parametrize("op", MEASURED)
+def test_what_this_processor_computes_lies_within_the_table(op: str) -> None:
+    for dtype in ("float32", "float16"):
+        for at, operands, got, exact in islice(runs(FIRST[op], dtype, 20_000), 60):
+            limit = bound(op, dtype, at, operands, exact)
+            assert limit is not None
+            inside = np.abs(exact) < np.finfo(dtype).max * (1 - 2 * UNITS[dtype])
+            assert (np.abs(got[inside] - exact[inside]) <= limit[inside]).all()
+
+
+#: What somebody else computes: an attribute that is a little off, an approximation that is not the operator.
+WRONG: dict[str, Callable[..., Tensor]] = {
+    "Sigmoid": lambda x: torch.sigmoid(x * (1 + 1e-5)),
+    "Tanh": lambda x: torch.tanh(x) + 3e-6,
+    "Exp": lambda x: torch.exp(x * (1 + 1e-5)),
+    "Gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "HardSwish": lambda x: x * (x * 0.16667 + 0.5).clamp(0, 1),
+    "Softmax": lambda x: torch.softmax(x * (1 + 1e-5), -1),
+    "LayerNormalization": lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1.01e-5),
+    "GroupNormalization": lambda x, w, b: F.group_norm(x, 4, w, b),
+    "Resize": lambda x, *_: F.interpolate(x, size=(11, 14), mode="bilinear")[:, :, :10],
+}
+
+
+@pytest.mark.parametrize("op", WRONG)
+def test_a_wrong_operator_lies_outside_of_the_table(op: str) -> None:
+    worst = 0.0
+    for at, operands, _, exact in islice(runs(FIRST[op], "float32", 20_000), 40):
+        limit = bound(op, "float32", at, operands, exact)
+        wrong = WRONG[op](*(None if x is None else torch.from_numpy(x) for x in operands)).numpy()
+        if wrong.shape == exact.shape:
+            inside = np.abs(exact) < np.finfo(np.float32).max
+            worst = max(worst, float((np.abs(wrong[inside] - exact[inside]) / limit[inside]).max()))
+    assert worst > 1
+
+
+def test_half_precision_has_at_least_the_units_of_float32_and_what_was_not_measured_has_no_bound() -> None:
+    x = np.linspace(-9, 9, 50)
+    exact, at = 1 / (1 + np.exp(-x)), Attributes({}, 22, 1)
+    bounds = {dtype: bound("Sigmoid", dtype, at, (x,), exact) for dtype in UNITS}
+    for dtype in ("float16", "bfloat16"):
+        assert (bounds[dtype] / UNITS[dtype] >= bounds["float32"] / UNITS["float32"]).all()
+    assert bound("Conv", "float32", at, (x,), exact) is None and bound("Sigmoid", "float64", at, (x,), exact) is None
