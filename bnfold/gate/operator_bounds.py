@@ -56,10 +56,11 @@ def bound(op: str, dtype: str, at: Attributes, operands: tuple[Array | None, ...
     if found is None:
         return None
     absolute, relative = found
-    scaled = relative * np.abs(exact)
-    if absolute:
-        scaled = scaled + absolute * magnitude(op, at, operands, exact)
-    result: Array = table()["safety"] * UNITS[dtype] * scaled + SMALLEST[dtype]
+    with np.errstate(over="ignore"):
+        scaled = relative * np.abs(exact)
+        if absolute:
+            scaled = scaled + absolute * magnitude(op, at, operands, exact)
+        result: Array = table()["safety"] * UNITS[dtype] * scaled + SMALLEST[dtype]
     return result
 
 
