@@ -49,7 +49,7 @@ types: install
 	$(BIN)/mypy
 
 docs: install
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 check: lint types docs wheels test
 
