@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnfold.errors import BnfoldError, InputError
+from bnfold.errors import BnfoldError, InputError, LowerError
 from bnfold.evaluate.evaluator import File64
 from bnfold.evaluate.subject import Array, Run, ValueInfo
 from bnfold.gate.decisions import NEAR
@@ -23,6 +23,7 @@ from bnfold.gate.judge import Tally, epsilon, finite_problem, site_ratios
 from bnfold.gate.reference import RUN_FACTOR, SAMPLE_FACTOR, Findings, Progress
 from bnfold.report import CheckReport, OutputResult, SiteResult, Verdict
 from bnfold.runtime.runtime import open_session
+from bnfold.runtime.session import Session
 
 #: Batches, one per kind of values and over again.
 BATCHES = (1, 2, 1, 3, 1)
@@ -41,8 +42,8 @@ class _Case:
     size: int
     truth: Run
     moved: list[Run]
-    #: What ONNX Runtime makes of the original; None where it does not run it.
-    own: list[Array] | None = None
+    #: What ONNX Runtime makes of the original.
+    own: list[Array]
 
 
 @dataclass
@@ -129,11 +130,8 @@ class FileGate:
     def _cases(self, original: File64) -> Iterator[_Case]:
         """Cases that the original runs on: every family of values, batches and sizes in turn."""
         eps = max((epsilon(_TORCH[v.dtype.name]) for v in original.outputs if v.dtype.name in _TORCH), default=2.0**-23)
-        session, rows = None, max((len(x) for x in (self.data or {}).values()), default=0)
-        try:
-            session = open_session(self.original, device=self.device, optimized=False)
-        except BnfoldError as error:
-            self._findings.notes.append(f"ONNX Runtime does not run the original: {error}")
+        rows = max((len(x) for x in (self.data or {}).values()), default=0)
+        session = self._session()
         known, reason = SIZES[0], ""
         for turn, family in enumerate(FAMILIES):
             self.progress("truth", turn, len(FAMILIES))
@@ -143,15 +141,33 @@ class FileGate:
                 try:
                     truth = original.run(feeds, decide=True)
                     moved = [original.run(feeds, follow=truth.decided, jitter=(eps, seed)) for seed in range(DRAWS)]
-                    own = None if session is None else session.run(feeds, self._names)
+                    own = session.run(feeds, self._names)
                 except BnfoldError as error:
                     reason = str(error)
                     continue
+                if turn == 0 and not all(map(_same, own, session.run(feeds, self._names))):
+                    raise InputError(
+                        "it answers otherwise from run to run on the same inputs", where=str(self.original)
+                    )
                 known = sizes
                 yield _Case(feeds, batch, truth, moved, own)
                 break
             else:
                 self._findings.notes.append(f"the original does not run on inputs of its kind: {reason}")
+
+    def _session(self) -> Session:
+        """The original in ONNX Runtime.
+
+        Raises:
+            InputError: ONNX Runtime does not take it.
+        """
+        try:
+            return open_session(self.original, device=self.device, optimized=False)
+        except LowerError as error:
+            raise InputError(
+                f"ONNX Runtime does not run the original: {error.what}", where=str(self.original),
+                hint="--no-check folds it unproved",
+            ) from error  # fmt: skip
 
     def _feeds(
         self, inputs: Sequence[ValueInfo], turn: int, sizes: Sequence[int], family: Family, rng: np.random.Generator,
@@ -240,6 +256,8 @@ class FileGate:
                     if not isinstance(value, list):
                         problems.append(f"{where} is of shape {list(value.shape)} and not {list(np.shape(true))}")
                     continue
+                if runtime:
+                    value = self._less_overflown(value, case.own[self._names.index(info)], true)
                 elements += value.size
                 if value.dtype.kind in "iubOUS" and value.dtype.name != "bfloat16":
                     wrong = int((value != true).sum())
@@ -260,7 +278,14 @@ class FileGate:
                     f"{name}, output '{info}': a channel's error is {max(whole, channel):.3g} times the noise (limit "
                     f"{self.site_limit:g})"
                 )
-        return [self._result(name, info, tally) for info, tally in tallies.items()]
+        return [self._result(name, info, tally) for info, tally in tallies.items() if len(tally.ratios(steady=True))]
+
+    def _less_overflown(self, value: Array, own: Array, true: Any) -> Array:
+        """A result with the truth where the original leaves its dtype's range as well, in the same way."""
+        if value.dtype.kind in "iubOUS" or value.shape != own.shape or value.shape != np.shape(true):
+            return value
+        same = ~np.isfinite(own) & ((value == own) | (np.isnan(value) & np.isnan(own)))
+        return np.where(same, true, value) if same.any() else value
 
     def _add(
         self, info: str, run: int, case: _Case, values: tuple[Tensor, Tensor, Tensor, list[Tensor]],
@@ -270,7 +295,7 @@ class FileGate:
         eps, batched = 2.0**-23, bool(given.ndim) and given.shape[0] == case.size > 1
         rounding = torch.stack([m - plain for m in moved]).square().mean(0).sqrt()
         noise = rounding
-        if runtime and case.own is not None:
+        if runtime:
             own = torch.from_numpy(np.array(case.own[self._names.index(info)], np.float64))
             if own.shape == plain.shape:
                 noise = torch.hypot(rounding, (own - plain).nan_to_num(0.0, 0.0, 0.0))
@@ -296,6 +321,12 @@ class FileGate:
         return OutputResult(
             name, info, tally.relative(tally.noise), tally.relative(tally.error), typical, largest, len(ratios)
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind == "f"))
 
 
 Family = Callable[[np.random.Generator, tuple[int, ...]], Array]

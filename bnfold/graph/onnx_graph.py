@@ -157,7 +157,9 @@ class OnnxGraph(Graph):
         self._names[node] = name
         kind = known.types.get(name)
         dtype, shape = None if kind is None else _DTYPES.get(kind), known.shapes.get(name)
-        known_size = dtype is not None and shape is not None and 0 <= math.prod(shape) < MAX_SIZE
+        known_size = (
+            dtype is not None and shape is not None and min(shape, default=0) >= 0 and math.prod(shape) < MAX_SIZE
+        )
         node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta") if known_size else None  # type: ignore[arg-type]
 
     def _known(self) -> Known:
