@@ -22,6 +22,7 @@ from bnfold.lowering.lower import EXTERNAL_BYTES, relocate, simplified
 from bnfold.options import Clock, Options
 from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
+from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
 from bnfold.stages import (
     compared,
@@ -71,6 +72,8 @@ def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[onnx.
     try:
         graph = OnnxGraph(model, path.parent)
         ledger = graph.with_unseen(fold_graph(graph))
+        if options.merge:
+            ledger = merge_graph(graph, ledger)
         if options.equalize:
             ledger = equalize_graph(graph, ledger)
         return graph.finish(), ledger

@@ -43,7 +43,8 @@ ALLOWED: dict[str, str] = {
     " stages store",
     "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
-    "onnx_shapes": "errors evaluator limits subject",
+    "onnx_shapes": "errors evaluator onnx_inference subject",
+    "onnx_inference": "",
     "onnx_ops": "affine onnx_call semantics",
     "file_gate": "decisions errors evaluator judge reference report runtime subject",
     "onnx_file": "errors model_file specs",

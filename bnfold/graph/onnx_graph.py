@@ -67,7 +67,8 @@ class Operator:
             schema = onnx.defs.get_schema(self.node.op_type, self.opset, self.domain)
             last = schema.inputs[-1] if schema.inputs else None
             variadic = last is not None and last.option == onnx.defs.OpSchema.FormalParameterOption.Variadic
-            return [value.name for value in schema.inputs], variadic
+            # A MatMul with a bias is a Gemm.
+            return [value.name for value in schema.inputs] + ["C"] * (self.__name__ == "MatMul"), variadic
         return [f"input_{i}" for i in range(len(self.node.input))], False
 
     def bind(self, args: Sequence[Any]) -> dict[str, Any]:
@@ -301,18 +302,27 @@ class OnnxGraph(Graph):
         proto = onnx.helper.make_node("Add", [self.name(value), ""], [name], name=name)
         with self.graph.inserting_after(value):
             added = self.graph.call_function(Operator(proto, self.opsets), (value, new))
-        added.meta = dict(value.meta)
         self._names[added] = name
-        for known in self._ways.values():
-            if (shape := known.shapes.get(self.name(value))) is not None:
-                known.shapes[name] = shape
+        self.take_shape(added, value)
         self.order[added] = self.order[value] + 0.5
         value.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
         return added
 
+    def take_shape(self, value: Node, of: Node) -> None:
+        """Gives ``value``, whose constants are about to change, the shape of another value."""
+        value.meta["val"] = of.meta["val"]
+        for known in self._ways.values():
+            if (shape := known.shapes.get(self.name(of))) is not None:
+                known.shapes[self.name(value)] = shape
+
     def _set(self, call: Call, slot: str, new: Node) -> None:
         operator = call.node.target
         assert isinstance(operator, Operator)
+        if operator.__name__ == "MatMul" and slot == "C":
+            proto = onnx.NodeProto()
+            proto.CopyFrom(operator.node)
+            proto.op_type = "Gemm"
+            call.node.target = operator = Operator(proto, self.opsets)
         args, at = list(call.node.args), operator.position(slot)
         own = len(args) - len(operator.outer)
         args[own:own] = [None] * max(at + 1 - own, 0)

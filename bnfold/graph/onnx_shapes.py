@@ -6,6 +6,7 @@ reshapes) is known then too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,50 +16,29 @@ import onnx
 
 from bnfold.errors import BnfoldError, InputError
 from bnfold.evaluate.evaluator import File64, Weight, node_evaluator
-from bnfold.evaluate.limits import MAX_ELEMENTS
 from bnfold.evaluate.subject import Array
+from bnfold.graph.onnx_inference import infer
 
 #: What computes a node: values by name -> one result per output.
 Evaluator = Callable[[Mapping[str, Array]], list[Any]]
-#: Batches, and sizes of other dynamic axes: multiples of nothing first, then what strides of 32 can take.
-_BATCHES = (2, 3, 5)
-_SIZES = ((37, 41, 53), (96, 160, 128), (224, 256, 288), (1, 2, 3))
+_BATCHES, _PRIMES = (2, 3, 5), (37, 41, 53)
+#: First axes, and others: multiples of nothing first, then what strides of 32 take, long first axes that are no batch.
+_SIZES = (
+    (_BATCHES, _PRIMES),
+    (_BATCHES, (96, 160, 128)),
+    (_PRIMES, _PRIMES),
+    (_BATCHES, (224, 256, 288)),
+    (_BATCHES, (1, 2, 3)),
+)
 #: A value of more elements is no shape.
 _SMALL = 1024
 #: Operators on sizes.
-_ON_SIZES = {
-    *(
-        "Gather",
-        "Slice",
-        "Concat",
-        "Unsqueeze",
-        "Squeeze",
-        "Cast",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Mod",
-        "Reshape",
-        "Identity",
-    ),
-    *("Equal", "Where", "Floor", "Ceil", "Neg", "Min", "Max", "ReduceProd", "ReduceMin", "Range", "ConstantOfShape"),
-    *(
-        "Constant",
-        "Expand",
-        "Transpose",
-        "Sqrt",
-        "Pow",
-        "Greater",
-        "Less",
-        "And",
-        "Or",
-        "Not",
-        "Split",
-        "Flatten",
-        "Tile",
-    ),
-}
+_ON_SIZES = (
+    "Gather Slice Concat Unsqueeze Squeeze Cast Add Sub Mul Div Mod Reshape Identity Equal Where Floor Ceil Neg Min "
+    "Max ReduceProd ReduceMin Range ConstantOfShape Constant Expand Transpose Sqrt Pow Greater Less And Or Not Split "
+    "Flatten Tile"
+)
+_SIZED = frozenset(_ON_SIZES.split())
 
 
 @dataclass
@@ -76,29 +56,18 @@ def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int, ru
     Raises:
         InputError: onnx finds the file inconsistent at every size.
     """
-    error: Exception | None = None
-    tame = not _asks_too_much(model, weights)
-    for sizes in _SIZES:
-        light = _light(model, weights, _BATCHES[way], sizes[way])
+    error: ValueError | None = None
+    for batches, sizes in _SIZES:
+        light = _light(model, weights, batches[way], sizes[way])
         try:
-            found = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=tame)
-        except Exception as caught:  # of onnx's own, which it does not export
+            return _filled(_read(infer(light, strict=True)), model, weights, light, runs)
+        except ValueError as caught:
             error = error or caught
-            continue
-        return _filled(_read(found), model, weights, light, runs)
     try:
-        light = _light(model, weights, _BATCHES[way], _SIZES[0][way])
-        return _filled(_read(onnx.shape_inference.infer_shapes(light)), model, weights, light, runs)
-    except Exception as caught:
+        light = _light(model, weights, _SIZES[0][0][way], _SIZES[0][1][way])
+        return _filled(_read(infer(light, strict=False)), model, weights, light, runs)
+    except ValueError as caught:
         raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error or caught).split())[:200]}") from caught
-
-
-def _asks_too_much(model: onnx.ModelProto, weights: Mapping[str, Weight]) -> bool:
-    """Whether a shape in the file asks for more than fits any memory: onnx would try to fill it."""
-    shapes = [node.input[0] for node in model.graph.node if node.op_type in ("ConstantOfShape", "Expand", "Tile")]
-    shapes += [node.input[1] for node in model.graph.node if node.op_type in ("Expand", "Tile") and len(node.input) > 1]
-    held = [weights[name].array() for name in shapes if name in weights]
-    return any(a.dtype.kind == "i" and np.prod(np.abs(a), dtype=np.float64) > MAX_ELEMENTS for a in held)
 
 
 def _light(model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, size: int) -> onnx.ModelProto:
@@ -107,7 +76,12 @@ def _light(model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, si
     light.functions.extend(model.functions)
     graph = light.graph
     graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
+    for node in model.graph.node:
+        held = node.attribute[0].t if node.op_type == "Constant" and node.attribute else onnx.TensorProto()
+        if math.prod(held.dims) > _SMALL:
+            graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], held.data_type, list(held.dims)))
+        else:
+            graph.node.append(node)
     graph.output.extend(onnx.ValueInfoProto(name=v.name, type=_rankless(v.type)) for v in model.graph.output)
     sizes: dict[str, int] = {}
     for value in model.graph.input:
@@ -167,7 +141,7 @@ def _filled(
             part = shape[bounds.get("start", 0) : bounds.get("end", len(shape))]
             value = part if node.op_type == "Shape" else int(np.prod(shape))
             known.values[node.output[0]] = np.array(value, np.int64)
-        elif node.op_type in _ON_SIZES and not node.domain and len(node.output) <= 8:
+        elif node.op_type in _SIZED and not node.domain and len(node.output) <= 8:
             given = {name: _small(name, known, weights) for name in node.input if name}
             sized = any(name in known.values for name in node.input)
             small = all(np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL for name in node.output)
@@ -189,8 +163,9 @@ def _small(name: str, known: Known, weights: Mapping[str, Weight]) -> Array | No
 def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """The shapes of a run on noise; none where it fails."""
     rng, feeds = np.random.default_rng(0), dict[str, Any]()
+    wanted = {value.name for value in model.graph.input} - weights.keys()
     for value in light.graph.input:
-        if value.name in weights:
+        if value.name not in wanted:
             continue
         if value.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values()[1:]:
             return {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from bnfold.semantics import Average, Homogeneous, Lookup, Movement, Same, Semantics, build
+from bnfold.semantics import Average, Geometry, Homogeneous, Lookup, Movement, Same, Semantics, build
 
 if TYPE_CHECKING:
     from bnfold.graph.onnx_call import OnnxCall
@@ -126,10 +127,29 @@ def spatial_extremum(call: OnnxCall) -> Semantics:
 
 
 def average_pool(call: OnnxCall) -> Semantics:
-    """AveragePool: where padding counts as zeros no shift passes."""
-    padded = any(call.attribute("pads", ())) or call.attribute("auto_pad", "NOTSET").startswith("SAME")
-    counted = padded and call.attribute("count_include_pad", 0)
-    return Average("X", tuple(range(2, call.rank)), call.rank, no_shift="zero-padding" if counted else None)
+    """AveragePool: where padding counts as zeros no shift passes; one that leaves nothing out is a convolution."""
+    window, axes = tuple(call.attribute("kernel_shape", ())), tuple(range(2, call.rank))
+    walk, padded = geometry(call, window)
+    counted = padded and bool(call.attribute("count_include_pad", 0))
+    whole = (counted or not padded) and not call.attribute("ceil_mode", 0)
+    why = "zero-padding" if counted else None
+    return Average("X", axes, call.rank, no_shift=why, window=window, geometry=walk if whole else None)
+
+
+def geometry(call: OnnxCall, kernel: Sequence[int], *, transposed: bool = False) -> tuple[Geometry | None, bool]:
+    """How a convolution or a pool walks, None where it pads unevenly, and whether it pads."""
+    axes = len(kernel)
+    ones, zeros = (1,) * axes, (0,) * axes
+    stride, dilation = (tuple(call.attribute(name, ones)) for name in ("strides", "dilations"))
+    pads = tuple(call.attribute("pads", zeros * 2))
+    auto = call.attribute("auto_pad", "NOTSET")
+    if auto.startswith("SAME"):
+        return None, any(d * (k - 1) > 0 for d, k in zip(dilation, kernel))
+    pads = zeros * 2 if auto == "VALID" else pads
+    if pads[:axes] != pads[axes:] or call.attribute("output_shape", None):
+        return None, True
+    more = tuple(call.attribute("output_padding", zeros)) if transposed else ()
+    return Geometry(stride, pads[:axes], dilation, transposed, more), any(pads)
 
 
 def resize(call: OnnxCall) -> Semantics:

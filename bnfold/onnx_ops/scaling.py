@@ -10,28 +10,12 @@ import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.onnx_ops.moving import attention
-from bnfold.semantics import Bilinear, Geometry, Homogeneous, Recurrent, Scaling, Semantics, build
+from bnfold.onnx_ops.moving import attention, geometry
+from bnfold.semantics import Bilinear, Homogeneous, Recurrent, Scaling, Semantics, build
 from bnfold.semantics.base import Rewritten
 
 if TYPE_CHECKING:
     from bnfold.graph.onnx_call import OnnxCall
-
-
-def _walk(call: OnnxCall, kernel: list[int], *, transposed: bool = False) -> tuple[Geometry | None, bool]:
-    """How a convolution walks, None where it pads unevenly, and whether it pads."""
-    axes = len(kernel)
-    ones, zeros = (1,) * axes, (0,) * axes
-    stride, dilation = (tuple(call.attribute(name, ones)) for name in ("strides", "dilations"))
-    pads = tuple(call.attribute("pads", zeros * 2))
-    auto = call.attribute("auto_pad", "NOTSET")
-    if auto.startswith("SAME"):
-        return None, any(d * (k - 1) > 0 for d, k in zip(dilation, kernel))
-    pads = zeros * 2 if auto == "VALID" else pads
-    if pads[:axes] != pads[axes:] or call.attribute("output_shape", None):
-        return None, True
-    more = tuple(call.attribute("output_padding", zeros)) if transposed else ()
-    return Geometry(stride, pads[:axes], dilation, transposed, more), any(pads)
 
 
 def conv(call: OnnxCall) -> Semantics:
@@ -40,7 +24,7 @@ def conv(call: OnnxCall) -> Semantics:
         return build.OPAQUE
     out_channels, per_group, *kernel = call.shape("W")
     groups, tail = call.attribute("group", 1), ("",) * len(kernel)
-    walk, padded = _walk(call, kernel)
+    walk, padded = geometry(call, kernel)
     return build.contraction(
         call, "X", "W", view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
         out=("", "go", *tail), inp=("", "gi", *tail), bias="B", bias_axis=1,
@@ -57,7 +41,7 @@ def conv_transpose(call: OnnxCall) -> Semantics:
     return build.contraction(
         call, "X", "W", view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
         out=("", "go", *tail), inp=("", "gi", *tail), bias="B", bias_axis=1, no_shift="zero-padding",
-        geometry=_walk(call, kernel, transposed=True)[0],
+        geometry=geometry(call, kernel, transposed=True)[0],
     )  # fmt: skip
 
 
@@ -80,7 +64,13 @@ def gemm(call: OnnxCall) -> Semantics:
 
 
 def matmul(call: OnnxCall) -> Semantics:
-    """``A @ B`` with a constant operand; a mean of values weighted by a softmax; else a product of two values."""
+    """``A @ B`` with a constant operand; a mean of values weighted by a softmax; else a product of two values.
+
+    Of a matrix times a constant one it has place for a bias: with one it is a Gemm (``OnnxGraph`` makes it one).
+    """
+    if call.rank == len(call.shape("A")) == 2 and call.is_constant("B"):
+        view = call.shape("B")
+        return build.contraction(call, "A", "B", view=view, letters="io", out=("", "o"), inp=("", "i"), bias="C")
     if call.is_constant("A") or call.is_constant("B"):
         return build.matmul(call, "A", "B")
     matrices = len(call.shape("A")) == call.rank and len(call.shape("B")) == call.rank >= 2

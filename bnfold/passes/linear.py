@@ -153,10 +153,11 @@ class LinearMaps(Rewriter):
         spatial = len(kernel.size)
         shape = self.graph.example_shape(node)
         positions = prod(shape[len(shape) - spatial :]) if spatial else 1
-        if kernel.geometry.transposed:
-            source = self.graph.example_shape(self.graph.call(node).at("input"))
+        semantics = self.at(node)
+        if kernel.geometry.transposed and isinstance(semantics, Contraction):
+            source = self.graph.example_shape(self.graph.call(node).at(semantics.data))
             positions = prod(source[len(source) - spatial :])
-        return positions * kernel.multiply_adds if isinstance(self.at(node), Contraction) else 0
+        return positions * kernel.multiply_adds if isinstance(semantics, Contraction) else 0
 
     def through_same(self, value: Node, *, alone: bool = False) -> Node:
         """What a value is a copy of; with ``alone``, only as far as nobody else reads the copies."""

@@ -260,7 +260,7 @@ class Merger:
         shape = (first, second) if semantics.letters == "oi" else (groups * first, second, *weight.shape[3:])
         constants = {semantics.weight: weight.reshape(shape)}
         if semantics.get_bias() is not None or bool((kernel.bias != 0).any()):
-            constants["bias"] = kernel.bias
+            constants[semantics.bias] = kernel.bias
         return constants
 
     def _fits(self, value: Node, kernel: Kernel) -> bool:

@@ -102,7 +102,7 @@ def contraction(
     return Contraction(
         data, weight, tuple(view), letters, out, inp,
         lambda: tensor(weight).reshape(tuple(view)) * weight_scale, lambda w: w.reshape(stored) / weight_scale,
-        get_bias, None if bias is None else set_bias, no_shift, geometry,
+        get_bias, None if bias is None else set_bias, no_shift, geometry, bias or "bias",
     )  # fmt: skip
 
 

@@ -51,8 +51,9 @@ class Contraction(Semantics):
     set_bias: Callable[[Tensor], Mapping[str, Tensor]] | None
     #: Why a shift cannot come in from before, if it cannot.
     no_shift: str | None = None
-    #: For a convolution or a linear layer: what merging must know.
+    #: For a convolution or a linear layer: what merging must know, how it walks and the slot of its bias.
     geometry: Geometry | None = None
+    bias: str = "bias"
     absorbs: ClassVar[bool] = True
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
