@@ -39,14 +39,14 @@ ALLOWED: dict[str, str] = {
     "options": "capture eager errors gate load report runner wrapped",
     # the stages, each with the parts that are its own
     # One ONNX file against another
-    "onnx_flow": "data drawing equalize errors file_gate folding lower onnx_file onnx_graph options report"
+    "onnx_flow": "data drawing equalize errors file_gate folding lower merge onnx_file onnx_graph options report"
     " stages store",
     "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
     "onnx_shapes": "errors evaluator onnx_inference subject",
     "onnx_inference": "",
     "onnx_ops": "affine onnx_call semantics",
-    "file_gate": "decisions errors evaluator judge reference report runtime subject",
+    "file_gate": "decisions errors evaluator judge reference report runtime session subject",
     "onnx_file": "errors model_file specs",
     "load": "onnx_file capture checkpoint copies errors files fitting hubs"
     " inert normalize program_file script_file structure user_code weights_file wrapped",
@@ -190,7 +190,7 @@ KNOWS_ONNX = {
     "nodes",
     "deciding",
     "onnx_file",
-    *("drawing", "onnx_flow", "onnx_graph", "onnx_shapes"),
+    *("drawing", "onnx_flow", "onnx_graph", "onnx_inference", "onnx_shapes"),
 }
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {
