@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError
-from bnfold.evaluate.evaluator import File64, Weight, node_evaluator
+from bnfold.evaluate.evaluator import File64, MissingOperatorError, Weight, node_evaluator
 from bnfold.evaluate.subject import Array
 from bnfold.graph.onnx_inference import infer
 
@@ -56,18 +56,40 @@ def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int, ru
     Raises:
         InputError: onnx finds the file inconsistent at every size.
     """
-    error: ValueError | None = None
-    for batches, sizes in _SIZES:
+    error, best = None, None
+    for strict, (batches, sizes) in [*((True, each) for each in _SIZES), (False, _SIZES[0])]:
+        if best is not None and not strict:
+            break
         light = _light(model, weights, batches[way], sizes[way])
         try:
-            return _filled(_read(infer(light, strict=True)), model, weights, light, runs)
+            known = _read(infer(light, strict=strict))
         except ValueError as caught:
             error = error or caught
+            continue
+        whole = _run_for_missing(known, model, weights, light)
+        if best is None or len(known.shapes) > len(best.shapes):
+            best = known
+        if whole:
+            break
+    if best is None:
+        raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error).split())[:200]}")
+    return _with_sizes(best, model, weights, runs)
+
+
+def _run_for_missing(
+    known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto
+) -> bool:
+    """Adds the shapes that only a run shows; False where other sizes may show more."""
+    if all(name in known.shapes for node in model.graph.node for name in node.output if name):
+        return True
     try:
-        light = _light(model, weights, _SIZES[0][0][way], _SIZES[0][1][way])
-        return _filled(_read(infer(light, strict=False)), model, weights, light, runs)
-    except ValueError as caught:
-        raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error or caught).split())[:200]}") from caught
+        found = _run(model, weights, light)
+    except MissingOperatorError:
+        return True
+    except BnfoldError:
+        return False
+    known.shapes |= {name: shape for name, shape in found.items() if name not in known.shapes}
+    return True
 
 
 def _light(model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, size: int) -> onnx.ModelProto:
@@ -125,14 +147,10 @@ def _read(model: onnx.ModelProto) -> Known:
     return known
 
 
-def _filled(
-    known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto,
-    runs: dict[str, Evaluator],
-) -> Known:  # fmt: skip
-    """With what a run shows, and the values that follow from shapes."""
-    missing = [n for node in model.graph.node for n in node.output if n and n not in known.shapes]
-    if missing:
-        known.shapes |= {n: s for n, s in _run(model, weights, light).items() if n not in known.shapes}
+def _with_sizes(
+    known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], runs: dict[str, Evaluator]
+) -> Known:
+    """With the values that follow from shapes."""
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     for node in model.graph.node:
         if node.op_type in ("Shape", "Size") and node.input[0] in known.shapes:
@@ -161,7 +179,11 @@ def _small(name: str, known: Known, weights: Mapping[str, Weight]) -> Array | No
 
 
 def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """The shapes of a run on noise; none where it fails."""
+    """The shapes of a run on noise.
+
+    Raises:
+        BnfoldError: it fails at these sizes.
+    """
     rng, feeds = np.random.default_rng(0), dict[str, Any]()
     wanted = {value.name for value in model.graph.input} - weights.keys()
     for value in light.graph.input:
@@ -174,7 +196,4 @@ def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.Mode
         if np.prod(shape, dtype=np.float64) > 1 << 27:
             return {}
         feeds[value.name] = (rng.random(shape) > 0.5 if dtype.kind in "iub" else rng.random(shape)).astype(dtype)
-    try:
-        return File64(model, weights=weights).shapes(feeds)
-    except BnfoldError:
-        return {}
+    return File64(model, weights=weights).shapes(feeds)
