@@ -177,7 +177,7 @@ NOT_AVERAGES = {
     "along the keys": (
         lambda m, x: m.v(weights(x) @ (x.tanh() * m.d)), {"nonlinear", "other-axis"}),
     "the weights depend on it": (
-        lambda m, x: m.v(weights(y := x * m.c) @ y), {"model-input", "nonlinear"}),
+        lambda m, x: m.v(weights(y := x * m.c) @ y), {"model-input", "other-axis"}),
     "sdpa whose keys depend on it": (
         lambda m, x: m.v(attention(y := x * m.c)(y)), {"model-input", "nonlinear"}),
     "sdpa, one value for all": (lambda m, x: attention(y := m.v(x))(y) * m.c, {"nonlinear", "model-output"}),
@@ -186,7 +186,7 @@ NOT_AVERAGES = {
             in_heads(x), in_heads(x)[:, :1], in_heads(m.v(x))[:, :1], enable_gqa=True) * 2.0,
         {"nonlinear", "model-output"}),
     "sum over a batch of any size": (lambda m, x: m.v(x).sum(0) + 2, {"dynamic-size", "model-output"}),
-    "mean over the channels": (lambda m, x: (x * m.c).mean(-1, keepdim=True), {"model-input", "model-output"}),
+    "mean over the channels": (lambda m, x: (x * m.c).mean(-1, keepdim=True), {"model-input", "other-axis"}),
 }  # fmt: skip
 
 

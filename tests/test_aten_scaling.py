@@ -304,7 +304,7 @@ SUMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "twice the same": (lambda m, x: m.norm((y := m.a(x)) + y), set()),
     "broadcast over the image": (lambda m, x: m.norm(m.a(x) + m.b(x.mean((2, 3), keepdim=True))), set()),
     "broadcast over the channels": (
-        lambda m, x: m.norm(m.a(x) + m.b(x)[:, :1]), {"unequal-scales", "model-output"}),
+        lambda m, x: m.norm(m.a(x) + m.b(x)[:, :1]), {"broadcast", "model-output"}),
     "one operand is the input": (
         lambda m, x: m.norm(m.a(x.tanh()) + x.sigmoid()), {"nonlinear", "model-output"}),
     "before: one affine on both": (lambda m, x: m.a((y := x * m.c).flip(3) + y), set()),

@@ -37,7 +37,7 @@ class Contradiction:
 
     Attributes:
         system: its name.
-        equations: that which failed first.
+        equations: those that failed first and last, and what they contradict.
         variables: one of every equation that failed.
         dead: of an affine that multiplies by zero, why its readers cannot leave those channels out either.
     """
@@ -219,7 +219,7 @@ class Gauges:
         """Why equations of the latest batch contradict."""
         held = self.equations.systems[system]
         found = []
-        for number in held.why(int(wrong[0])):
+        for number in dict.fromkeys([*held.why(int(wrong[0])), *held.why(int(wrong[-1]))]):
             var, val, rhs, origin = held.equation(number)
             node, reason = self.equations.origins[origin]
             total = Counter[int]()

@@ -12,6 +12,7 @@ from bnfold.passes.rewriter import Rewriter
 from bnfold.report import Refusal
 from bnfold.semantics import Average, Homogeneous, Movement, Opaque, Product, Same, Scaling, Sum
 from bnfold.semantics.equations import SHIFT, SIGN
+from bnfold.semantics.pointwise import aligned
 
 #: Operators that a chain names, and values that are looked through for one.
 NAMED, LOOKED = 6, 2000
@@ -42,7 +43,7 @@ class _Reader:
         if not before and self._is_pinned(self._operand):
             found.append(self._pinned(self._operand))
         for variables in (before, behind):
-            path = self._path(variables[0], set(mine) - {variables[0]}) if variables else []
+            path = self._tied(variables) or (self._path(variables[0], set(mine) - {variables[0]}) if variables else [])
             if path:
                 found.append(self._ended(path, variables is before))
             elif len(set(variables)) < len(variables):
@@ -57,10 +58,25 @@ class _Reader:
         gauge = self._gauges.of[value]
         return not (gauge.shift if self._why.system == SHIFT else gauge.scale).all()
 
+    def _tied(self, variables: list[int]) -> list[Equation]:
+        """How a variable is bound to one that has to be another, as what is on the other side is stored as it is."""
+        sides = [self._gauges.of[value] for value in (self._operand, self._site)]
+        mine, other = (s.shift if self._why.system == SHIFT else s.scale for s in sides)
+        if not set(variables) <= set(mine.ravel().tolist()):
+            mine, other = other, mine
+        affine = self._gauges.at(self._site).affine  # type: ignore[attr-defined]
+        if not variables or other.any() or mine.size == 1:
+            return []
+        wanted = (affine.shift if self._why.system == SHIFT else affine.scale).numpy()
+        places, numbers = (each.ravel().tolist() for each in np.broadcast_arrays(mine, wanted))
+        at = dict(zip(places, numbers))
+        unlike = {v: {w for w in at if at[w] != at[v]} for v in variables}
+        return next((path for v in variables if (path := self._path(v, unlike[v], pinned=False))), [])
+
     # -- along equations -------------------------------------------------------------------------------------------
 
-    def _path(self, start: int, ends: set[int]) -> list[Equation]:
-        """The equations from one variable to another, or to one that is pinned; none where there is no way."""
+    def _path(self, start: int, ends: set[int], *, pinned: bool = True) -> list[Equation]:
+        """The equations from one variable to another, or to one that is ``pinned``; none where there is no way."""
         came: dict[int, tuple[int, Equation] | None] = {start: None}
         waiting = [start]
         by_variable: dict[int, list[Equation]] = {}
@@ -71,7 +87,7 @@ class _Reader:
         for variable in waiting:
             for equation in by_variable.get(variable, ()):
                 others = [v for v, c in zip(equation.var, equation.val) if c and v != variable]
-                if not others or ends.intersection(others):
+                if (pinned and not others) or ends.intersection(others):
                     path, at = [equation], variable
                     while (step := came[at]) is not None:
                         at, through = step
@@ -90,7 +106,19 @@ class _Reader:
             joined = "unequal-scales" if not before and any(e.reason == "unequal-scales" for e in path) else ""
             return self._refusal(other, "sign" if self._why.system == SIGN else joined or "several-readers", path)
         reader = self._other_reader(end.node) if before else None
-        return self._refusal(reader or end.node, "several-readers" if reader else end.reason, path)
+        reason = "broadcast" if end.reason == "unequal-scales" and self._broadcasts(end.node) else end.reason
+        return self._refusal(reader or end.node, "several-readers" if reader else reason, path)
+
+    def _broadcasts(self, node: Node) -> bool:
+        """Whether an operand is copied along an axis that the gauge of another one varies along."""
+        operands = [n for n in node.all_input_nodes if n in self._gauges.of]
+        if not all(map(self._graph.is_sized, (node, *operands))):
+            return False
+        rank, shape = self._graph.rank(node), self._graph.shape(node)
+        gauges = [aligned(self._gauges.of[n], rank) for n in operands]
+        sizes = [(1,) * (rank - len(own)) + own for own in map(self._graph.shape, operands)]
+        varied = {axis for g in gauges for axis in range(rank) if max(g.scale.shape[axis], g.shift.shape[axis]) > 1}
+        return any(own[axis] == 1 != shape[axis] for own in sizes for axis in varied)
 
     def _other_reader(self, node: Node) -> Node | None:
         """The reader of what the affine reads, or of what that is made of, behind which ``node`` lies."""

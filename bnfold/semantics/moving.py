@@ -18,6 +18,8 @@ from bnfold.semantics.system import Ints
 
 #: A constant of more elements than this, joined to values, stays as it is.
 MOST = 1 << 14
+#: Where zeros among more classes than this are made up, no shift passes: it would be another in every window.
+LARGEST = 1 << 19
 #: See ``Same``.
 _LARGEST = 2.0
 
@@ -62,13 +64,23 @@ class Movement(Semantics):
         scales = {int(part.scale.flat[0]) for part in parts}
         if all(p.alike() and not p.shift.any() for p in parts) and len(scales) == 1:
             return Gauge(np.full((1,) * len(shape), scales.pop()), pinned(len(shape)).shift)
-        count = equations.shift.count
-        # float64 holds every class exactly, and every movement is implemented for it.
-        codes = [torch.from_numpy((p.scale * count + p.shift + 1).astype(np.float64)) for p in parts]
-        code = self.apply([c.expand(n).contiguous() for c, n in zip(codes, self.shapes)]).to(torch.int64).numpy()
+        scales, of_scale = _numbered([part.scale for part in parts], equations.scale.count)
+        shifts, of_shift = _numbered([part.shift for part in parts], equations.shift.count)
+        # Few classes: floats hold each exactly, and every movement is implemented for them.
+        few = np.float32 if len(scales) * len(shifts) < 1 << 24 else np.float64
+        codes = ((s * len(shifts) + t + 1).astype(few) for s, t in zip(of_scale, of_shift))
+        wide = [torch.from_numpy(c).expand(n).contiguous() for c, n in zip(codes, self.shapes)]
+        code = _narrowed(self.apply(wide)).to(torch.int64).numpy()
         zero = code == 0
-        scale, shift = np.divmod(np.maximum(code - 1, 0), count)
+        scale, shift = np.divmod(np.maximum(code - 1, 0), len(shifts))
+        scale, shift = scales[scale], shifts[shift]
         if zero.any():
+            if code.size > LARGEST:
+                for part in parts:
+                    equations.shift.pin(part.shift, "zero-padding")
+                shift = pinned(code.ndim).shift
+            else:
+                shift[zero] = 0
             scale = _filled(np.where(zero, -1, scale))
             if (scale < 0).any():
                 scale = np.where(scale < 0, equations.scale.fresh(()), scale)
@@ -81,6 +93,25 @@ class Movement(Semantics):
             equations.scale.pin(gauge.scale, "nonlinear", (DEAD,))
         equations.constants[equations.node, slot] = gauge
         return gauge
+
+
+def _numbered(arrays: Sequence[Ints], count: int) -> tuple[Ints, list[Ints]]:
+    """What occurs in arrays of indices below ``count``, and the arrays as places in that."""
+    used = np.zeros(count, dtype=bool)
+    for each in arrays:
+        used[each] = True
+    places = np.cumsum(used) - 1
+    return np.flatnonzero(used), [places[each] for each in arrays]
+
+
+def _narrowed(code: Tensor) -> Tensor:
+    """With size 1 on every axis along which all are equal."""
+    for axis in range(code.ndim):
+        if code.shape[axis] > 1:
+            first = code.narrow(axis, 0, 1)
+            if torch.equal(first, code.narrow(axis, 1, 1)) and bool((code == first).all()):
+                code = first
+    return code
 
 
 def _filled(indices: Ints) -> Ints:
