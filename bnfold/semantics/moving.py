@@ -61,9 +61,9 @@ class Movement(Semantics):
                 space.uniform(indices, self.loose, "dynamic-size")
                 for space, indices in ((equations.scale, p.scale), (equations.shift, p.shift))
             )) for p in parts]  # fmt: skip
-        scales = {int(part.scale.flat[0]) for part in parts}
-        if all(p.alike() and not p.shift.any() for p in parts) and len(scales) == 1:
-            return Gauge(np.full((1,) * len(shape), scales.pop()), pinned(len(shape)).shift)
+        first = {int(part.scale.flat[0]) for part in parts}
+        if all(p.alike() and not p.shift.any() for p in parts) and len(first) == 1:
+            return Gauge(np.full((1,) * len(shape), first.pop()), pinned(len(shape)).shift)
         scales, of_scale = _numbered([part.scale for part in parts], equations.scale.count)
         shifts, of_shift = _numbered([part.shift for part in parts], equations.shift.count)
         # Few classes: floats hold each exactly, and every movement is implemented for them.
