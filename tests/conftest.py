@@ -9,11 +9,14 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["COLUMNS"] = "120"  # reports wrap at the terminal's width, which a test worker may not have
 
+import hypothesis
 import pytest
 import torch
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
+hypothesis.settings.register_profile("bnfold", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("bnfold")
 torch.manual_seed(0)  # for what test modules draw as they are imported
 
 #: Before a command: permissions bind it, though root runs it.

@@ -179,8 +179,9 @@ def test_a_hundred_thousand_rows_with_a_fault_each(tmp_path: Path) -> None:
     assert len([fault for fault in faults if "is the name of model" in fault]) == 74_999
 
 
-def test_the_example_of_the_readme_is_the_lists_first_lines() -> None:
+def test_the_example_of_the_guide_is_the_lists_first_lines() -> None:
     text = (ROOT / "models" / "fleet.toml").read_text()
-    assert "```toml\n" + "\n".join(text.splitlines()[:5]) + "\n```" in (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs" / "guides" / "fleet.md").read_text()
+    assert "```toml\n" + "\n".join(text.splitlines()[:5]) + "\n```" in guide
     found: Any = [row.name for row in read_rows(ROOT / "models" / "fleet.toml")]
     assert json.dumps(found) == '["digits_cnn", "digits_tcn", "digits_mlp", "digits_cnn_unmerged"]'

@@ -139,4 +139,5 @@ def test_norms_in_branches_stay_and_those_before_them_go_back_into_the_class() -
     folded = bnfold.fold(model, (IMAGE,))
     written = folded.apply_to(model)
     assert isinstance(written.norm, nn.Identity) and isinstance(written.a, nn.BatchNorm2d)
-    assert "2 BatchNorms stay unseen" in folded.captured.notes[-1]
+    left = {entry.module: {refusal.reason for refusal in entry.refusals} for entry in folded.ledger.left}
+    assert left == {"a": {"region"}, "b": {"region"}} and folded.ledger.count() == (1, 3)
