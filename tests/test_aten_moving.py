@@ -393,6 +393,16 @@ def test_embedding_with_a_table_that_is_an_input():
     fold_exactly(net, torch.tensor([[0, 1], [3, 4]]), noise(7, 4), left={"nonlinear", "model-output"})
 
 
+def test_zeros_among_many_classes_hold_a_shift(monkeypatch):
+    """What is padded and cut off again lets a shift pass, as long as every window may have its own."""
+    net = build(
+        lambda m, x: m.norm(F.pad(m.conv(x), (1, 1))[..., 1:-1]), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4)
+    )
+    fold_exactly(net, noise(*IMAGE), left=set())
+    monkeypatch.setattr("bnfold.semantics.moving.LARGEST", 16)
+    fold_exactly(net, noise(*IMAGE), left={"zero-padding", "model-output"})
+
+
 @pytest.mark.parametrize("cast", ["to", "_to_copy", "type_as"])
 def test_a_widening_cast_lets_an_affine_pass(cast):
     casts = {

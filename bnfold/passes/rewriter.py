@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
-from bnfold.semantics import Contraction, Scaling, Semantics
+from bnfold.semantics import Semantics
 
 
 class Rewriter:
@@ -59,7 +59,3 @@ class Rewriter:
         if value.op != "call_function":
             return "the model's output"
         return self.graph.module(value) or self.graph.call(value).operator
-
-    def is_layer(self, value: Node) -> bool:
-        """Whether a value is made by an operator with constants of its own."""
-        return value.op == "call_function" and isinstance(self.at(value), (Contraction, Scaling))
