@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bnfold.evaluate.evaluator import File64
 from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.passes.folding import fold
+from bnfold.passes.merge import merge
 from bnfold.report import Ledger
 
 RNG = np.random.default_rng(0)
@@ -57,12 +58,15 @@ def net(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
 
 
-def folded(model: onnx.ModelProto, beside: Path | None = None) -> tuple[onnx.ModelProto, Ledger]:
-    """A folded copy."""
+def folded(
+    model: onnx.ModelProto, beside: Path | None = None, *, merges: bool = False
+) -> tuple[onnx.ModelProto, Ledger]:
+    """A folded copy, with ``merges`` a merged one."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = OnnxGraph(copy, beside)
     ledger = graph.with_unseen(fold(graph))
+    ledger = merge(graph, ledger) if merges else ledger
     return graph.finish(), ledger
 
 

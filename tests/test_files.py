@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onnx_nets import apart, f, folded, net, norm, statistics, types
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import InputError
+from bnfold.graph.onnx_inference import infer
 from bnfold.loading.onnx_file import read_onnx
 
 node = helper.make_node
@@ -218,10 +220,19 @@ def nothing(model: onnx.ModelProto) -> None:
     model.graph.output[0].name = "nobody"
 
 
+def of_another_kind(model: onnx.ModelProto) -> None:
+    model.graph.node[0].attribute.append(helper.make_attribute("group", [2, 2]))
+
+
+def twice(model: onnx.ModelProto) -> None:
+    model.graph.node.append(node("Exp", ["x"], ["y"]))
+
+
 HOSTILE = {
     cyclic: "which nothing before it computes", missing: "which nothing before it computes",
     claimed: "claims", negative: "is of shape", outside: "lies outside of the model's folder",
     future: "operator set is 1000", ourselves: "calls itself", nothing: "nothing computes its output",
+    of_another_kind: "does not fit its operands", twice: "which is there already",
 }  # fmt: skip
 
 
@@ -255,6 +266,12 @@ def test_ifs_in_ifs_without_end_are_one_line(path: Path) -> None:
     assert result.exit_code == 3 and result.stderr.count("\n") == 1, result.stderr
 
 
+def test_what_onnx_asserts_of_a_file_ends_its_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", lambda *args, **more: os._exit(1))
+    with pytest.raises(ValueError, match="fails on the file"):
+        infer(small(), strict=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08" + bytes(100)])
 def test_what_is_no_onnx_file_is_one_line(content: bytes, path: Path) -> None:
     path.write_bytes(content)
@@ -268,6 +285,27 @@ def test_huge_results_are_not_computed(tmp_path: Path) -> None:
     result = run("export", tmp_path / "net.onnx", "-o", tmp_path / "o.onnx", "--device", "cpu", "-q")
     assert result.exit_code in (3, 6) and result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_file_that_leaves_the_range_of_its_dtype_passes_and_one_that_is_random_is_refused(tmp_path: Path) -> None:
+    weights = {k: v.astype(np.float32) for k, v in {"w": f(4, 3, 3, 3), "b": f(4), "n": np.float32(9.0)}.items()}
+    nodes = [node("Conv", ["x", "w", "b"], ["c"]), node("Mul", ["c", "n"], ["m"]), node("Exp", ["m"], ["y"])]
+    onnx.save(net(nodes, IMAGE, weights, dtype=TensorProto.FLOAT), tmp_path / "wide.onnx")
+    report = bnfold.export(tmp_path / "wide.onnx", tmp_path / "o.onnx", device="cpu")
+    assert report.passed and types(onnx.load(tmp_path / "o.onnx")) == {"Conv": 1, "Exp": 1}
+    nodes = [node("RandomNormalLike", ["x"], ["r"]), node("Add", ["x", "r"], ["y"])]
+    onnx.save(net(nodes, IMAGE, {}, dtype=TensorProto.FLOAT), tmp_path / "random.onnx")
+    with pytest.raises(InputError, match="from run to run"):
+        bnfold.export(tmp_path / "random.onnx", tmp_path / "r.onnx", device="cpu")
+    assert not (tmp_path / "r.onnx").exists()
+
+
+def test_what_onnx_runtime_does_not_run_is_refused_and_not_called_wrong(path: Path, tmp_path: Path) -> None:
+    model = onnx.load(path)
+    model.ir_version = 99
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="ONNX Runtime does not run the original"):
+        bnfold.export(path, tmp_path / "o.onnx", device="cpu")
 
 
 def test_torch_is_not_asked_about_a_file(path: Path) -> None:

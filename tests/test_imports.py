@@ -41,7 +41,9 @@ ALLOWED: dict[str, str] = {
     # One ONNX file against another
     "onnx_flow": "data drawing equalize errors file_gate folding lower merge onnx_file onnx_graph options report"
     " stages store",
-    "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_ops onnx_shapes report semantics",
+    "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_operator onnx_ops onnx_shapes report"
+    " semantics",
+    "onnx_operator": "evaluator",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
     "onnx_shapes": "errors evaluator onnx_inference subject",
     "onnx_inference": "",
@@ -190,7 +192,7 @@ KNOWS_ONNX = {
     "nodes",
     "deciding",
     "onnx_file",
-    *("drawing", "onnx_flow", "onnx_graph", "onnx_inference", "onnx_shapes"),
+    *("drawing", "onnx_flow", "onnx_graph", "onnx_inference", "onnx_operator", "onnx_shapes"),
 }
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {

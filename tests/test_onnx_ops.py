@@ -203,3 +203,26 @@ def test_a_constant_across_the_width_is_no_channel() -> None:
     model = net(nodes, IMAGE, {**W, "s": f(5)})
     found, _ = folded(model)
     assert types(found)["Mul"] == 1 and found == model
+
+
+def test_branches_merge_and_those_that_somebody_reads_do_not() -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], pads=[1] * 4), node("Conv", ["x", "v"], ["b"]), norm("x", "d"),
+        norm("a", "e", "m"), node("Add", ["e", "b"], ["g"]), node("Add", ["g", "d"], ["y"]),
+    ]  # fmt: skip
+    weights = {"w": f(3, 3, 3, 3), "v": f(3, 3, 1, 1), **statistics(3), **statistics(3, "m")}
+    model = net(nodes, IMAGE, weights)
+    found, ledger = folded(model, merges=True)
+    assert types(found) == {"Conv": 1} and len(ledger.merges) == 2 and apart(model, found) < EXACT
+    model = net(nodes, IMAGE, weights, outputs=["y", "b"])
+    found, _ = folded(model, merges=True)
+    assert types(found) == {"Conv": 2, "Add": 1} and apart(model, found) < EXACT
+
+
+def test_a_bias_makes_a_gemm_of_a_matmul_of_matrices_and_of_no_other() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["g"]), node("Add", ["g", "b"], ["y"])]
+    weights = {"w": f(5, 4), "b": f(4)}
+    for shape, want in ((["N", 5], {"Gemm": 1}), (["N", 3, 5], {"MatMul": 1, "Add": 1})):
+        model = net(nodes, shape, weights)
+        found, _ = folded(model)
+        assert types(found) == want and apart(model, found) < EXACT

@@ -6,9 +6,7 @@ bodies and all other nodes and initializers stay what they are.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import getitem
 from pathlib import Path
@@ -21,11 +19,12 @@ from torch import Tensor, fx
 
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
-from bnfold.evaluate.evaluator import Weight, node_evaluator, outer_names
+from bnfold.evaluate.evaluator import Weight
 from bnfold.graph.call import Call
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
+from bnfold.graph.onnx_operator import Operator
 from bnfold.graph.onnx_shapes import Evaluator, Known, inferred
 from bnfold.onnx_ops import semantics
 from bnfold.report import Entry, Ledger, Refusal
@@ -38,63 +37,12 @@ MAX_ELEMENTS = 1 << 27
 MAX_SIZE = 1 << 48
 #: Operators of floats whose results are integers, and let gauges pass or do not ask for them.
 _ON_FLOATS = {"Shape", "Size", "MaxPool"}
-_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
     onnx.TensorProto.BFLOAT16: torch.bfloat16, onnx.TensorProto.DOUBLE: torch.float64,
     onnx.TensorProto.BOOL: torch.bool, onnx.TensorProto.INT64: torch.int64, onnx.TensorProto.INT32: torch.int32,
     onnx.TensorProto.INT8: torch.int8, onnx.TensorProto.UINT8: torch.uint8, onnx.TensorProto.INT16: torch.int16,
 }  # fmt: skip
-
-
-class Operator:
-    """What a node computes: called with a tensor, or None, per input; ``slots`` are the schema's names of those."""
-
-    def __init__(self, node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
-        self.node, self._opsets = node, dict(opsets)
-        self.domain = "" if node.domain == "ai.onnx" else node.domain
-        self.__name__ = f"{self.domain}.{node.op_type}" if self.domain else node.op_type
-        self.opset, self.outputs = opsets.get(self.domain, 1), len(node.output)
-        self.attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name}
-        self.attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in self.attributes.items()}
-        self.outer = sorted(outer_names(node))
-        self.random = node.op_type in _RANDOM
-        self.slots, self.variadic = self._schema()
-        self._run: Any = None
-
-    def _schema(self) -> tuple[list[str], bool]:
-        with contextlib.suppress(onnx.defs.SchemaError):
-            schema = onnx.defs.get_schema(self.node.op_type, self.opset, self.domain)
-            last = schema.inputs[-1] if schema.inputs else None
-            variadic = last is not None and last.option == onnx.defs.OpSchema.FormalParameterOption.Variadic
-            # A MatMul with a bias is a Gemm.
-            return [value.name for value in schema.inputs] + ["C"] * (self.__name__ == "MatMul"), variadic
-        return [f"input_{i}" for i in range(len(self.node.input))], False
-
-    def bind(self, args: Sequence[Any]) -> dict[str, Any]:
-        """The arguments by slot; None where there is none, a list for inputs without number."""
-        given = list(args[: len(args) - len(self.outer)])
-        single = self.slots[:-1] if self.variadic else self.slots
-        found: dict[str, Any] = {name: given[i] if i < len(given) else None for i, name in enumerate(single)}
-        if self.variadic:
-            found[self.slots[-1]] = given[len(single) :]
-        if self.outer:
-            found["outer"] = list(args[len(given) :])
-        return found
-
-    def position(self, slot: str) -> int:
-        """Where the argument of a slot stands."""
-        name, _, index = slot.partition(".")
-        return self.slots.index(name) + int(index or 0)
-
-    def __call__(self, *tensors: Tensor | None) -> Any:
-        """The results, a tuple where there are several; floats in float64."""
-        if self._run is None:
-            self._run = node_evaluator(self.node, self._opsets)
-        given = zip((*self.node.input, *self.outer), tensors)
-        found = self._run({name: t.numpy() for name, t in given if name and t is not None})
-        results = tuple(None if x is None else torch.from_numpy(np.array(x)) for x in found)
-        return results if self.outputs > 1 else results[0]
 
 
 class OnnxGraph(Graph):
@@ -286,10 +234,6 @@ class OnnxGraph(Graph):
         """The value of the file as it was that ``value`` stands for."""
         return self.stands_for[value] if value in self.stands_for else Meaning(self.name(value))
 
-    def values(self) -> Iterator[Node]:
-        """The values computed from inputs, in topological order."""
-        return super().values()
-
     def materialise(self) -> None:
         """Nothing: constants that a file computes stay computed where no fold changes them."""
 
@@ -387,14 +331,8 @@ class OnnxGraph(Graph):
             reads = ["" if n is None else self._names[n] for n in node.args[:own]]
             if list(proto.input) != reads:
                 proto.input[:] = reads
-            makes = (
-                [node]
-                if operator.outputs == 1
-                else sorted(
-                    (u for u in node.users if u.target is getitem),
-                    key=lambda u: int(u.args[1]),
-                )
-            )
+            items = [user for user in node.users if user.target is getitem]
+            makes = [node] if operator.outputs == 1 else sorted(items, key=lambda item: int(item.args[1]))
             for made in makes:
                 proto.output[0 if made is node else made.args[1]] = self._names[made]
             protos += [proto, *(more.pop(made) for made in makes if made in more)]
@@ -447,11 +385,9 @@ class OnnxGraph(Graph):
             tensor = graph.initializer.add() if fresh else graph.initializer[at[name]]
             tensor.CopyFrom(_tensor(rounded, name))
         fed = {value.name for value in graph.input}
-        kept = [tensor for tensor in graph.initializer if tensor.name not in unread or tensor.name in fed]
-        if len(kept) < len(graph.initializer):
-            copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
-            del graph.initializer[:]
-            graph.initializer.extend(copies)
+        for i in reversed(range(len(graph.initializer))):  # in place: no weight is copied
+            if graph.initializer[i].name in unread - fed:
+                del graph.initializer[i]
 
 
 def _tensor(value: Tensor, name: str) -> onnx.TensorProto:

@@ -87,6 +87,8 @@ def batch_norm(call: OnnxCall) -> Semantics:
     if call.item not in (None, 0):
         return build.OPAQUE
     slots = list(call.arguments)[1:5]
+    if call.attribute("spatial", 1) and any(call.shape(slot) != call.shape("X")[1:2] for slot in slots):
+        return build.OPAQUE  # so many channels as nobody knows, or as it has no constants for
     training = bool(call.attribute("training_mode", 0)) if call.opset >= 14 else call.outputs > 1
     if call.opset < 7:
         training = not call.attribute("is_test", 0)
