@@ -25,6 +25,7 @@ from torch import nn
 import bnfold
 from bnfold import pipeline
 from bnfold.cli import cli
+from bnfold.loading.inputs import model_inputs
 from bnfold.options import OptionFields, Options, asked
 from bnfold.render import document
 from bnfold.render.advice import next_steps
@@ -83,7 +84,24 @@ def test_export_takes_the_inputs_from_the_data(there: Path) -> None:
     assert found.exit_code == 0, found.stderr
     assert "Takes    image float32[N, 3, 9, 9]   mask float32[N, 6]" in found.stdout
     lost = run("export", there / "bare.py:Net", "--dry-run")
-    assert lost.exit_code == 3 and "--input" in lost.stderr and "--data" in lost.stderr
+    assert (
+        lost.exit_code == 3 and "--input image:float32[N,...] --input mask" in lost.stderr and "--data" in lost.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (nn.Conv2d(5, 1, 1), '--input "input:float32[N,5,224,224]"'),
+        (nn.Conv1d(2, 1, 1), '--input "input:float32[N,2,1000]"'),
+        (nn.Linear(7, 1), '--input "input:float32[N,7]"'),
+        (nn.ReLU(), "--input input:float32[N,...]"),
+    ],
+)
+def test_where_nothing_says_what_a_model_takes_the_option_is_there_to_be_copied(layer: nn.Module, said: str) -> None:
+    with pytest.raises(bnfold.InputError) as caught:
+        model_inputs(layer, None, {}, [], {})
+    assert said in str(caught.value)
 
 
 def test_python_takes_them_from_either_too(there: Path) -> None:

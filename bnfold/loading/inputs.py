@@ -58,11 +58,21 @@ def model_inputs(
     if ranges:
         raise UsageError("--dynamic names a dimension of --input, and there is no --input")
     if args is None and not kwargs and isinstance(model, torch.nn.Module) and not elsewhere:
-        hint = (
-            "Give --input NAME:DTYPE[N,3,224,224] or --data, or set example_inputs on the module or beside its factory"
-        )
+        hint = f"Give {_proposed(model)} or --data, or set example_inputs on the module or beside its factory"
         raise InputError("nothing says what the model takes", where=where, hint=hint)
     return args, dict(kwargs), None
+
+
+def _proposed(model: torch.nn.Module) -> str:
+    """The option that says what the model takes, to be copied: its own names, the channels of its first layer."""
+    empty = inspect.Parameter.empty
+    names = [name for name, parameter in signature(model).parameters.items() if parameter.default is empty]
+    sizes = {torch.nn.Conv1d: ",1000", torch.nn.Conv2d: ",224,224", torch.nn.Conv3d: ",32,64,64"}
+    first = next((layer for layer in model.modules() if type(layer) in (*sizes, torch.nn.Linear)), None)
+    if len(names) != 1 or first is None:
+        return " ".join(f"--input {name}:float32[N,...]" for name in names or ["NAME"])
+    channels = first.in_features if isinstance(first, torch.nn.Linear) else first.in_channels
+    return f'--input "{names[0]}:float32[N,{channels}{sizes.get(type(first), "")}]" (with your sizes)'
 
 
 def specs_of_arrays(arrays: Mapping[str, Any]) -> list[InputSpec]:
