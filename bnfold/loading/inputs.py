@@ -67,7 +67,7 @@ def _proposed(model: torch.nn.Module) -> str:
     """The option that says what the model takes, to be copied: its own names, the channels of its first layer."""
     empty = inspect.Parameter.empty
     names = [name for name, parameter in signature(model).parameters.items() if parameter.default is empty]
-    sizes = {torch.nn.Conv1d: ",1000", torch.nn.Conv2d: ",224,224", torch.nn.Conv3d: ",32,64,64"}
+    sizes: dict[type, str] = {torch.nn.Conv1d: ",1000", torch.nn.Conv2d: ",224,224", torch.nn.Conv3d: ",32,64,64"}
     first = next((layer for layer in model.modules() if type(layer) in (*sizes, torch.nn.Linear)), None)
     if len(names) != 1 or first is None:
         return " ".join(f"--input {name}:float32[N,...]" for name in names or ["NAME"])
