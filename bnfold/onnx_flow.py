@@ -34,6 +34,8 @@ from bnfold.stages import (
     refuse_nonfinite,
     sha256_of,
 )
+from bnfold.statistics.diagnose import worst_first
+from bnfold.statistics.file_layers import file_layers, findings_of
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
 
 
 def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
-    """What folding would do to a file. Writes and judges nothing."""
+    """The health of a file's BatchNormalizations, and what folding would do to it. Writes and judges nothing."""
     source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
     clock = Clock(options.progress)
     with clock("fold"):
@@ -146,8 +148,9 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
     plan = ExportReport(
         facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan", graph=folded.graph
     )
-    note = "the health of BatchNorms is read off torch models; of a file this is the fold plan"
-    return Diagnosis(facts, (), (), plan, 0, (note,))
+    with clock("health"):
+        layers = file_layers(OnnxGraph(source.loaded(), source.path.parent))
+    return Diagnosis(facts, tuple(layer.health for layer in layers), worst_first(findings_of(layers)), plan, 0, ())
 
 
 def check_file(path: Path | None, source: OnnxFile | str | Path, options: Options, *, whole: bool) -> CheckReport:

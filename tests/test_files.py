@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 import zoo
 from click.testing import CliRunner
 from onnx import TensorProto, helper
@@ -308,6 +307,20 @@ def test_what_onnx_runtime_does_not_run_is_refused_and_not_called_wrong(path: Pa
         bnfold.export(path, tmp_path / "o.onnx", device="cpu")
 
 
-def test_torch_is_not_asked_about_a_file(path: Path) -> None:
-    with torch.no_grad():
-        assert bnfold.inspect(path).plan is not None
+def test_the_health_of_a_file_is_that_of_its_batch_normalizations(path: Path) -> None:
+    found = bnfold.inspect(path)
+    (norm,) = found.norms
+    assert (norm.module, norm.channels, norm.eps, norm.dtype) == ("n_node", 4, 1e-5, "float32")
+    assert norm.track_running_stats and not found.findings and found.plan is not None
+    model = onnx.load(path)
+    broken = np.array([1.0, -2.0, 1e-9, 1.0], np.float32)
+    next(t for t in model.graph.initializer if t.name == "n.var").CopyFrom(
+        onnx.numpy_helper.from_array(broken, "n.var")
+    )
+    onnx.save(model, path)
+    assert {finding.severity for finding in bnfold.inspect(path).findings} >= {"error", "warning"}
+    model.graph.node[1].attribute.append(helper.make_attribute("training_mode", 1))
+    model.graph.node[1].output.extend(["mean", "variance"])
+    onnx.save(model, path)
+    (norm,) = bnfold.inspect(path).norms
+    assert not norm.track_running_stats and norm.variance is None

@@ -39,8 +39,8 @@ ALLOWED: dict[str, str] = {
     "options": "capture eager errors gate load report runner wrapped",
     # the stages, each with the parts that are its own
     # One ONNX file against another
-    "onnx_flow": "data drawing equalize errors file_gate folding lower merge onnx_file onnx_graph options report"
-    " stages store",
+    "onnx_flow": "data diagnose drawing equalize errors file_gate file_layers folding lower merge onnx_file onnx_graph"
+    " options report stages store",
     "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_operator onnx_ops onnx_shapes report"
     " semantics",
     "onnx_operator": "evaluator",
@@ -152,6 +152,7 @@ ALLOWED: dict[str, str] = {
     "runner": "errors user_code",
     # the health of BatchNorms, and statistics from data
     "diagnose": "batches batchnorms capture copies data distance errors findings interpret layers report",
+    "file_layers": "findings layers onnx_call onnx_graph onnx_ops report",
     "findings": "layers report",
     "layers": "aten batchnorms graph report",
     "distance": "moments",

@@ -89,11 +89,8 @@ def batch_norm(call: OnnxCall) -> Semantics:
     slots = list(call.arguments)[1:5]
     if call.attribute("spatial", 1) and any(call.shape(slot) != call.shape("X")[1:2] for slot in slots):
         return build.OPAQUE  # so many channels as nobody knows, or as it has no constants for
-    training = bool(call.attribute("training_mode", 0)) if call.opset >= 14 else call.outputs > 1
-    if call.opset < 7:
-        training = not call.attribute("is_test", 0)
     eps = float(call.attribute("epsilon", 1e-5))
-    found = build.normalisation(call, "X", slots, eps, batch_statistics=training)
+    found = build.normalisation(call, "X", slots, eps, batch_statistics=trains(call))
     if call.attribute("spatial", 1) or not isinstance(found, Scaling):
         return found
     scale, bias, mean, var = (call.constant(slot) for slot in slots)
@@ -107,6 +104,13 @@ def batch_norm(call: OnnxCall) -> Semantics:
         return {slots[0]: s * sigma, slots[1]: t + s * mean}
 
     return Scaling("X", own.compressed(), "batch_norm", write, ("scale", "shift"), tuple(range(1, call.rank)))
+
+
+def trains(call: OnnxCall) -> bool:
+    """Whether a BatchNormalization normalises with the statistics of its batch."""
+    if call.opset < 7:
+        return not call.attribute("is_test", 0)
+    return bool(call.attribute("training_mode", 0)) if call.opset >= 14 else call.outputs > 1
 
 
 def scaler(call: OnnxCall) -> Semantics:

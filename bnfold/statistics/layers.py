@@ -116,7 +116,7 @@ def module_layers(model: nn.Module, calls: Mapping[str, int] | None) -> list[Lay
             dtype=_dtype(own_tensors(norm)),
         )
         shared = tuple(other for other in owner if other != name and owner[other] == owner.get(name))
-        found.append(_summed(Layer(health, stored, (), shapeless, shared)))
+        found.append(summed(Layer(health, stored, (), shapeless, shared)))
     return found
 
 
@@ -163,7 +163,7 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
         if norm.batch_statistics:
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith("running")}
         found[key] = Layer(health, stored, (norm.data.name,), target=target)
-    return [_summed(layer) for layer in found.values()]
+    return [summed(layer) for layer in found.values()]
 
 
 def _normalisations(graph: Graph) -> Iterator[tuple[Node, Normalisation]]:
@@ -183,7 +183,8 @@ def spread(values: Tensor | None) -> Spread | None:
     return Spread(*marks.tolist())
 
 
-def _summed(layer: Layer) -> Layer:
+def summed(layer: Layer) -> Layer:
+    """With the spread of its scale, shift and variance over the channels."""
     affine = layer.affine if layer.stored else None
     scale, shift = (None, None) if affine is None else map(spread, affine)
     health = replace(layer.health, scale=scale, shift=shift, variance=spread(layer.wide("running_var")))
