@@ -108,7 +108,7 @@ def test_depth_needs_no_recursion():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("conv_norm_relu", 10_000), ("concat", 2_000), ("residual", 500)])
+@pytest.mark.parametrize(("name", "layers"), [("conv_norm_relu", 3_000), ("concat", 1_000), ("residual", 500)])
 def test_large(name, layers):
     make, left = PROGRAMS[name]
     program = make(layers)

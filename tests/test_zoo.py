@@ -72,23 +72,15 @@ def test_net_is_captured_with_a_dynamic_batch(build):
     check_capture(build)
 
 
-# LeViT keeps its attention biases in a dictionary on the first eval-mode call.
-@pytest.mark.filterwarnings("ignore:The tensor attributes .*attention_bias_cache:UserWarning")
+# How transformers' nets are captured and folded, tests/test_models.py asks with the nets that it builds.
 @pytest.mark.parametrize("name", HF_NETS)
-def test_hf_net_runs_and_is_captured(name):
-    build = zoo_hf.HF_NETS[name]
-    check_net(build)
-    assert (zoo.count_batchnorms(build()[0]) == 0) == (name in zoo_hf.WITHOUT_BATCHNORM)
-    if name in zoo_hf.UNCAPTURED:
-        with pytest.raises(AssertionError, match=zoo_hf.UNCAPTURED[name].error):
-            check_capture(build)
-    else:
-        check_capture(build)
+def test_hf_net_runs_deterministically(name):
+    check_net(zoo_hf.HF_NETS[name])
 
 
 def test_hf_lists_name_nets_that_exist():
     assert len(zoo_hf.HF_NETS) == sum(len(family.NETS) for family in zoo_hf.FAMILIES)
-    assert zoo_hf.UNCAPTURED.keys() | zoo_hf.WITHOUT_BATCHNORM <= zoo_hf.HF_NETS.keys()
+    assert zoo_hf.HF_NETS.keys() >= zoo_hf.WITHOUT_BATCHNORM
 
 
 @pytest.mark.parametrize("name", zoo.KEYWORD_NETS)
