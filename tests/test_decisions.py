@@ -84,7 +84,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 def test_a_correct_file_passes(name: str, tmp_path: Path) -> None:
     report = exported(name).judge(tmp_path / "net.onnx")
     assert report.verdict == "pass", report.problems
-    assert report.ratio < 4 and {o.candidate for o in report.outputs} >= {"folded torch", "ONNX Runtime"}
+    assert report.ratio < 4 and {o.candidate for o in report.outputs} >= {"the file in float64", "ONNX Runtime"}
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 0.01])
@@ -114,23 +114,6 @@ def test_a_decision_may_change_how_much_there_is(scale: float, tmp_path: Path) -
     report = net.judge(tmp_path / "net.onnx")
     assert report.verdict == "pass", report.problems
     assert net.judge(tmp_path / "net.onnx", on_node("Greater", replace_by("LessOrEqual"))).verdict == "fail"
-
-
-def test_without_decisions_no_float64_run_is_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    runs: list[bool] = []
-    call_runner = Runner.__call__
-
-    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runs.append(bool(kwargs.get("steering")))
-        return call_runner(self, *args, **kwargs)
-
-    monkeypatch.setattr(Runner, "__call__", count)
-    plain = call(lambda y, x: y.relu())
-    assert not places(plain.captured.program) and plain.judge(tmp_path / "net.onnx").passed
-    without, runs[:] = len(runs), []
-    far = call(lambda y, x: torch.where(x > 0, y, -y))  # compares the input itself: no candidate can differ
-    assert len(places(far.captured.program)) == 1 and far.judge(tmp_path / "net.onnx").passed
-    assert len(runs) == without and any(runs)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -231,7 +214,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 def test_a_fault_fails(name: str, tmp_path: Path) -> None:
     net, fault = FAULTS[name]
     report = exported(net).judge(tmp_path / "net.onnx", fault)
-    assert report.verdict == "fail" and all("ONNX Runtime" in problem for problem in report.problems), report
+    assert report.verdict == "fail" and "the file in float64" in report.problems[0], report
 
 
 @pytest.mark.parametrize("name", list(FAULTS)[::4])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.errors import InputError, ProviderError
-from bnfold.gate import candidates, reference
+from bnfold.gate import candidates
 from bnfold.gate.gate import Gate
 from bnfold.graph import interpret
 from bnfold.graph.capture import Captured, capture
@@ -80,9 +80,12 @@ RIGHT = ["resnet_basic", "mobilenet_v2", "densenet", "mlp", "squeeze_excite", "t
 def test_a_correct_file_passes_at_every_scale(scale: float, tmp_path: Path) -> None:
     report = exported(scale).judge(tmp_path / "net.onnx")
     assert report.verdict == "pass", report.problems
-    assert report.batches == (1, 2, 7) and report.samples == 10
-    assert report.ratio < 2 and 0 < report.site_ratio < 4
-    assert {s.candidate for s in report.sites} == {"folded torch", "ONNX Runtime, optimisations off"}
+    assert report.batches == (1, 2, 7, 3, 33) and report.samples == 49
+    assert report.ratio < 3 and 0 < report.site_ratio < 4
+    assert {s.candidate for s in report.sites} == {"the file in float64"}
+    assert {o.candidate for o in report.outputs} == {
+        "the file in float64", "ONNX Runtime, optimisations off", "ONNX Runtime"
+    }  # fmt: skip
     assert {o.output for o in report.outputs} == {"output_0", "output_1"}
 
 
@@ -118,28 +121,27 @@ def test_float64_is_its_own_truth(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_never_green(name: str, scale: float, tmp_path: Path) -> None:
     report = exported(scale).judge(tmp_path / "net.onnx", FAULTS[name])
-    allowed = ("fail", "inconclusive") if name == "wrong in one row of a batch" else ("fail",)
-    assert report.verdict in allowed, report
-    assert all("ONNX Runtime" in problem for problem in report.problems), report.problems
+    assert report.verdict == "fail", report
+    # Whose it is: nothing is said of a runtime that computes what the file says.
+    assert not any("computes operator" in p or "optimisation " in p for p in report.problems), report.problems
     if name in AT_SITES:
-        assert report.ratio < 2 and all("fold of 'branch_norm'" in problem for problem in report.problems)
+        assert report.ratio < 3 and all("fold of 'branch_norm'" in problem for problem in report.problems)
         blind = Gate(exported(scale).captured, Ledger(), None, tmp_path / "net.onnx").judge()
         assert blind.verdict == "pass"  # the outputs alone do not show it: the sites are what bites
 
 
-def test_a_single_wrong_sample_is_no_pass(tmp_path: Path) -> None:
+def test_a_single_wrong_sample_is_a_fault(tmp_path: Path) -> None:
     net, path = exported(1.0), tmp_path / "net.onnx"
     net.judge(path, FAULTS["wrong in one row of a batch"])
-    report = Gate(net.captured, Ledger(), None, path).judge()  # the median over the samples does not see it
-    assert report.ratio < 2 and report.verdict == "inconclusive" and "1 of 10 samples are off" in report.problems[0]
+    report = Gate(net.captured, Ledger(), None, path).judge()
+    assert report.verdict == "fail" and "at batch 7" in report.problems[0]
 
 
 def test_a_fault_in_the_folded_program_is_seen(tmp_path: Path) -> None:
     net = Exported(*victim())
-    net.folded.state_dict["body.weight"] = net.folded.state_dict["body.weight"] * (
-        1 + 1e-3 * torch.eye(8)[3][:, None, None, None]
-    )
-    report = net.judge(tmp_path / "net.onnx")
+    wrong = 1 + 1e-3 * torch.eye(8)[3][:, None, None, None]
+    net.folded.state_dict["body.weight"] = net.folded.state_dict["body.weight"] * wrong
+    report = Gate(net.captured, net.ledger, net.folded).judge()
     assert report.verdict == "fail" and all(p.startswith("folded torch") for p in report.problems)
     assert any("fold of 'body_norm'" in p for p in report.problems)
 
@@ -149,7 +151,7 @@ def test_a_wrong_eps_is_seen(tmp_path: Path) -> None:
     assert bnfold.check(tmp_path / "net.onnx", *victim(), device="cpu").verdict == "fail"
 
 
-def test_a_site_missing_from_the_program_is_a_problem(tmp_path: Path) -> None:
+def test_a_site_missing_from_the_program_is_a_problem() -> None:
     net = Exported(*victim())
     net.ledger = Ledger(
         tuple(
@@ -157,7 +159,8 @@ def test_a_site_missing_from_the_program_is_a_problem(tmp_path: Path) -> None:
             for _ in "1"
         )
     )
-    assert any("1 of 1 fold sites are not in the program" in p for p in net.judge(tmp_path / "net.onnx").problems)
+    judged = Gate(net.captured, net.ledger, net.folded).judge()
+    assert any("1 of 1 fold sites are not in the program" in p for p in judged.problems)
 
 
 def test_sites_lost_in_the_file_are_told(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_a_discontinuity_inside_an_operator_is_inconclusive(tmp_path: Path) -> N
         return nn.functional.grid_sample(table, grid, mode="nearest", align_corners=False)
 
     report = check(Call(sample), (rows(3, 4),), tmp_path / "net.onnx")
-    assert report.verdict == "inconclusive" and any("own error" in p for p in report.problems), report.problems
+    assert report.verdict == "inconclusive" and any("moves it by" in p for p in report.problems), report.problems
 
 
 def test_a_random_model_never_passes(tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ def test_a_random_model_never_passes(tmp_path: Path) -> None:
 
 def test_an_output_that_is_never_finite_is_inconclusive(tmp_path: Path) -> None:
     report = check(Call(lambda linear, x: linear(x) * float("nan")), (rows(3, 4),), tmp_path / "net.onnx")
-    assert report.verdict == "inconclusive" and "no finite element" in report.problems[0]
+    assert report.verdict == "inconclusive" and "no finite element" in " ".join(report.problems)
 
 
 def test_masked_outputs_are_judged_by_the_rest(tmp_path: Path) -> None:
@@ -221,7 +224,9 @@ def test_integers_that_differ_fail(tmp_path: Path) -> None:
 
     assert net.judge(tmp_path / "right.onnx").verdict == "pass"
     report = net.judge(tmp_path / "net.onnx", fault)
-    assert report.verdict == "fail" and any("argmax" in problem for problem in report.problems)
+    assert report.verdict == "fail" and any(
+        "ArgMin" in problem and "decides otherwise" in problem for problem in report.problems
+    )
 
 
 def test_a_foreign_provider_is_an_error(tmp_path: Path) -> None:
@@ -362,20 +367,3 @@ def test_a_damaged_file_is_refused(content: bytes | None, tmp_path: Path) -> Non
     with pytest.raises(bnfold.BnfoldError) as caught:
         bnfold.check(path, *victim(), device="cpu")
     assert "\n" not in str(caught.value)
-
-
-# -- sites -------------------------------------------------------------------------------------------------------------
-
-
-def test_sites_keep_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    values = candidates.TorchCandidate.values
-
-    def watched(self: Any, flat: Any, names: Any) -> Any:
-        sizes.append(len(flat[0]))
-        return values(self, flat, names)
-
-    monkeypatch.setattr(reference, "WATCHED_ELEMENTS", 1)
-    monkeypatch.setattr(candidates.TorchCandidate, "values", watched)
-    exported(1.0).judge(tmp_path / "net.onnx")
-    assert sizes == [1]

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import bnfold
-from bnfold.gate.candidates import EagerCandidate, TorchCandidate
-from bnfold.gate.following import Follower
 from bnfold.gate.gate import Gate
-from bnfold.gate.reference import Findings, References
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import capture
 from bnfold.graph.dimensions import Sizes
 from bnfold.graph.graph import Graph
 from bnfold.graph.interpret import Runner
 from bnfold.passes.folding import fold
+from bnfold.report import Ledger
 
 torch.set_num_threads(1)
 IMAGE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -88,7 +86,7 @@ def test_outputs_without_elements_alone_prove_nothing(tmp_path):
 def test_an_output_of_one_number_is_no_lottery(seed, tmp_path):
     report = bnfold.export(net(torch.mean, 14, seed), tmp_path / "net.onnx", (IMAGE,), device="cpu", seed=seed)
     assert report.passed, report.check.problems
-    assert len(report.check.batches) == 3 and report.check.samples > 16  # ten runs
+    assert report.check.samples > 16  # ten runs
 
 
 def judged(module: nn.Module, change: Callable[[dict[str, Tensor]], None] | None = None) -> bnfold.CheckReport:
@@ -108,32 +106,31 @@ def test_an_output_of_one_number_that_is_wrong_fails():
     assert judged(net(torch.mean, 3)).verdict == "pass" and judged(net(torch.mean, 3), change).verdict == "fail"
 
 
-def test_float64_excuses_no_fault_at_one_batch_size(monkeypatch):
-    run = TorchCandidate.run
+@pytest.mark.parametrize(("off", "verdict"), [(0.0, "pass"), (6e-6, "fail")])
+def test_a_fold_is_judged_in_float64_where_no_kernel_rounds(off, verdict):
+    def change(constants):
+        constants["body.3.weight"] = constants["body.3.weight"] * (1 + off)
 
-    def wrong_alone(self, flat):
-        outputs = run(self, flat)
-        precise = self._runner.precise
-        return [value * 1.05 if len(flat[0]) == 1 and not precise else value for value in outputs]
-
-    monkeypatch.setattr(TorchCandidate, "run", wrong_alone)
-    report = judged(net(torch.tanh))
-    assert report.verdict == "fail" and "at batch 1" in report.problems[0] and not report.notes
+    assert judged(net(torch.tanh), change).verdict == verdict
 
 
-def test_an_output_without_numbers_beside_one_that_is_looked_at_twice(monkeypatch):
-    run = TorchCandidate.run
+def test_a_class_that_gives_nan_fails(monkeypatch):
+    captured = capture(net(torch.tanh), (IMAGE,))
+    other = net(lambda y: torch.where(y > 1.5, torch.nan, y.tanh()))
+    report = Gate(captured, Ledger(), captured.program, eager=other).judge()
+    assert report.verdict == "fail" and any("folded class" in p and "NaN" in p for p in report.problems)
+    assert Gate(captured, Ledger(), captured.program, eager=net(torch.tanh)).judge().passed
 
-    def rough(self, flat):
-        outputs = run(self, flat)
-        generator = torch.Generator().manual_seed(0)
-        noise = 0.0 if self._runner.precise else 4e-7
-        return [outputs[0] + noise * torch.randn(outputs[0].shape, generator=generator), *outputs[1:]]
 
-    monkeypatch.setattr(TorchCandidate, "run", rough)
-    report = judged(net(lambda y: (y.tanh(), y * torch.nan)))
-    assert report.verdict == "inconclusive", report.problems
-    assert any("rounding in torch's kernels" in note for note in report.notes)
+def test_one_element_in_a_large_output_is_a_fault():
+    """One pixel of one channel, a twentieth of what is typical there, beside channels a thousand times as large."""
+    loud = torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0, 1.0, 1.0])[:, None, None]
+    captured = capture(net(lambda y: y * loud), (IMAGE,))
+    spot = torch.zeros(8, 12, 12)
+    spot[0, 3, 4] = 1e-7
+    other = capture(net(lambda y: y * loud + spot), (IMAGE,)).program
+    report = Gate(captured, Ledger(), other).judge()
+    assert report.verdict == "fail" and "0, 3, 4]" in report.problems[0], report.problems
 
 
 class Reordered(nn.Module):
@@ -162,40 +159,12 @@ def test_a_constant_that_decides_is_not_disturbed(dtype):
     assert torch.allclose(moved[0], still[0], rtol=1e-5) and not torch.equal(moved[0], still[0])
 
 
-def references(module: nn.Module) -> References:
-    captured = capture(module, (IMAGE,))
-    made = batches(captured.program, captured.names, captured.flat)
-    found = References(captured, made, Findings(), 4.0, lambda *_: None)
-    found.run()
-    return found
-
-
-def test_nan_is_a_misfit():
-    ready = references(net(torch.tanh))
-    right = EagerCandidate("right", ready.captured)
-    wrong = EagerCandidate("wrong", ready.captured)
-    wrong.run = lambda flat: [torch.where(torch.rand(v.shape) < 0.1, torch.nan, v) for v in right.run(flat)]
-    assert Follower(ready, right).misfit(0) < 16 and Follower(ready, wrong).misfit(0) == torch.inf
-
-
-def test_what_is_not_judged_stays_out_of_the_verdict():
-    """A follower that was given findings of its own says nothing in those of the references."""
-    ready = references(net(lambda y: y.flatten(1).topk(4).values))
-    wrong = EagerCandidate("TF32", ready.captured)
-    wrong.run = lambda flat: [value * 0 for value in ready.captured.run_eager(tuple(flat))][:0]
-    own = Findings()
-    follower = Follower(ready, wrong, None, own)
-    follower.run(0)
-    follower.report()
-    assert not ready.findings.problems
-
-
 @pytest.mark.parametrize(("low", "expected"), [(4, [4, 7, 5]), (2, [1, 2, 7, 6]), (8, [8, 8])])
 def test_a_declared_least_batch_is_kept(low, expected):
     shapes = ({0: Dim("n", min=low, max=64)},)
     captured = capture(net(torch.tanh), (torch.randn(8, 3, 12, 12),), dynamic_shapes=shapes)
     made = batches(captured.program, captured.names, captured.flat, sizes=captured.sizes)
-    assert [batch.size for batch in made if batch.size != 64] == expected
+    assert [batch.size for batch in made if batch.size != 64 and not batch.origin] == expected
 
 
 def test_a_bias_free_conv3d_is_exported(tmp_path: Path):
@@ -263,9 +232,11 @@ def test_outputs_that_read_no_input_are_no_pass(kept, verdict):
     assert report.verdict == verdict and kept == any("no output depends" in said for said in report.problems)
 
 
-@pytest.mark.parametrize(("last", "rows", "verdict"), [(0.0, 10, "inconclusive"), (1.0, 10, "pass"), (0.0, 1, "pass")])
+@pytest.mark.parametrize(
+    ("last", "rows", "verdict"), [(0.0, 10, "inconclusive"), (1.0, 10, "pass"), (0.0, 1, "inconclusive")]
+)
 def test_outputs_that_never_differ_are_no_pass(last, rows, verdict):
-    """A last layer of zeros, as some libraries make it, hides all before it. One sample over and again says nothing."""
+    """A last layer of zeros, as some libraries make it, hides all before it."""
     layer = nn.Conv2d(8, 2, 1)
     layer.weight.data *= last
     module = nn.Sequential(net(torch.tanh), layer).eval()

@@ -32,11 +32,9 @@ def classified(
     found = Classification("out", axis, near)
     for start in range(0, len(old), size):
         part = slice(start, start + size)
-        count = len(old[part])
         found.add(
             old[part], new[part], None if labels is None else labels[part], ignored,
-            torch.full((count,), noise, dtype=torch.float64), start,
-            truth or (lambda count=count: torch.zeros(count, dtype=torch.float64)),
+            torch.full((old.shape[axis],), noise / math.sqrt(2), dtype=torch.float64), start, truth or (lambda: None),
         )  # fmt: skip
     return found.result()
 
@@ -143,6 +141,14 @@ def test_a_class_alone_has_none_to_be_mistaken_for() -> None:
     assert classified(rows(4, 2), rows(4, 2), noise=1.0)["undecided"] == 4
 
 
+def test_a_flip_is_measured_in_the_noise_of_its_two_logits() -> None:
+    """A masked class, or one that is noisy by itself, excuses no other."""
+    old, new = torch.tensor([[1.0, 0.0, -1e9]]), torch.tensor([[0.0, 1.0, -1e9]])
+    found = Classification("out", 1, 64.0)
+    found.add(old, new, None, (), torch.tensor([1e-7, 1e-7, 60.0], dtype=torch.float64), 0, lambda: None)
+    assert found.result()["far_flips"] == 1
+
+
 def test_a_flip_is_measured_in_noise() -> None:
     old = torch.tensor([[1.0, 0.9, 0.0], [1.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
     new = torch.tensor([[0.9, 1.0, 0.0], [0.0, 0.0, 2.0], [5.0, 0.0, 0.0]])
@@ -153,7 +159,7 @@ def test_a_flip_is_measured_in_noise() -> None:
     assert (second.sample, second.before, second.after) == (0, 0, 1) and second.units == pytest.approx(10)
     assert second.margin == pytest.approx(0.1)
     # Where float64 shows that these logits are worse than usual, less speaks against the flip.
-    assert classified(old, new, noise=0.01, near=20, truth=lambda: torch.full((3,), 0.1))["far_flips"] == 0
+    assert classified(old, new, noise=0.01, near=20, truth=lambda: torch.full((3, 3), 0.1))["far_flips"] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -185,7 +185,7 @@ def test_the_file_is_judged_in_float32_and_the_engine_in_what_it_computes_in(
     assert {str(a["device"].provider.name) for a in asked} == {"pretended"}
     assert [a["deployed"] for a in asked if a["deployed"]] == [True], "one session as deployed"
     assert [o.candidate for o in report.outputs] == [
-        "ONNX Runtime, optimisations off", "ONNX Runtime", "ONNX Runtime, tf32"
+        "the file in float64", "ONNX Runtime, optimisations off", "ONNX Runtime", "ONNX Runtime, tf32"
     ]  # fmt: skip
     file, engine = report.engines
     assert (file.arithmetic, file.options, file.verdict) == ("float32", {"use_tf32": "0"}, "pass")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -74,24 +75,47 @@ SIZES = [
 
 @pytest.mark.parametrize(("name", "options", "sizes"), SIZES)
 def test_batch_sizes(name: str, options: dict[str, int], sizes: list[int]) -> None:
-    assert [shape[0] for shape in shapes(name, **options)] == sizes
-    assert sum(batch.samples for batch in made(name, **options)) >= max(MIN_SAMPLES, options.get("samples", 16))
-    assert all(batch.size == (0 if name == "static" else n) for batch, n in zip(made(name, **options), sizes))
+    plain = [batch for batch in made(name, **options) if not batch.origin]
+    assert [batch.flat[0].shape[0] for batch in plain] == sizes
+    assert sum(batch.samples for batch in plain) >= max(MIN_SAMPLES, options.get("samples", 10))
+    assert all(batch.size == (0 if name == "static" else n) for batch, n in zip(plain, sizes))
+
+
+@pytest.mark.parametrize("dear", [False, True])
+def test_what_provokes_is_among_the_inputs(dear: bool) -> None:
+    """What a file may decide on: every condition holds for some batch, and its opposite for another."""
+    c = captured("free image")
+    images = [b.flat[0] for b in batches(c.program, c.names, c.flat, sizes=c.sizes, dear=dear)]
+    conditions: dict[str, Callable[[Tensor], bool]] = {
+        "an exact zero": lambda x: bool((x == 0).any()), "no negative": lambda x: bool((x >= 0).all()),
+        "bytes": lambda x: float(x.max()) > 100, "all small": lambda x: float(x.abs().max()) < 0.3,
+        "constant in a channel": lambda x: bool((x == x[..., :1, :1]).flatten(1).all(1).any()),
+        "zeros and ones": lambda x: bool(((x == 0) | (x == 1)).flatten(1).all(1).any()),
+        "far out": lambda x: bool((x.abs().flatten(1).amax(1) > 8 * x.flatten(1).std(1)).any()),
+        "no multiple of two": lambda x: bool(x.shape[2] % 2), "one": lambda x: len(x) == 1,
+        "three": lambda x: len(x) == 3,
+    }  # fmt: skip
+    assert {name for name, holds in conditions.items() if not any(map(holds, images))} == set()
+    assert {name for name, holds in conditions.items() if all(map(holds, images))} == set()
+    assert max(map(len, images)) == (3 if dear else 33)
 
 
 def test_every_size_of_a_declared_range_is_tried_and_none_beyond() -> None:
     sizes = [shape[2:] for shape in shapes("image")]
-    assert sizes == [(16, 16), (32, 32), (8, 32), (24, 8), (4, 4), (100, 100)]
+    odd = {(17, 17), (19, 23)}  # multiples of nothing
+    assert set(sizes) == {(16, 16), (32, 32), (8, 32), (24, 8), (4, 4), (100, 100), *odd}
     assert any(h != w for h, w in sizes)  # or a swap of the two would go unseen
 
 
 def test_sizes_without_a_range_are_tried_around_the_example() -> None:
-    assert {shape[2:] for shape in shapes("free image")} == {(16, 16), (32, 32), (8, 32), (24, 8)}
+    assert {shape[2:] for shape in shapes("free image")} == {
+        (16, 16), (17, 17), (19, 23), (32, 32), (8, 32), (24, 8)
+    }  # fmt: skip
 
 
 def test_a_multiple_of_a_dimension_stays_one() -> None:
     sizes = {shape[2] for shape in shapes("eights")}
-    assert sizes == {16, 24, 32}
+    assert sizes == {16, 24, 32, 40}
 
 
 def test_inputs_that_share_an_axis_agree() -> None:
@@ -101,7 +125,7 @@ def test_inputs_that_share_an_axis_agree() -> None:
 
 def test_floats_have_the_examples_spread_at_more_than_one_scale() -> None:
     c = capture(Anything(), (5 + 3 * torch.randn(2, 4000),))
-    rows = torch.cat([b.flat[0] for b in batches(c.program, c.names, c.flat)])
+    rows = torch.cat([b.flat[0] for b in batches(c.program, c.names, c.flat) if not b.origin])
     assert rows.mean(1).tolist() == pytest.approx([5] * 16, abs=1)
     spreads = rows.std(1) / c.flat[0].std()
     assert [round(float(s), 1) for s in sorted(spreads)[:1] + sorted(spreads)[-1:]] == [
@@ -128,7 +152,7 @@ DATA = np.arange(9, dtype=np.float32)[:, None].repeat(3, 1)
 
 
 def test_data_is_used_in_order_and_over_again() -> None:
-    used = torch.cat([batch.flat[0] for batch in made("batch", data={"x": DATA})])[:, 0].int().tolist()
+    used = torch.cat([b.flat[0] for b in made("batch", data={"x": DATA}) if not b.origin])[:, 0].int().tolist()
     assert used == [i % 9 for i in range(16)]
 
 
@@ -140,8 +164,8 @@ def test_a_fixed_batch_takes_as_many_rows_as_it_has() -> None:
 def test_data_does_not_keep_other_sizes_from_being_tried() -> None:
     data = {"x": np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)}
     found = made("image", data=data)
-    assert {tuple(b.flat[0].shape[2:]) for b in found} == {(16, 16), (32, 32), (8, 32), (24, 8), (4, 4), (100, 100)}
-    assert torch.equal(found[2].flat[0][0, :, :8, :16], torch.from_numpy(data["x"][0, :, :8]))
+    assert {(16, 16), (17, 17), (19, 23)} <= {tuple(b.flat[0].shape[2:]) for b in found}
+    assert torch.equal(found[2].flat[0][0, :, :16, :16], torch.from_numpy(data["x"][0]))
 
 
 class Pooled(nn.Module):

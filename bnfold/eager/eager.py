@@ -16,7 +16,8 @@ from bnfold.eager.expression import Conflicts, Expression, express
 from bnfold.eager.probing import held_in_place
 from bnfold.errors import FoldError, InputError
 from bnfold.gate.gate import LIMIT
-from bnfold.gate.reference import Findings, References
+from bnfold.gate.judge import run_cases
+from bnfold.gate.models import Findings, Model
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import Captured
 from bnfold.graph.copies import copied, eval_copy
@@ -155,12 +156,13 @@ def _verify(captured: Captured, written: WrittenBack) -> None:
     folded = replace(captured, program=written.program, eager=written.module, masters=None)
     made = batches(captured.program, captured.names, captured.flat, sizes=captured.sizes)
     findings = Findings()
-    references = References(folded, made[:2], findings, LIMIT, lambda stage, done, total: None)
-    try:
-        references.run()
-        references.judge_capture()
-    except InputError as error:  # it does not run at all
-        findings.problems.append(error.what)
+    model = Model(folded)
+    cases, reason = run_cases(
+        model, made[:2], findings, lambda stage, done, total: None,
+        lambda batch, own, truth: model.judge_capture(batch, own, truth, findings, LIMIT),
+    )  # fmt: skip
+    if not cases and not findings.problems:
+        findings.problems.append(f"it runs on no input: {reason}")
     if findings.problems:
         raise FoldError(
             f"the fold does not hold in the model's class: {findings.problems[0].removeprefix('capture: ')}",

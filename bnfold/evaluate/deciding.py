@@ -56,4 +56,5 @@ def deciding(operator: str, at: Attributes, operands: Sequence[Any]) -> tuple[De
     rule = row(at) if row is not None and arrays else None
     if rule is None:
         return None
-    return rule, {n: torch.as_tensor(x) for n, x in zip(("self", "other"), operands) if isinstance(x, np.ndarray)}
+    given = ((n, x) for n, x in zip(("self", "other"), operands) if isinstance(x, np.ndarray))
+    return rule, {n: torch.as_tensor(x if x.flags.writeable else x.copy()) for n, x in given}

@@ -56,7 +56,7 @@ class _Watch:
     keep: Collection[str] = ()
     follow: Mapping[str, Array] = field(default_factory=dict)
     decide: bool = False
-    jitter: tuple[float, int] | None = None
+    jitter: tuple[float | None, int] | None = None
     shapes: dict[str, tuple[int, ...]] | None = None
     kept: dict[str, Array] = field(default_factory=dict)
     decided: dict[str, Array] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class File64:
         *,
         follow: Mapping[str, Array] | None = None,
         decide: bool = False,
-        jitter: tuple[float, int] | None = None,
+        jitter: tuple[float | None, int] | None = None,
     ) -> Run:
         """One run.
 
@@ -118,8 +118,8 @@ class File64:
                 values, rounded numbers): forced into this run where its shape fits, and told in ``turns`` where this
                 run would have decided otherwise.
             decide: return every decision on floats in ``decided``.
-            jitter: disturbs every floating-point initializer by up to half of this, relative, or half of the epsilon of
-                its own dtype where that is larger: what rounding it once does. With the seed of that.
+            jitter: disturbs every floating-point constant and attribute by up to half of this epsilon, relative, or
+                where it is None by half of that of its own dtype: what rounding it once does. With the seed of that.
 
         Raises:
             InputError: an input is missing, or an operator fails on these, which is named.
@@ -131,6 +131,15 @@ class File64:
         with np.errstate(all="ignore"), torch.no_grad():
             outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
         return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns))
+
+    def epsilon(self) -> float:
+        """The epsilon of the finest dtype that an initializer is stored in; that of float32 where there is none."""
+        dtypes = [weight.dtype for weight in self.weights().values()]
+        return min((_EPSILONS[dtype] for dtype in dtypes if dtype in _EPSILONS), default=_EPSILONS["float32"])
+
+    def weights(self) -> dict[str, Weight]:
+        """Its initializers by name."""
+        return {name: w for name, w in self._evaluator.rt_inits_.items() if isinstance(w, Weight)}
 
     def shapes(self, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
         """The shape of every value that nodes of the main graph compute, from one run.
@@ -154,6 +163,14 @@ class Weight:
             self._tensor = tensor
         else:
             self._array = onnx.numpy_helper.to_array(tensor)
+
+    @property
+    def dtype(self) -> str:
+        """The name of its dtype."""
+        if self._array is not None:
+            return self._array.dtype.name
+        assert self._tensor is not None
+        return str(onnx.helper.tensor_dtype_to_np_dtype(self._tensor.data_type).name)
 
     def array(self) -> Array:
         """Its value, as it is stored."""
@@ -242,14 +259,11 @@ class _Evaluator(ReferenceEvaluator):
         own = set(self.input_names)
         values.update((name, value) for name, value in self.rt_inits_.items() if name not in own or name not in values)
         for node, dead in zip(self.rt_nodes_, self._dead):
-            if watch.jitter is not None:
-                weights = [n for n in node.input if isinstance(values.get(n), Weight) and n not in self._exact]
-                drawn = {n: _disturbed(n, values[n], *watch.jitter) for n in weights}
-                results = self._compute(node, {**values, **drawn} if drawn else values, attributes)
-                if node.op_type == "Constant" and np.size(results[0]) > 1 and node.output[0] not in self._exact:
-                    results = [_disturbed(node.output[0], results[0], *watch.jitter)]
-            else:
-                results = self._compute(node, values, attributes)
+            results = (
+                self._drawn(node, values, attributes, *watch.jitter)
+                if watch.jitter
+                else self._compute(node, values, attributes)
+            )
             if watch.follow or watch.decide:
                 results = _decided(node, values, results, watch)
             for name, value in zip(node.output, results):
@@ -262,6 +276,25 @@ class _Evaluator(ReferenceEvaluator):
             for name in dead:
                 values.pop(name, None)
         return [_stored(values[name]) for name in output_names or self.output_names]
+
+    def _drawn(
+        self, node: OpRun, values: Mapping[str, Any], attributes: Any, epsilon: float | None, seed: int
+    ) -> Sequence[Any]:
+        """The results of a node whose constants and attributes are disturbed."""
+        weights = [n for n in node.input if isinstance(values.get(n), Weight) and n not in self._exact]
+        drawn = {n: _disturbed(n, values[n], epsilon, seed) for n in weights}
+        label = next(iter(node.output), "")
+        plain = {n: x for n in node.attributes_names_ if isinstance(x := getattr(node, n, None), float)}
+        for name, x in plain.items():
+            setattr(node, name, float(_disturbed(f"{label} {name}", np.float32(x), epsilon, seed)))
+        try:
+            results = self._compute(node, {**values, **drawn} if drawn else values, attributes)
+        finally:
+            for name, x in plain.items():
+                setattr(node, name, x)
+        if node.op_type == "Constant" and label not in self._exact:
+            return [_disturbed(label, results[0], epsilon or _EPSILONS["float32"], seed)]
+        return results
 
     def _compute(self, node: OpRun, values: Mapping[str, Any], attributes: Any) -> Sequence[Any]:
         more = {"linked_attributes": attributes} if node.has_linked_attribute and attributes else {}
@@ -291,13 +324,20 @@ class _Evaluator(ReferenceEvaluator):
         return results
 
 
-def _disturbed(name: str, weight: Any, jitter: float, seed: int) -> Array:
-    array: Array = _stored(weight)
-    if array.dtype.name not in _EPSILONS:
+def _disturbed(name: str, weight: Any, epsilon: float | None, seed: int) -> Any:
+    """A constant, each element off by up to half an epsilon. A short number alone is none that was rounded."""
+    array: Any = _stored(weight)
+    dtype = getattr(getattr(array, "dtype", None), "name", "")
+    if dtype not in _EPSILONS or (np.size(array) == 1 and _is_short(float(array.reshape(())))):
         return array
     rng = np.random.default_rng(zlib.crc32(f"{seed} {name}".encode()))
-    size = max(jitter, _EPSILONS[array.dtype.name])
-    return array.astype(np.float64) * (1 + size * (rng.random(array.shape) - 0.5))
+    size = _EPSILONS[dtype] if epsilon is None else epsilon
+    return array.astype(np.float64) * (1 + size * (rng.random(np.shape(array)) - 0.5))
+
+
+def _is_short(number: float) -> bool:
+    """Whether five bits of mantissa hold it: 2, 0.5, 6, an exponent, a limit."""
+    return not np.isfinite(number) or float(np.frexp(number)[0] * 32).is_integer()
 
 
 def node_evaluator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Callable[[Mapping[str, Array]], list[Any]]:
@@ -356,9 +396,11 @@ def _followed(
 ) -> Sequence[Any]:
     mine = own[rule.item or 0]
     differs = rule.differs(mine, theirs)
+    compared = rule.compared(at).numpy()
     if not bool(differs.any()):
+        watch.turns.append(Turn(name, node.op_type, np.zeros(1), 0, compared))
         return [x.numpy() for x in own]
-    gap, compared = rule.gap(at, mine, theirs), rule.compared(at)
-    watch.turns.append(Turn(name, node.op_type, gap.numpy(), int(differs.sum()), compared.numpy()))
+    gap = rule.gap(at, mine, theirs)
+    watch.turns.append(Turn(name, node.op_type, gap.numpy(), int(differs.sum()), compared))
     result = rule.result(at, own[0] if rule.item is None else own, theirs)
     return [x.numpy() for x in (result if isinstance(result, tuple) else (result,))]

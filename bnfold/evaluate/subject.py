@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Turn:
-    """Where a run that follows somebody else's decisions would have decided otherwise.
+    """Where a run that follows somebody else's decisions meets one; ``different`` is 0 where it decides alike.
 
     Attributes:
         value: the value that holds the decision; ``operator`` is what decides.

@@ -8,10 +8,8 @@ first of the data) are compared with float64 one and all.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -22,20 +20,12 @@ from torch import Tensor
 from bnfold.errors import InputError
 from bnfold.gate.candidates import Candidate, OnnxCandidate
 from bnfold.gate.data import IGNORED, VOID, Labels, stored_batches
-from bnfold.gate.following import Follower
-from bnfold.gate.judge import Tally, epsilon, finite_problem
+from bnfold.gate.evidence import TINY, specials, unit_roundoff
+from bnfold.gate.judge import Case, Judge
 from bnfold.gate.metrics import Classification, Errors, Regression, rms
+from bnfold.gate.models import Findings, Model, Progress, first_line, numbers
+from bnfold.gate.outside import own_error
 from bnfold.gate.parts import Facts, Part, Spread
-from bnfold.gate.reference import (
-    RUN_FACTOR,
-    SAMPLE_FACTOR,
-    Findings,
-    Progress,
-    References,
-    batched,
-    first_line,
-    numbers,
-)
 from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.gate.stored import Rows, in_order
 from bnfold.graph.capture import Captured, tensor_inputs
@@ -47,40 +37,48 @@ from bnfold.report import Accuracy
 SAMPLES, BYTES = 64, 32 << 20
 #: Batches with flips that are run in float64; of further flips the noise is taken to be the usual one.
 TRUTHS = 16
+#: Two logits are a near-tie within so many limits of their own noise; a single sample may be off by so many.
+NEAR_FACTOR, SAMPLE_FACTOR = 16.0, 64.0
+#: The model in float64 with the decisions that the candidate takes, for a batch of inputs: outputs.
+Follow = Callable[[Batch], Sequence[Tensor]]
 
 
 def judge_accuracy(
-    references: References,
+    judge: Judge,
     candidate: Candidate,
     data: Mapping[str, Rows],
     labels: Labels | None = None,
     *,
     pinned: Mapping[str, int] | None = None,
-    before: Candidate | None = None,
     spread: Spread | None = None,
+    follow: Follow | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Accuracy | None:
     """Runs all of ``data``; None where the candidate fails on it, which is a problem.
 
-    A class that changes is a near-tie where the two logits are closer than the gate lets the error of a run be
-    (``limit * RUN_FACTOR`` times the noise), and a problem where they are not. So are NaN and infinities that the
-    unfolded model does not give. A sample that is further off than the gate lets a single one be is a doubt.
+    A class that changes is a near-tie where the two logits are closer than ``NEAR_FACTOR`` limits of the noise that
+    these two have, and a problem where they are not. So is an accuracy that falls by more than the samples that are so
+    close, and so are NaN and infinities that the unfolded model does not give. A sample that is further off than
+    ``SAMPLE_FACTOR`` limits is a doubt.
 
     Args:
-        references: the runs that the gate has made, for the noise.
+        judge: the runs that the gate has made, for the noise.
         candidate: what is judged.
         data: samples by input name.
         labels: what is known about them, after ``data.assign``.
         pinned: sizes that the file fixes, by symbol.
-        before: another candidate, that probably decides alike and shows its decisions.
         spread: goes through all the parts of the data, where ``data`` is the first of them.
+        follow: the model in float64, with what the candidate decides.
+        progress: is told how far it is.
 
     Raises:
         InputError: the labels do not fit the output that they belong to.
     """
-    captured, findings, labels = references.captured, references.findings, labels or Labels()
-    facts = _facts(references, data, labels, pinned or {}, candidate.coarser)
+    assert isinstance(judge.reference, Model)
+    captured, findings, labels = judge.reference.captured, judge.findings, labels or Labels()
+    facts = _facts(judge, captured, data, labels, pinned or {}, candidate.coarser)
     if spread is None:
-        parts: Iterable[Part] = [look(captured, candidate, before, data, labels, facts, references.progress)]
+        parts: Iterable[Part] = [look(captured, candidate, data, labels, facts, progress, follow)]
     else:
         parts = spread(facts)
     part = reduce(add, parts)
@@ -90,10 +88,12 @@ def judge_accuracy(
 
 
 def _facts(
-    references: References, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int], coarser: float
-) -> Facts:
-    names, first = number_names(references.captured.program), references.unfolded[0]
-    size = _batch_size(references.captured, data, pinned)
+    judge: Judge, captured: Captured, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int],
+    coarser: float,
+) -> Facts:  # fmt: skip
+    cases = [case for case in judge.cases if not case.batch.origin] or judge.cases
+    names, first = number_names(captured.program), cases[0].own
+    size = _batch_size(captured, data, pinned)
     # What has no samples along its first axis cannot be told apart by them.
     outputs = [
         i
@@ -101,9 +101,7 @@ def _facts(
         if value.is_floating_point()
         and value.ndim
         and value.numel()
-        and all(
-            values[i].shape[0] == (batch.size or size) for values, batch in zip(references.unfolded, references.batches)
-        )
+        and all(case.own[i].shape[0] == (case.batch.size or size) for case in cases)
     ]
     targets = frozenset(i for i in outputs if names[i] in labels.targets)
     # Classes are where the labels belong, else along axis 1 of the first (samples, classes).
@@ -114,50 +112,53 @@ def _facts(
     else:
         plain = [i for i in outputs if first[i].ndim == 2 and first[i].shape[1] > 1 and i not in targets]
         classes = dict.fromkeys(plain[:1], 1)
-    batched = bool(references.batches[0].size)
+    batched = bool(cases[0].batch.size)
     fixed = bool(pinned) or not batched
-    noise = {i: coarser * _typical_noise(references, i) for i in outputs}
-    return Facts(noise, classes, targets, labels.classes is not None, size, fixed, batched, references.limit)
+    noise = {i: coarser * _typical_noise(cases, i) for i in outputs}
+    logits = {i: tuple((coarser * _class_noise(cases, i, axis)).tolist()) for i, axis in classes.items()}
+    return Facts(
+        noise, classes, targets, labels.classes is not None, size, fixed, batched, judge.limit, logits, coarser
+    )
 
 
 def look(
     captured: Captured,
     candidate: Candidate,
-    before: Candidate | None,
     data: Mapping[str, Rows],
     labels: Labels,
     facts: Facts,
     progress: Progress,
+    follow: Follow | None = None,
 ) -> Part:
-    """Runs some data, and closes the candidates.
+    """Runs some data, and closes the candidate.
 
     Raises:
         InputError: the labels do not fit the output that they belong to, or are not those that all the data have.
     """
-    run = _Run(captured, candidate, before, data, labels, facts, progress)
+    run = _Run(captured, candidate, data, labels, facts, progress, follow)
     if (labels.classes is not None, set(labels.targets)) != (facts.labelled, {run.names[i] for i in facts.targets}):
         raise InputError("these data have not the labels and targets that the first have", where=labels.where)
     try:
         return run.go()
     finally:
-        for used in (candidate, before):
-            if isinstance(used, OnnxCandidate):
-                used.close()
+        if isinstance(candidate, OnnxCandidate):
+            candidate.close()
 
 
 class _Run:
     """One pass over some data."""
 
     def __init__(
-        self, captured: Captured, candidate: Candidate, before: Candidate | None, data: Mapping[str, Rows],
-        labels: Labels, facts: Facts, progress: Progress,
+        self, captured: Captured, candidate: Candidate, data: Mapping[str, Rows], labels: Labels, facts: Facts,
+        progress: Progress, follow: Follow | None,
     ) -> None:  # fmt: skip
-        self.captured, self.candidate, self.before, self.labels = captured, candidate, before, labels
+        self.captured, self.candidate, self.labels, self.follow = captured, candidate, labels, follow
         self.data, self.facts, self.progress = data, facts, progress
         self.names = number_names(captured.program)
         self.unfolded = Runner(captured.program)
         self.truths = 0
-        near = facts.limit * RUN_FACTOR
+        near = facts.limit * NEAR_FACTOR
+        self.model = Model(captured)
         self.part = Part(
             0, {i: Errors(self.names[i]) for i in facts.noise}, {i: Regression(self.names[i]) for i in facts.targets},
             {i: Classification(self.names[i], axis, near) for i, axis in facts.classes.items()},
@@ -207,7 +208,7 @@ class _Run:
                 )
                 return False
             own, new = own[:count], new[:count]
-            if problem := finite_problem(new, own):
+            if problem := specials(new, own):
                 self.part.problems.append(
                     f"{where}: on the data, samples {start} to {start + count - 1}, {problem} (of the unfolded model)"
                 )
@@ -228,8 +229,7 @@ class _Run:
     def _classify(
         self, index: int, flat: tuple[Any, ...], own: Tensor, new: Tensor, right: Tensor | None, start: int
     ) -> None:
-        good = own.isfinite()
-        noise = self.facts.noise[index] * rms(own, good)
+        noise = torch.tensor(self.facts.logits[index], dtype=torch.float64)
         if right is not None and right.shape != (shape := own.movedim(self.facts.classes[index], -1).shape[:-1]):
             raise InputError(
                 f"labels of samples {tuple(right.shape[1:])}, classes of output '{self.names[index]}' for "
@@ -239,44 +239,31 @@ class _Run:
         void = right is not None and right.ndim > 1 and own.shape[self.facts.classes[index]] <= VOID
         ignored = (IGNORED, VOID) if void else (IGNORED,)
 
-        def truth() -> Tensor:
-            return self._true_noise(index, flat, own) if self.truths < TRUTHS else noise
+        def errors() -> Tensor | None:
+            return self._errors(index, flat, own) if self.truths < TRUTHS else None
 
-        self.part.classes[index].add(own, new, right, ignored, noise, start, truth)
+        self.part.classes[index].add(own, new, right, ignored, noise, start, errors)
 
-    def _true_noise(self, index: int, flat: tuple[Any, ...], own: Tensor) -> Tensor:
+    def _errors(self, index: int, flat: tuple[Any, ...], own: Tensor) -> Tensor | None:
+        """How far off every logit of the unfolded model is, and what the candidate's own decisions change of it."""
         self.truths += 1
         try:
-            _, _, true, followed = (values[index][: len(own)] for values in self._follow(flat))
+            true, followed = (values[index][: len(own)] for values in self._truths(flat))
         except Exception:  # the gate has said so
-            return torch.zeros(len(own), dtype=torch.float64)
-        noise = self.candidate.coarser * rms(own.double() - true, own.isfinite() & true.isfinite())
-        # What the candidate's own decisions change is no error: they are judged by themselves.
-        return torch.hypot(noise, rms(followed - true, followed.isfinite() & true.isfinite()))
+            return None
+        off = self.facts.coarser * (own.double() - true).nan_to_num(0.0, 0.0, 0.0)
+        return torch.hypot(off, (followed - true).nan_to_num(0.0, 0.0, 0.0))
 
-    def _follow(self, flat: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """One batch: the unfolded model, the candidate, and for each of them the truth that took its decisions.
+    def _truths(self, flat: tuple[Any, ...]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """One batch in float64: the model, and what took the candidate's decisions.
 
         Raises:
-            Exception: there is no truth, or one of them does not run.
+            Exception: there is no truth, or it does not run.
         """
-        captured, limit = replace(self.captured, eager=None), self.facts.limit
-        rows = flat[captured.names.index(next(iter(self.data)))].shape[0] if self.facts.batched else 0
-        alone = References(captured, [Batch(flat, rows, "")], Findings(), limit, lambda stage, done, total: None)
-        alone.run()
-        if alone.blind:
-            raise RuntimeError("no float64")
-        findings, known = Findings(), None
-        if self.before is not None and self.candidate.deployed and alone.decisions.names:
-            known = Follower(alone, self.before, findings=Findings())
-            with contextlib.suppress(Exception):  # it is no more than a help
-                known.run(0)
-        follower = Follower(alone, self.candidate, known, findings)
-        outputs, followed = follower.run(0)
-        follower.report()
-        self.part.problems += findings.problems
-        self.part.doubts += findings.doubts
-        return alone.unfolded[0], numbers(outputs), alone.truth[0], followed
+        rows = flat[self.captured.names.index(next(iter(self.data)))].shape[0] if self.facts.batched else 0
+        batch = Batch(flat, rows, "")
+        true = self.model.run(batch).outputs
+        return true, true if self.follow is None else self.follow(batch)
 
     def _judge_worst(self, index: int) -> tuple[int, float]:
         """The sample that differs most, and its error against float64 in multiples of the noise."""
@@ -287,7 +274,8 @@ class _Run:
             stored_batches(captured.names, captured.flat, again, size=self.facts.size, fixed=self.facts.fixed)
         )
         try:
-            own, new, true, followed = (values[index][row : row + 1] for values in self._follow(flat))
+            runs = (numbers(self.unfolded(flat)), numbers(self.candidate.run(flat)), *self._truths(flat))
+            own, new, true, followed = (values[index][row : row + 1] for values in runs)
             good = own.isfinite() & new.isfinite() & true.isfinite() & followed.isfinite()
         except Exception:
             return sample, math.nan
@@ -316,6 +304,12 @@ def _result(part: Part, facts: Facts, candidate: Candidate, findings: Findings) 
     if part.unused:
         listed = ", ".join(repr(name) for name in part.unused)
         findings.notes.append(f"the data's {listed}: no input, output, labels or targets, and not used")
+    fell = (found["before"] or 0.0) - (found["after"] or 0.0)
+    if fell > found.get("undecided", 0) / max(found.get("labelled", 0), 1):
+        findings.problems.append(
+            f"{candidate.name}: top-1 falls from {found['before']:.2%} to {found['after']:.2%}, and of the labelled "
+            f"samples only {found.get('undecided', 0)} are so close to a tie that noise decides them"
+        )
     targets = tuple(regression.result() for regression in part.targets.values())
     return Accuracy(
         samples=part.samples, candidate=candidate.name, agreement=agreement, targets=targets, data=part.digest,
@@ -335,13 +329,23 @@ def _judge_flips(found: Classification, samples: int, candidate: Candidate, find
     )
 
 
-def _typical_noise(references: References, index: int) -> float:
+def _typical_noise(cases: Sequence[Case], index: int) -> float:
     """The unfolded model's relative error in one output, median over the gate's samples; a few ulp at least."""
-    eps = epsilon(references.unfolded[0][index].dtype)
-    tally = Tally(eps)
-    for run, (batch, own, true) in enumerate(zip(references.batches, references.unfolded, references.truth)):
-        tally.add(own[index], own[index], true[index], batched=batched(batch, own[index]), run=run)
-    return max(tally.relative(tally.noise), eps)
+    found: list[float] = []
+    for case in cases:
+        true = case.truth.outputs[index]
+        good = true.isfinite() & case.own[index].isfinite()
+        ratio = rms(own_error(case, index), good) / rms(true, good).clamp(min=TINY)
+        found += ratio[good.reshape(len(good), -1).any(1)].tolist()
+    return max(sorted(found)[len(found) // 2] if found else 0.0, 2 * unit_roundoff(cases[0].own[index].dtype))
+
+
+def _class_noise(cases: Sequence[Case], index: int, axis: int) -> Tensor:
+    """The RMS error of every class's logit in the unfolded model, a rounding of it at least."""
+    off = torch.cat([own_error(case, index).movedim(axis, -1).flatten(0, -2) for case in cases])
+    true = torch.cat([case.truth.outputs[index].movedim(axis, -1).flatten(0, -2) for case in cases])
+    size = true.nan_to_num(0.0, 0.0, 0.0).square().mean(0).sqrt()
+    return torch.maximum(off.square().mean(0).sqrt(), unit_roundoff(cases[0].own[index].dtype) * size)
 
 
 def _batch_size(captured: Captured, data: Mapping[str, Rows], pinned: Mapping[str, int]) -> int:

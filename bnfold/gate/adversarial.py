@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from bnfold.gate.draw import is_mask
-from bnfold.gate.reference import first_line, numbers
+from bnfold.gate.models import first_line, numbers
 from bnfold.gate.samples import Batch
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of

@@ -1,4 +1,4 @@
-"""The first module of a file that leaves the noise: every value of the file against the same value of the model.
+"""The first module of a file that leaves the noise: question 1, asked of every value in place of the outputs.
 
 A file of bnfold's own calls its values as the captured graph does, and folding the model again tells which captured
 value each of them must equal, and which equals none because an affine is on its way through. The values are read in
@@ -9,36 +9,33 @@ last ones that agree.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
 from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
-from bnfold.gate.engines import settings
+from bnfold.gate.claims import FileClaim
+from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
+from bnfold.gate.engines import Setting, settings
+from bnfold.gate.evidence import Draws, Row, compare
 from bnfold.gate.file_graph import FileGraph, FileValue
-from bnfold.gate.following import Follower
+from bnfold.gate.gate import LIMIT
+from bnfold.gate.judge import Case, Judge, run_cases
 from bnfold.gate.matching import match
-from bnfold.gate.optimizers import guilty
-from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References, first_line
-from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
-from bnfold.gate.sites import Noise
+from bnfold.gate.models import Findings, Model, Progress, batched
+from bnfold.gate.samples import MIN_SAMPLES, batches
+from bnfold.gate.sites import compared
 from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
 from bnfold.runtime.runtime import Device, pip_problem, resolve_device
 
-#: Largest ratio, over all or in the worst channel, of a value that is right. Of all values of 62 nets the worst was at
-#: 4.1, and of 56 nets of transformers at 33 (ALIGN, D-FINE: approximated sigmoids in
-#: quiet channels); faults in a layer are in the thousands.
-LIMIT = 64.0
 #: As many elements are compared at a time: with truth and error they take 1 GB. Each time all is run again.
 CHUNK = 32_000_000
 
@@ -67,6 +64,7 @@ class Bisector:
 
         Raises:
             InputError: the file's inputs do not fit the model's, or it runs on none of them.
+            MissingOperatorError: nothing computes one of its operators in float64.
         """
         self._file = FileGraph.read(self.path)
         self._ours = "bnfold.version" in self._file.metadata
@@ -80,100 +78,104 @@ class Bisector:
             self.captured.program, self.captured.names, self.captured.flat, samples=self.samples, seed=self.seed,
             data=self.data, sizes=self.captured.sizes, pinned=self._matched.pinned,
         )  # fmt: skip
-        self._findings = Findings()
-        self._references = References(self.captured, made, self._findings, 4.0, self.progress)
-        self._references.run()
+        findings, model = Findings(), Model(self.captured)
+        cases, reason = run_cases(model, made, findings, self.progress)
+        if not cases:
+            raise InputError(f"the unfolded model runs on none of the inputs made for it: {reason}")
+        self._judge = Judge(model, cases, findings, self.limit)
         self._nodes = {node.name: node for node in self.captured.program.graph.nodes}
-        plain, full = self._misfits(optimized=False), self._misfits(optimized=True)
-        worst, run = max((ratio, run) for run, ratio in enumerate(plain))
-        optimizers: tuple[str, ...] = ()
-        if worst <= RUN_FACTOR < max(full):
-            optimizers = self._blame(full, plain)
-        culprit = self._scan(run if worst > RUN_FACTOR else self._largest())
-        if culprit is None and worst > RUN_FACTOR:
-            # Errors are medians over samples, which a single wrong sample does not move.
-            culprit = self._scan(run, pooled=True)
-        if culprit is None and worst > RUN_FACTOR:
+        self._claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, None, model.epsilon)
+        self._judge.claim(self._claim)
+        if len(self._judge.unrun) == len(cases):
+            raise InputError(f"the file does not run: {next(iter(self._judge.unrun.values()))}", where=str(self.path))
+        worst, optimized, optimizers = self._outputs()
+        self._ratios: dict[str, float] = {}
+        self._agree, self._notes = "", list[str]()
+        case = self._case()
+        culprit = self._scan(case) if self._ours else self._scan_contents(case)
+        if culprit is None and not optimizers and not max(worst, optimized) <= self.limit:
             self._notes.append("every value that could be compared agrees, and the outputs do not: see check")
         return Bisection(
-            culprit, optimizers, self._agree, len(self._ratios), len(self._file.values), worst, max(full), self.limit,
+            culprit, optimizers, self._agree, len(self._ratios), len(self._file.values), worst, optimized, self.limit,
             tuple(dict.fromkeys(filter(None, (
-                pip_problem(), *self._matched.notes, *self._findings.doubts, *self._notes
+                pip_problem(), *self._matched.notes, *findings.doubts, *self._notes
             )))),
         )  # fmt: skip
 
     # -- outputs -------------------------------------------------------------------------------------------------------
 
-    def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
-        names = {value.name: value.name for value in self._file.values}
+    def _outputs(self) -> tuple[float, float, tuple[str, ...]]:
+        """The largest misfits at the outputs, in limits' units: of the file by itself, and optimised."""
+        judge = self._judge
+        sessions = Sessions(judge, self.path, self._claim, self._onnx, self._setting.device)
+        sessions.run_plain()
+        sessions.run_deployed(self._onnx(optimized=True))
+        optimizers = sessions.guilty()
+
+        def worst(*names: str) -> float:
+            ratios = [row.misfit(self.limit) * self.limit for name in names for row in judge.table.of(name)]
+            return math.inf if any(name in names for name, _ in judge.said) else max(ratios, default=math.inf)
+
+        return worst(self._claim.name, PLAIN), worst(self._claim.name, DEPLOYED), optimizers
+
+    def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
         return OnnxCandidate(
-            self.path, setting=self._setting, optimized=optimized, inputs=self._matched.inputs, widen=self._widen,
-            disabled=disabled, names=names, outputs=self._matched.outputs, wider=self._matched.wider,
+            self.path, setting=setting or self._setting, optimized=optimized, inputs=self._matched.inputs,
+            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
         )  # fmt: skip
 
-    def _misfits(self, *, optimized: bool) -> list[float]:
-        """Batch by batch the largest ratio of any sample of any output."""
-        follower = Follower(self._references, self._onnx(optimized=optimized))
-        return [follower.misfit(run) for run in range(len(self._references.batches))]
+    def _case(self) -> Case:
+        """The one that is furthest off, or the largest of the first sizes."""
+        name, judge = self._claim.name, self._judge
+        ran = [case for case in judge.cases if case.claimed is not None]
 
-    def _blame(self, full: Sequence[float], plain: Sequence[float]) -> tuple[str, ...]:
-        worst, run = max((ratio, run) for run, ratio in enumerate(full))
-        middle = math.sqrt(min(worst, 1e30) * max(plain[run], 1.0))
+        def misfit(case: Case) -> float:
+            if (name, case.words) in judge.said:
+                return math.inf
+            return max((r.misfit(self.limit) for r in judge.table.of(name) if r.case == case.words), default=0.0)
 
-        def wrong(disabled: Sequence[str]) -> bool:
-            candidate = self._onnx(optimized=True, disabled=disabled)
-            return not Follower(self._references, candidate).misfit(run) < middle
-
-        return guilty(wrong)
-
-    def _largest(self) -> int:
-        sizes = [b.samples if b.sizes == self._references.batches[0].sizes else 0 for b in self._references.batches]
-        return sizes.index(max(sizes))
+        off = max(ran, key=lambda case: (misfit(case), case.batch.samples))
+        if misfit(off) > 1:
+            return off
+        return max(ran, key=lambda c: c.batch.samples * (c.batch.sizes == ran[0].batch.sizes and not c.batch.origin))
 
     # -- values --------------------------------------------------------------------------------------------------------
 
-    def _scan(self, run: int, *, pooled: bool = False) -> Culprit | None:
-        self._pooled = pooled
-        batch = self._references.batches[run]
-        self._ratios: dict[str, float] = {}
-        self._agree, self._notes = "", list[str]()
-        self._candidate = self._onnx(optimized=False)
-        partners = self._partners()
-        if not partners:
-            self._notes.append("the file and the model have no names in common: values are compared by what they hold")
-        try:
-            taken: Mapping[str, Tensor] = self._candidate.decide(batch.flat, self._references.decisions.names)[1]
-        except Exception as error:
-            raise InputError(f"the file does not run: {first_line(error)}", where=str(self.path)) from error
-        try:
-            taken = self._references.decisions.complete(taken)
-            turns = self._references.following(run, taken).turns
-        except Exception:  # indices that there are none of: they are off where they are decided
-            turns, taken = (), {}
-        self._turned = {turn.place.value: turn.multiple for turn in turns}
+    def _scan(self, case: Case) -> Culprit | None:
+        partners, judge = self._partners(), self._judge
         by_name = {value.name: value for value in self._file.values}
-        if not self._ours:
-            return self._scan_contents(batch, taken)
-        done, outputs = 0, self._matched.outputs or self._file.outputs
-        for chunk in self._chunks(partners, batch):
+        outputs, done = self._matched.outputs or self._file.outputs, 0
+        turned = self._turned(case)
+        for chunk in self._chunks(partners, case):
             self.progress("bisect", done, len(partners))
             done += len(chunk)
-            noise = Noise.of(self._references, batch, {partners[name] for name in chunk})
-            if noise is None:
-                self._notes.append("the graph does not run in float64, so there is no truth to compare values with")
-                return None
-            followed = noise.following(taken)
-            found = self._candidate.values(batch.flat, chunk)
-            for name in (name for name in chunk if name in found):
-                meaning = self._meaning(name, partners[name])
-                ratio = self._ratio(found[name], noise, meaning, followed, batch)
+            rows = compared(judge, self._claim, case, {name: self._meaning(name, partners[name]) for name in chunk})
+            for name in (name for name in chunk if name in rows):
+                ratio = max(_ratio(rows[name], self.limit), turned.get(name, 0.0))
                 if not ratio <= self.limit:
-                    if name not in outputs and self._is_another(found[name], partners[name], taken, batch):
+                    if name not in outputs and self._is_another(name, partners[name], case):
                         continue
                     return self._culprit(by_name[name], partners[name], ratio)
                 self._ratios[name] = ratio
                 self._agree = self._module(by_name[name], partners[name]) or self._agree
         return None
+
+    def _turned(self, case: Case) -> dict[str, float]:
+        """How far from a near-tie the file decides otherwise, in limits, by the value that holds the decision."""
+        found: dict[str, float] = {}
+        if not case.truth.decided:
+            return found
+        _, taken = self._judge.taken(self._claim, case)
+        follow, reference = {**case.truth.decided, **taken}, self._judge.reference
+        try:
+            run = reference.run(case.batch, follow=follow)
+            moved = [reference.run(case.batch, follow=follow, seed=seed).turns for seed in range(4)]
+        except Exception:  # indices that there are none of: they are off where they are decided
+            return found
+        for turn in (turn for turn in run.turns if turn.different):
+            if (name := self._claim.called(turn.value)) is not None:
+                found[name] = self._judge.multiple(turn, moved)
+        return found
 
     def _partners(self) -> dict[str, str]:
         """For the values of the file, in its order, the captured values that they must equal."""
@@ -186,6 +188,8 @@ class Bisector:
             name = ours.get(value.name) or self._captured_name(value.name)
             if name is not None and isinstance(self._val(name), Tensor):
                 found[value.name] = name
+        if not found:
+            self._notes.append("the file and the model have no names in common: values are compared by what they hold")
         return found
 
     def _captured_name(self, name: str) -> str | None:
@@ -208,11 +212,11 @@ class Bisector:
     def _val(self, name: str) -> object:
         return self._nodes[name].meta.get("val")
 
-    def _chunks(self, partners: Mapping[str, str], batch: Batch) -> Iterator[list[str]]:
+    def _chunks(self, partners: Mapping[str, str], case: Case) -> Iterator[list[str]]:
         chunk: list[str] = []
         total = 0
         for name, partner in partners.items():
-            size = self._elements(partner, batch)
+            size = self._elements(partner, case)
             if chunk and total + size > CHUNK:
                 yield chunk
                 chunk, total = [], 0
@@ -221,55 +225,32 @@ class Bisector:
         if chunk:
             yield chunk
 
-    def _elements(self, name: str, batch: Batch) -> int:
-        """About how many elements a captured value has on a batch."""
+    def _elements(self, name: str, case: Case) -> int:
+        """About how many elements a captured value has on a case."""
         value = self._val(name)
         if not isinstance(value, Tensor):
             return 0
         sizes = [n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in value.shape]
         example = next((x for x in self.captured.flat if isinstance(x, Tensor) and x.ndim), None)
-        shown = example.shape[0] if example is not None and batch.size else 1
-        return int(math.prod(sizes) * (batch.size or 1) / max(shown, 1)) + 1
+        shown = example.shape[0] if example is not None and case.batch.size else 1
+        return int(math.prod(sizes) * (case.batch.size or 1) / max(shown, 1)) + 1
 
-    def _ratio(
-        self, value: Tensor, noise: Noise, meaning: Meaning, followed: Mapping[str, Tensor], batch: Batch,
-        limit: float | None = None,
-    ) -> float:  # fmt: skip
-        """Error over noise; beyond ``limit``, this search's own by default, what rounding does is noise too."""
-        limit, name = self.limit if limit is None else limit, meaning.value
-        if self._turned.get(name, 0.0) > self.limit:
-            return self._turned[name]
-        truth = noise.truth[name]
-        right = followed.get(name, truth)
-        if value.shape != right.shape:
-            return math.inf
-        if not right.is_floating_point():
-            return 0.0 if torch.equal(value.to(right.dtype), right) else math.inf
-        if name in followed:
-            if truth.shape != right.shape:
-                return 0.0  # its size is decided, and nothing says how large the noise is
-            stored, wanted = meaning.of(right), meaning.of(truth)
-            value = torch.where(value == stored, wanted, value.double() - stored + wanted)
-        return max(noise.ratios(value, meaning, limit, batched=batch.size > 0 and not self._pooled))
-
-    def _is_another(self, value: Tensor, name: str, taken: Mapping[str, Tensor], batch: Batch) -> bool:
+    def _is_another(self, name: str, partner: str, case: Case) -> bool:
         """Whether a value has its name by chance: torch.onnx numbers those that it makes itself in the same way.
 
         It then has another shape, or equals another captured value of the same operator.
         """
-        node = self._nodes[name]
-        alike = {
+        node = self._nodes[partner]
+        alike = [
             n.name for n in self._nodes.values() if n.target is node.target and isinstance(self._val(n.name), Tensor)
-        }
-        alike = set(itertools.islice((n for n in alike if self._elements(n, batch) < 2 * value.numel() + 64), 64)) | {
-            name
-        }
-        noise = Noise.of(self._references, batch, alike)
-        assert noise is not None
-        followed = noise.following(taken)
-        if value.shape != followed.get(name, noise.truth[name]).shape:
+        ]
+        value = self._claim.run(case.batch, [name]).kept[name]
+        truth = self._judge.reference.run(case.batch, alike).kept
+        if value.shape != truth[partner].shape:
             return True
-        return any(self._ratio(value, noise, Meaning(n), followed, batch) <= self.limit for n in alike - {name})
+        rows = (compared(self._judge, self._claim, case, {name: Meaning(n)}) for n in alike
+                if n != partner and truth[n].shape == value.shape)  # fmt: skip
+        return any(_ratio(row[name], self.limit) <= self.limit for row in rows if name in row)
 
     def _module(self, value: FileValue, partner: str | None) -> str:
         return value.module or (module_of(self._nodes[partner]) if partner else "")
@@ -296,55 +277,29 @@ class Bisector:
 
     # -- files from elsewhere ------------------------------------------------------------------------------------------
 
-    def _scan_contents(self, batch: Batch, taken: Mapping[str, Tensor]) -> Culprit | None:
+    def _scan_contents(self, case: Case) -> Culprit | None:
         """The first value after the last ones that agree, on the way to an output that does not."""
-        names = {
+        names = [
             n.name for n in self._nodes.values() if n.op == "call_function" and isinstance(self._val(n.name), Tensor)
-        }
-        if sum(self._elements(name, batch) for name in names) > CHUNK:
-            small = min(self._references.batches, key=lambda b: b.samples)
-            batch = small if small.samples < batch.samples else batch
-        noise = Noise.of(self._references, batch, names)
-        if noise is None:
-            self._notes.append("the graph does not run in float64, so there is no truth to compare values with")
-            return None
-        followed = noise.following(taken)
-        by_shape: dict[tuple[int, ...], list[str]] = {}
-        for name in (
-            n.name for n in self._nodes.values() if n.name in noise.truth and noise.truth[n.name].is_floating_point()
-        ):
-            by_shape.setdefault(tuple(followed.get(name, noise.truth[name]).shape), []).append(name)
+        ]
+        if sum(self._elements(name, case) for name in names) > CHUNK:
+            case = min((c for c in self._judge.cases if c.claimed is not None), key=lambda c: c.batch.samples)
+        truth = self._truth(case, names)
         values = {value.name: value for value in self._file.values}
-        partners = self._partners()
-        agreeing: dict[str, str] = {}
+        partners, outputs = self._partners(), self._matched.outputs or self._file.outputs
+        given = self._claim.run(case.batch, list(values)).kept
         wrong: dict[str, float] = {}
-        floats: set[str] = set()
-        # What rounding does to the values costs several runs, and is asked for where an output is wrong without it.
-        for limit in (math.inf, self.limit):
-            wrong = {}
-            unknown = [name for name in values if name not in agreeing]
-            for start in range(0, len(unknown), 64):
-                self.progress("bisect", start, len(unknown))
-                for name, value in self._readable(batch, unknown[start : start + 64]).items():
-                    if not value.is_floating_point():
-                        continue
-                    floats.add(name)
-                    known = by_shape.get(tuple(value.shape), [])
-                    hoped = [partners[name]] if partners.get(name) in known else []
-                    ratios = (
-                        (self._ratio(value, noise, Meaning(n), followed, batch, limit), n) for n in (*hoped, *known)
-                    )
-                    ratio, partner = next(((r, each) for r, each in ratios if r <= self.limit), (math.inf, ""))
-                    if partner:
-                        self._ratios[name], agreeing[name] = ratio, partner
-                    elif name in (self._matched.outputs or self._file.outputs):
-                        wrong[name] = (
-                            self._ratio(value, noise, Meaning(hoped[0]), followed, batch, limit) if hoped else math.inf
-                        )
-            if not wrong:
-                break
-        for name in (name for name in values if name in agreeing):
-            self._agree = self._module(values[name], agreeing[name]) or self._agree
+        floats = {n for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        for name in (name for name in values if name in floats):
+            known = [n for n, (true, _) in truth.items() if true.shape == given[name].shape]
+            hoped = [partners[name]] if partners.get(name) in known else []
+            ratios = ((self._against(given[name], *truth[n], case), n) for n in (*hoped, *known))
+            ratio, partner = next(((r, n) for r, n in ratios if r <= self.limit), (math.inf, ""))
+            if partner:
+                self._ratios[name] = ratio
+                self._agree = self._module(values[name], partner) or self._agree
+            elif name in outputs:
+                wrong[name] = self._against(given[name], *truth[hoped[0]], case) if hoped else math.inf
         if not wrong:
             return None
         region: set[str] = set()
@@ -359,12 +314,27 @@ class Bisector:
         first = moving[0] if moving else values[next(iter(wrong))]
         return self._culprit(first, partners.get(first.name), max(wrong.values()), sure=False)
 
-    def _readable(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-        """The values that ONNX Runtime hands out: not sequences, nor what it has no numpy type for."""
-        try:
-            return self._candidate.values(batch.flat, names)
-        except Exception:
-            if len(names) == 1:
-                return {}
-        half = len(names) // 2
-        return self._readable(batch, names[:half]) | self._readable(batch, names[half:])
+    def _truth(self, case: Case, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The model's values and what rounding does to them."""
+        model, decided = self._judge.reference, {**case.truth.decided, **self._judge.taken(self._claim, case)[1]}
+        kept = model.run(case.batch, names, follow=decided).kept
+        known = [n for n in names if n in kept and kept[n].is_floating_point()]
+        true = [kept[n] for n in known]
+
+        def draw(seed: int) -> list[Tensor]:
+            found = model.run(case.batch, known, follow=decided, seed=seed).kept
+            return [found[n] for n in known]
+
+        draws = Draws([(true, draw)])
+        draws.more(4)
+        return {name: (value, draws.noise(i)) for i, (name, value) in enumerate(zip(known, true))}
+
+    def _against(self, value: Tensor, truth: Tensor, noise: Tensor, case: Case) -> float:
+        unit = max(self._judge.reference.units.values(), default=2.0**-24)
+        ratio, worst, *_ = compare(value, truth, noise, unit=unit, batched=batched(case.batch, truth))
+        return _ratio(Row("", "", "", ratio, worst), self.limit)
+
+
+def _ratio(row: Row, limit: float) -> float:
+    """One number for a row, at most ``limit`` where it is right."""
+    return row.misfit(limit) * limit

@@ -5,21 +5,17 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
 from bnfold.gate.engines import Setting
+from bnfold.gate.models import as_tensor, to_numpy
 from bnfold.graph.capture import Captured
-from bnfold.graph.copies import copied
-from bnfold.graph.interpret import Runner, raise_tensor
 from bnfold.report import Placement
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.placement import placement
@@ -27,104 +23,27 @@ from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
 
 
 class Candidate(Protocol):
-    """Something that claims to equal the unfolded model."""
+    """Something that runs and claims to equal the unfolded model."""
 
     name: str
-    #: Whether asking it for more than its outputs makes another program of it.
-    deployed: bool
     #: How many times more coarsely than the model's own dtype it rounds: 1 but for engines that compute in another.
     coarser: float
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
 
-    def knows(self, names: Sequence[str]) -> bool:
-        """Whether it is told what the values are called, or has to guess."""
 
-    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """Intermediate values by name, those that it has."""
-
-    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Flat outputs, and the values in ``names`` that it has, from one run."""
-
-
-class TorchCandidate:
-    """A program run by torch, in its own dtypes or in float64."""
-
-    coarser = 1.0
-
-    def __init__(self, name: str, program: ExportedProgram, *, precise: bool = False) -> None:
-        self.name, self.deployed, self._program = name, False, program
-        self._runner = Runner(program, precise=precise)
-
-    def precise(self) -> TorchCandidate:
-        """The same program, constants rounded as they are, run in float64."""
-        return TorchCandidate(f"{self.name} in float64", self._program, precise=True)
-
-    def knows(self, names: Sequence[str]) -> bool:
-        """It does: the names are its own."""
-        return True
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
-        return self.decide(flat, ())[0]
-
-    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """Intermediate values by name."""
-        return self.decide(flat, names)[1]
-
-    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Flat outputs and intermediate values."""
-        outputs = self._runner(flat, keep=set(names))
-        return _lowered(outputs, self._program) if self._runner.precise else outputs, self._runner.kept
-
-
-def _lowered(outputs: Sequence[Any], program: ExportedProgram) -> list[Any]:
-    """What was computed in float64, in the dtypes that a program returns."""
-    returned: Any = program.graph.output_node().args[0]
-    dtypes = [getattr(getattr(node, "meta", {}).get("val"), "dtype", None) for node in returned]
-    return [x.to(dtype) if isinstance(x, Tensor) and dtype else x for x, dtype in zip(outputs, dtypes)]
-
-
-class OutputsAlone:
-    """What is known of a candidate by its outputs alone: none of the values that they are made of."""
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
-        raise NotImplementedError
-
-    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """There are none that can be seen."""
-        return {}
-
-    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Flat outputs, and no decision of those asked for."""
-        return self.run(flat), {}
-
-    def knows(self, names: Sequence[str]) -> bool:
-        """Whether nothing is asked for."""
-        return not names
-
-
-class EagerCandidate(OutputsAlone):
+class EagerCandidate:
     """A module run by torch as its users run it. It shows no values but its outputs."""
 
     coarser = 1.0
 
-    def __init__(self, name: str, captured: Captured, *, precise: bool = False) -> None:
-        self.name, self.deployed, self._captured, self._precise = name, True, captured, precise
-
-    def precise(self) -> EagerCandidate:
-        """The same module in float64, but for what its code says to be of another dtype."""
-        assert self._captured.eager is not None
-        module = copied(self._captured.eager)
-        return EagerCandidate(f"{self.name} in float64", replace(self._captured, eager=module.double()), precise=True)
+    def __init__(self, name: str, captured: Captured) -> None:
+        self.name, self._captured = name, captured
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
-        if not self._precise:
-            return self._captured.run_eager(tuple(flat))
-        return _lowered(self._captured.run_eager(tuple(raise_tensor(x) for x in flat)), self._captured.program)
+        return self._captured.run_eager(tuple(flat))
 
 
 class OnnxCandidate:
@@ -132,18 +51,17 @@ class OnnxCandidate:
 
     def __init__(
         self, path: Path, *, setting: Setting, optimized: bool, inputs: Sequence[tuple[int, str]], widen: bool = False,
-        names: Mapping[str, str] | None = None, outputs: Sequence[str] | None = None, wider: bool = False,
-        disabled: Sequence[str] = (),
+        outputs: Sequence[str] | None = None, wider: bool = False, disabled: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
         self.name += f", {setting.arithmetic.name}" if setting.coarser > 1 else ""
-        self.setting, self.deployed, self.coarser, self._disabled = setting, optimized, setting.coarser, disabled
+        self.setting, self.coarser, self._disabled = setting, setting.coarser, disabled
         self._path, self._device, self._optimized, self._as_deployed = path, setting.device, optimized, setting.deployed
-        self._inputs, self.widen, self._names = list(inputs), widen, names or {}
+        self._inputs, self.widen = list(inputs), widen
         #: ``outputs`` are those of the file that are the model's; ``wider`` lets it return float32 for half floats.
         self._outputs, self.wider = outputs, wider or widen
         self._session: Session | None = None
-        self._deciding: tuple[Session, dict[str, str]] | None = None
+        self._watching: tuple[tuple[str, ...], Session, list[str], int] | None = None
 
     @property
     def session(self) -> Session:
@@ -167,51 +85,37 @@ class OnnxCandidate:
             model, self._feeds(self.session, flat), device=self._device, optimized=self._optimized, beside=self._path
         )
 
-    def knows(self, names: Sequence[str]) -> bool:
-        """Whether ``lower`` said what the values are called in the file."""
-        return all(name in self._names for name in names)
-
     def close(self) -> None:
         """Frees the sessions."""
-        self._session = self._deciding = None
+        self._session = self._watching = None
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
-        return [from_numpy(value) for value in self.session.run(self._feeds(self.session, flat), self._outputs)]
+        return [as_tensor(value) for value in self.session.run(self._feeds(self.session, flat), self._outputs)]
 
-    def values(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """Intermediate values by the program's names, through a session of its own that returns them."""
-        mine = {self._names[name]: name for name in names if name in self._names}
-        content, present, _ = _with_outputs(self._path, list(mine), widen=self.widen)
-        session = open_session(content, device=self._device, optimized=False, beside=self._path)
-        del content
-        found = session.run(self._feeds(session, flat), outputs=present) if present else []
-        return {mine[name]: from_numpy(value) for name, value in zip(present, found)}
+    def also(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
+        """Flat outputs, and values by their names in the file, through a session that returns both.
 
-    def decide(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Flat outputs and the values of decisions, through a session that returns both; another than ``session``.
-
-        Where it is not known what the file calls a value, the names that ``lower`` gives are tried.
+        With optimisations that is another program than ``session`` runs: a value that is asked for cannot be fused.
         """
-        if self._deciding is None:
-            guesses = {
-                name: [self._names[name]] if name in self._names else [name, f"{name}_value", f"{name}:0"]
-                for name in names
-            }
-            content, present, self._own_outputs = _with_outputs(
-                self._path, [g for both in guesses.values() for g in both], widen=self.widen
-            )
+        wanted = tuple(names)
+        if self._watching is None or self._watching[0] != wanted:
+            self._watching = None
+            content, present, own = _with_outputs(self._path, wanted, widen=self.widen)
             session = open_session(
                 content, device=self._device, optimized=self._optimized, deployed=self._as_deployed, beside=self._path
             )
+            self._watching = wanted, session, present, own
             del content
-            found = ((name, next((g for g in guesses[name] if g in present), None)) for name in names)
-            self._deciding = session, {name: guess for name, guess in found if guess is not None}
-        session, mine = self._deciding
-        values = [from_numpy(array) for array in session.run(self._feeds(session, flat))]
+        _, session, present, count = self._watching
+        values = [as_tensor(array) for array in session.run(self._feeds(session, flat))]
         named = {value.name: tensor for value, tensor in zip(session.outputs, values)}
-        own = [named[name] for name in self._outputs] if self._outputs else values[: self._own_outputs]
-        return own, {name: named[called] for name, called in mine.items()}
+        own_outputs = [named[name] for name in self._outputs] if self._outputs else values[:count]
+        return own_outputs, {name: named[name] for name in present}
+
+    def feeds(self, flat: Sequence[Any]) -> dict[str, np.ndarray]:
+        """What is fed for flat inputs."""
+        return self._feeds(self.session, flat)
 
     def _feeds(self, session: Session, flat: Sequence[Any]) -> dict[str, np.ndarray]:
         wanted = {value.name: value for value in session.inputs}
@@ -222,24 +126,6 @@ class OnnxCandidate:
                 # What may differ has been settled: half floats widened, integers of another size.
                 feeds[name] = value.astype(wanted[name].dtype, copy=False) if self.wider else value
         return feeds
-
-
-def to_numpy(value: Tensor) -> np.ndarray:
-    """The tensor as an array; bfloat16 as ``ml_dtypes.bfloat16``, complex numbers as pairs of reals like in ONNX."""
-    value = value.detach()
-    value = torch.view_as_real(value.resolve_conj()).contiguous() if value.is_complex() else value.contiguous()
-    if value.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return value.numpy()
-
-
-def from_numpy(value: np.ndarray) -> Tensor:
-    """The array as a tensor; ``ml_dtypes.bfloat16`` as bfloat16."""
-    if value.dtype.name == "bfloat16":
-        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(value if value.flags.writeable and value.ndim else value.copy())
 
 
 def probe_session(path: Path, *, device: Device, widen: bool) -> Session:

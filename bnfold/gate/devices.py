@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from bnfold.gate.candidates import OnnxCandidate
-from bnfold.gate.reference import References, first_line
+from bnfold.gate.models import Findings, first_line
 from bnfold.report import Placement
 from bnfold.runtime.placement import placement_finding
 
 
-def judge_device(candidate: OnnxCandidate, references: References, *, whole: bool = False) -> Placement | None:
+def judge_device(
+    candidate: OnnxCandidate, flat: Sequence[Any], findings: Findings, *, whole: bool = False
+) -> Placement | None:
     """Where the file's nodes ran; a file that ran nowhere as asked, or runs otherwise when bound, is a problem.
 
     So is, where the ``whole`` is asked for, one of which a node ran elsewhere.
     """
-    flat, findings = references.batches[0].flat, references.findings
     try:
         if problem := candidate.binding_problem(flat):
             findings.problems.append(f"{candidate.name}: {problem}")

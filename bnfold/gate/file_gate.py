@@ -1,49 +1,38 @@
-"""One ONNX file against another that it claims to equal: in float64, and as ONNX Runtime runs it.
-
-What differs in float64 is the file's fault, and is judged against what rounding every constant once, to its own dtype,
-does to that output and channel. What ONNX Runtime adds is judged against the error that it has on the original.
-"""
+"""One ONNX file against another that it claims to equal, by the same three questions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from bnfold.errors import BnfoldError, InputError, LowerError
-from bnfold.evaluate.evaluator import File64
-from bnfold.evaluate.subject import Array, Run, ValueInfo
-from bnfold.gate.decisions import NEAR
-from bnfold.gate.judge import Tally, epsilon, finite_problem, site_ratios
-from bnfold.gate.reference import RUN_FACTOR, SAMPLE_FACTOR, Findings, Progress
-from bnfold.report import CheckReport, OutputResult, SiteResult, Verdict
-from bnfold.runtime.runtime import open_session
-from bnfold.runtime.session import Session
+from bnfold.errors import BnfoldError, InputError
+from bnfold.evaluate.evaluator import MissingOperatorError
+from bnfold.evaluate.subject import Array, ValueInfo
+from bnfold.gate.candidates import OnnxCandidate
+from bnfold.gate.claims import FileClaim
+from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
+from bnfold.gate.engines import Setting
+from bnfold.gate.evidence import ELEMENT
+from bnfold.gate.judge import Case, Judge, run_cases
+from bnfold.gate.models import Findings, Original, Progress, as_tensor
+from bnfold.gate.samples import Batch, provoke
+from bnfold.report import CheckReport, SiteResult, Verdict
+from bnfold.runtime.runtime import resolve_device
 
-#: Batches, one per kind of values and over again.
-BATCHES = (1, 2, 1, 3, 1)
+#: Batches, each with its kind of values.
+PLAN: tuple[tuple[int, str], ...] = (
+    (1, "ordinary"), (2, "unit"), (1, "binary"), (3, "ordinary"), (1, "bytes"), (1, "faint"), (1, "outlier"),
+    (2, "channel"), (33, "sparse"),
+)  # fmt: skip
 #: Sizes of other dynamic axes, until the original runs: what nets with strides take, and what those without may.
 SIZES = ((37, 41, 53), (64, 96, 160), (224, 256, 320), (1, 2, 3))
-#: Draws of rounded constants.
-DRAWS = 2
-_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class _Case:
-    """Inputs, what the original makes of them, and how far rounding its constants moves that."""
-
-    feeds: dict[str, Array]
-    size: int
-    truth: Run
-    moved: list[Run]
-    #: What ONNX Runtime makes of the original.
-    own: list[Array]
+#: Elements of inputs beyond which a large batch is left out.
+LARGE = 4_000_000
 
 
 @dataclass
@@ -62,11 +51,9 @@ class FileGate:
     device: Any = "cpu"
     seed: int = 0
     limit: float = 4.0
-    site_limit: float = 16.0
     data: Mapping[str, Array] | None = None
     progress: Progress = lambda stage, done, total: None
     _findings: Findings = field(default_factory=Findings)
-    _names: Sequence[str] = ()
 
     def judge(self) -> CheckReport:
         """The verdict.
@@ -74,52 +61,76 @@ class FileGate:
         Raises:
             BnfoldError: a file cannot be opened, or the original runs on none of the inputs made for it.
         """
-        found = self._findings
-        original, file = File64(self.original), File64(self.path)
-        self._names = [value.name for value in original.outputs]
-        self._compare_signatures(original, file)
-        outputs: list[OutputResult] = []
-        sites: list[SiteResult] = []
-        cases: list[_Case] = []
+        findings = self._findings
+        reference = Original(self.original, self.device)
+        claim: FileClaim | None = None
+        names = [value.name for value in reference.inputs]
+        inputs = [(i, name) for i, name in enumerate(names)]
+        try:
+            claim = FileClaim(self.path, inputs, reference.outputs, {}, reference.epsilon)
+            self._compare_signatures(reference, claim)
+        except MissingOperatorError as error:
+            findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
+        if findings.problems:
+            return self._report(None, [], [])
+        reference.open()
+        cases = self._cases(reference)
+        first = cases[0]
+        if not all(map(_same, first.own, reference.own(first.batch))):
+            raise InputError("it answers otherwise from run to run on the same inputs", where=str(self.original))
+        judge = Judge(reference, cases, findings, self.limit)
+        if claim is not None:
+            claim.knows = True
+            judge.claim(claim)
+            judge.report(claim.name)
+        device = resolve_device(self.device)
+
+        def make(*, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
+            return OnnxCandidate(
+                self.path, setting=Setting(device), optimized=optimized, inputs=inputs, outputs=reference.outputs,
+                disabled=disabled,
+            )  # fmt: skip
+
+        sessions = Sessions(judge, self.path, claim, make, device)
         provider = "none"
-        if not found.problems:
-            cases = list(self._cases(original))
-            if not cases:
-                why = found.notes[-1] if found.notes else ""
-                raise InputError(
-                    f"it runs on none of the inputs made for it: {why}", where=str(self.original),
-                    hint="Give real ones: --data",
-                )  # fmt: skip
-            outputs += self._judge("the file in float64", lambda case: self._run64(file, original, case), cases, sites)
-            for optimized in (False, True):
-                self.progress("check", 1 + optimized, 3)
-                try:
-                    session = open_session(self.path, device=self.device, optimized=optimized)
-                    provider = session.provider
-                    run = self._runtime(session.run, original)
-                    name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
-                    outputs += self._judge(name, run, cases, sites, runtime=True)
-                except BnfoldError as error:
-                    found.problems.append(f"ONNX Runtime: {error}")
-                    break
+        try:
+            sessions.run_plain()
+            judge.report(PLAIN)
+            candidate = make(optimized=True)
+            provider = candidate.session.provider
+            sessions.run_deployed(candidate)
+            if (said := sessions.blame()) is not None:
+                findings.problems.append(said)
+            judge.report(DEPLOYED)
+        except BnfoldError as error:
+            findings.problems.append(f"ONNX Runtime: {error}")
+        if not any(judge.compared.values()):
+            findings.doubts.append("no output has an element to compare")
+        return self._report(judge, cases, [], provider)
+
+    def _report(
+        self, judge: Judge | None, cases: Sequence[Case], sites: Sequence[SiteResult], provider: str = "none"
+    ) -> CheckReport:
+        found = self._findings
         found.once()
         verdict: Verdict = "fail" if found.problems else "inconclusive" if found.doubts else "pass"
+        witnesses = dict.fromkeys(row.witness for row in judge.table.rows) if judge else {}
+        outputs = [result for witness in witnesses for result in judge.results(witness)] if judge else []
         return CheckReport(
-            verdict, provider, sum(case.size for case in cases), tuple(dict.fromkeys(case.size for case in cases)),
+            verdict, provider, sum(c.batch.samples for c in cases), tuple(dict.fromkeys(c.batch.size for c in cases)),
             tuple(outputs), tuple(sites), 0.0, (*found.problems, *found.doubts), tuple(found.notes), None, self.limit,
-            self.site_limit,
+            ELEMENT * self.limit,
         )  # fmt: skip
 
-    def _compare_signatures(self, original: File64, file: File64) -> None:
-        for kind, mine, theirs in (("input", file.inputs, original.inputs), ("output", file.outputs, original.outputs)):
-            missing = [v.name for v in theirs if v.name not in {w.name for w in mine}]
-            more = [v.name for v in mine if v.name not in {w.name for w in theirs}]
-            if missing or more:
+    def _compare_signatures(self, original: Original, claim: FileClaim) -> None:
+        ours, theirs = claim.file, original.file
+        for kind, mine, wanted in (("input", ours.inputs, theirs.inputs), ("output", ours.outputs, theirs.outputs)):
+            if {v.name for v in mine} != {v.name for v in wanted}:
                 self._findings.problems.append(
-                    f"its {kind}s are {', '.join(v.name for v in mine)} and not {', '.join(v.name for v in theirs)}"
+                    f"its {kind}s are {', '.join(v.name for v in mine)} and not {', '.join(v.name for v in wanted)}"
                 )
             for value in mine:
-                other = next((v for v in theirs if v.name == value.name), value)
+                other = next((v for v in wanted if v.name == value.name), value)
                 if value.dtype != other.dtype:
                     self._findings.problems.append(
                         f"{kind} '{value.name}' is {value.dtype.name} and not {other.dtype.name}"
@@ -127,232 +138,67 @@ class FileGate:
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
-    def _cases(self, original: File64) -> Iterator[_Case]:
-        """Cases that the original runs on: every family of values, batches and sizes in turn."""
-        eps = max((epsilon(_TORCH[v.dtype.name]) for v in original.outputs if v.dtype.name in _TORCH), default=2.0**-23)
-        rows = max((len(x) for x in (self.data or {}).values()), default=0)
-        session = self._session()
+    def _cases(self, original: Original) -> list[Case]:
+        """Cases that the original runs on: every kind of values, batch and size in turn."""
+        cases: list[Case] = []
         known, reason = SIZES[0], ""
-        for turn, family in enumerate(FAMILIES):
-            self.progress("truth", turn, len(FAMILIES))
+        for turn, (count, kind) in enumerate(PLAN):
+            self.progress("truth", turn, len(PLAN))
+            notes = Findings()
             for sizes in dict.fromkeys((known, *SIZES)):
-                rng = np.random.default_rng((self.seed, turn))
-                feeds, batch = self._feeds(original.inputs, turn, sizes, family, rng, rows)
-                try:
-                    truth = original.run(feeds, decide=True)
-                    moved = [original.run(feeds, follow=truth.decided, jitter=(eps, seed)) for seed in range(DRAWS)]
-                    own = session.run(feeds, self._names)
-                except BnfoldError as error:
-                    reason = str(error)
-                    continue
-                if turn == 0 and not all(map(_same, own, session.run(feeds, self._names))):
-                    raise InputError(
-                        "it answers otherwise from run to run on the same inputs", where=str(self.original)
-                    )
-                known = sizes
-                yield _Case(feeds, batch, truth, moved, own)
-                break
-            else:
-                self._findings.notes.append(f"the original does not run on inputs of its kind: {reason}")
-
-    def _session(self) -> Session:
-        """The original in ONNX Runtime.
-
-        Raises:
-            InputError: ONNX Runtime does not take it.
-        """
-        try:
-            return open_session(self.original, device=self.device, optimized=False)
-        except LowerError as error:
+                batch = self._batch(original.inputs, turn, count, kind, sizes)
+                if batch is None:
+                    break
+                found, reason = run_cases(original, [batch], notes, lambda stage, done, total: None)
+                if found:
+                    known, notes = sizes, Findings()
+                    cases += found
+                    break
+            self._findings.notes += notes.notes[:1]
+        if not cases:
             raise InputError(
-                f"ONNX Runtime does not run the original: {error.what}", where=str(self.original),
-                hint="--no-check folds it unproved",
-            ) from error  # fmt: skip
+                f"it runs on none of the inputs made for it: {reason}", where=str(self.original),
+                hint="Give real ones: --data",
+            )  # fmt: skip
+        return cases
 
-    def _feeds(
-        self, inputs: Sequence[ValueInfo], turn: int, sizes: Sequence[int], family: Family, rng: np.random.Generator,
-        rows: int,
-    ) -> tuple[dict[str, Array], int]:  # fmt: skip
-        feeds, named, batch = {}, dict[str, int](), 1
+    def _batch(
+        self, inputs: Sequence[ValueInfo], turn: int, count: int, kind: str, sizes: Sequence[int]
+    ) -> Batch | None:
+        """Inputs of a kind; None where they would be too many."""
+        flat: list[Any] = []
+        named: dict[str, int] = {}
+        rng, generator = np.random.default_rng((self.seed, turn)), torch.Generator().manual_seed(self.seed + turn)
+        rows = max((len(x) for x in (self.data or {}).values()), default=0)
+        dynamic = False
         for value in inputs:
-            shape = []
+            shape: list[int] = []
             for axis, size in enumerate(value.shape):
                 if not isinstance(size, int) or size <= 0:
-                    key, count = size or f"{value.name}.{axis}", len(named)
-                    made = BATCHES[turn % len(BATCHES)] if axis == 0 else sizes[(turn + count) % len(sizes)]
+                    key = size or f"{value.name}.{axis}"
+                    made = count if axis == 0 else sizes[(turn + len(named)) % len(sizes)]
+                    dynamic |= axis == 0
                     size = named.setdefault(str(key), made)
                 shape.append(size)
-            batch = shape[0] if shape and value is inputs[0] else batch
-            if self.data is not None and value.name in self.data:
+            if count > 3 and np.prod(shape, dtype=float) > LARGE:
+                return None
+            if self.data is not None and value.name in self.data and kind == "ordinary":
                 given = self.data[value.name]
                 picked = np.arange(turn * 7, turn * 7 + (shape[0] if shape else 1)) % max(rows, 1)
-                feeds[value.name] = np.ascontiguousarray(given[picked]).astype(value.dtype)
+                flat.append(as_tensor(np.ascontiguousarray(given[picked]).astype(value.dtype)))
             elif value.dtype.kind in "iub":
-                feeds[value.name] = (rng.random(shape) > 0.5).astype(value.dtype)
+                flat.append(as_tensor(np.asarray(rng.random(shape) > 0.5).astype(value.dtype)))
             else:
-                feeds[value.name] = np.asarray(family(rng, tuple(shape))).astype(value.dtype)
-        return feeds, batch
-
-    # -- judging ---------------------------------------------------------------------------------------------------
-
-    def _run64(self, file: File64, original: File64, case: _Case) -> tuple[list[Array], Run]:
-        run = file.run(case.feeds, decide=True)
-        order = {v.name: x for v, x in zip(file.outputs, run.outputs)}
-        return [order[name] for name in self._names], self._followed(original, case, run.decided, "the file in float64")
-
-    def _runtime(
-        self, run: Callable[[Mapping[str, Array], Sequence[str]], list[Array]], original: File64
-    ) -> Callable[[_Case], tuple[list[Array], Run]]:
-        """Runs a session; its decisions are those that explain its outputs: its own where they are outputs."""
-
-        def each(case: _Case) -> tuple[list[Array], Run]:
-            outputs = run(case.feeds, self._names)
-            names = {v.name: x for v, x in zip(original.outputs, outputs)}
-            mine = {name: names[name] for name in case.truth.decided if name in names}
-            return outputs, self._followed(original, case, {**case.truth.decided, **mine}, "ONNX Runtime")
-
-        return each
-
-    def _followed(self, original: File64, case: _Case, decided: Mapping[str, Array], name: str) -> Run:
-        """The original with somebody else's decisions; those that are no near-ties are a problem."""
-        same = all(np.array_equal(decided.get(n, x), x) for n, x in case.truth.decided.items())
-        if same:
-            return case.truth
-        truth = original.run(case.feeds, follow=decided)
-        moved = original.run(case.feeds, follow=decided, jitter=(2.0**-23, 0))
-        noises = {t.value: t.compared for t in moved.turns}
-        for turn in truth.turns:
-            other = noises.get(turn.value, turn.compared)
-            off = other - turn.compared if other.shape == turn.compared.shape else np.zeros(1)
-            off = off[np.isfinite(off)]
-            noise = max(float(np.sqrt(np.mean(np.square(off)))), 2.0**-23 * float(np.sqrt(np.mean(turn.compared**2))))
-            multiple = float(turn.gap.max()) / max(noise, 1e-300)
-            words = f"{name}: {turn.operator} '{turn.value}' decides otherwise in {turn.different} places"
-            if multiple > NEAR:
-                self._findings.problems.append(f"{words}, {multiple:.3g} times the noise from a tie (limit {NEAR:g})")
-            else:
-                self._findings.notes.append(f"{words}, all near-ties, and was followed")
-        return truth
-
-    def _judge(
-        self, name: str, run: Callable[[_Case], tuple[list[Array], Run]], cases: Sequence[_Case],
-        sites: list[SiteResult], *, runtime: bool = False,
-    ) -> list[OutputResult]:  # fmt: skip
-        """Every output of one candidate, and its channels."""
-        problems, tallies = self._findings.problems, dict[str, Tally]()
-        worst: dict[str, tuple[float, float]] = {}
-        elements = 0
-        for i, case in enumerate(cases):
-            try:
-                outputs, truth = run(case)
-            except BnfoldError as error:
-                problems.append(f"{name} fails where the original runs: {error}")
-                return []
-            for info, value, true, *rest in zip(
-                self._names, outputs, truth.outputs, case.truth.outputs, *(m.outputs for m in case.moved)
-            ):
-                where = f"{name}, output '{info}'"
-                if isinstance(value, list) or value.shape != np.shape(true):
-                    if not isinstance(value, list):
-                        problems.append(f"{where} is of shape {list(value.shape)} and not {list(np.shape(true))}")
-                    continue
-                if runtime:
-                    value = self._less_overflown(value, case.own[self._names.index(info)], true)
-                elements += value.size
-                if value.dtype.kind in "iubOUS" and value.dtype.name != "bfloat16":
-                    wrong = int((value != true).sum())
-                    if wrong:
-                        problems.append(f"{where}: {wrong} of {value.size} elements differ")
-                    continue
-                given, exact, plain, *moved = (torch.from_numpy(np.array(x, np.float64)) for x in (value, true, *rest))
-                if (problem := finite_problem(given, exact)) is not None:
-                    problems.append(f"{where}: {problem}")
-                    continue
-                self._add(info, i, case, (given, exact, plain, moved), tallies, worst, runtime=runtime)
-        if not elements:
-            self._findings.doubts.append(f"{name}: no output has an element to compare")
-        for info, (whole, channel) in worst.items():
-            sites.append(SiteResult(name, info, f"output '{info}'", whole, channel))
-            if not max(whole, channel) <= self.site_limit:
-                problems.append(
-                    f"{name}, output '{info}': a channel's error is {max(whole, channel):.3g} times the noise (limit "
-                    f"{self.site_limit:g})"
-                )
-        return [self._result(name, info, tally) for info, tally in tallies.items() if len(tally.ratios(steady=True))]
-
-    def _less_overflown(self, value: Array, own: Array, true: Any) -> Array:
-        """A result with the truth where the original leaves its dtype's range as well, in the same way."""
-        if value.dtype.kind in "iubOUS" or value.shape != own.shape or value.shape != np.shape(true):
-            return value
-        same = ~np.isfinite(own) & ((value == own) | (np.isnan(value) & np.isnan(own)))
-        return np.where(same, true, value) if same.any() else value
-
-    def _add(
-        self, info: str, run: int, case: _Case, values: tuple[Tensor, Tensor, Tensor, list[Tensor]],
-        tallies: dict[str, Tally], worst: dict[str, tuple[float, float]], *, runtime: bool,
-    ) -> None:  # fmt: skip
-        given, exact, plain, moved = values
-        eps, batched = 2.0**-23, bool(given.ndim) and given.shape[0] == case.size > 1
-        rounding = torch.stack([m - plain for m in moved]).square().mean(0).sqrt()
-        noise = rounding
-        if runtime:
-            own = torch.from_numpy(np.array(case.own[self._names.index(info)], np.float64))
-            if own.shape == plain.shape:
-                noise = torch.hypot(rounding, (own - plain).nan_to_num(0.0, 0.0, 0.0))
-        tally = tallies.setdefault(info, Tally(eps))
-        tally.add(given, exact + noise if noise.shape == exact.shape else exact, exact, batched=batched, run=run)
-        if given.numel() and noise.shape == exact.shape:
-            whole, channel = site_ratios(given, exact + noise, exact, eps, rounding, batched=batched)
-            before = worst.get(info, (0.0, 0.0))
-            worst[info] = (max(before[0], whole), max(before[1], channel))
-
-    def _result(self, name: str, info: str, tally: Tally) -> OutputResult:
-        problems, ratios = self._findings.problems, tally.ratios(steady=True)
-        typical = tally.typical(steady=True)
-        largest = float(ratios.max()) if len(ratios) else 0.0
-        run = max(tally.per_run().values(), default=0.0)
-        where = f"{name}, output '{info}'"
-        if not typical <= self.limit:
-            problems.append(f"{where}: error is {typical:.3g} times the noise (limit {self.limit:g})")
-        elif not run <= RUN_FACTOR * self.limit:
-            problems.append(f"{where}: on one kind of inputs the error is {run:.3g} times the noise")
-        elif not largest <= SAMPLE_FACTOR * self.limit:
-            problems.append(f"{where}: on one sample the error is {largest:.3g} times the noise")
-        return OutputResult(
-            name, info, tally.relative(tally.noise), tally.relative(tally.error), typical, largest, len(ratios)
-        )
+                drawn = torch.from_numpy(np.asarray(rng.standard_normal(shape)))
+                values = provoke(drawn, drawn, (kind,), generator, batched=False)
+                flat.append(as_tensor(values.numpy().astype(value.dtype)))
+        if count > 3 and not dynamic:
+            return None
+        size = flat[0].shape[0] if flat and flat[0].ndim and dynamic else 0
+        words = ", ".join(f"{name}={size}" for name, size in named.items() if size != count)
+        return Batch(tuple(flat), size, words, "" if kind == "ordinary" else f"{kind} inputs")
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind == "f"))
-
-
-Family = Callable[[np.random.Generator, tuple[int, ...]], Array]
-
-
-def _per_channel(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    sizes = [n if axis < 2 else 1 for axis, n in enumerate(shape)]
-    return np.broadcast_to(rng.standard_normal(sizes), shape)
-
-
-def _outlier(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    value = rng.standard_normal(shape)
-    value.flat[:1] *= 30.0
-    return value
-
-
-#: Kinds of input values: every file is run on all of them.
-FAMILIES: tuple[Family, ...] = (
-    lambda rng, shape: rng.standard_normal(shape),
-    lambda rng, shape: rng.random(shape),
-    lambda rng, shape: rng.standard_normal(shape) * 3.0,
-    lambda rng, shape: rng.integers(0, 256, shape).astype(np.float64),
-    lambda rng, shape: np.maximum(rng.standard_normal(shape), 0.0),
-    _per_channel,
-    _outlier,
-    lambda rng, shape: (rng.random(shape) > 0.5).astype(np.float64),
-    lambda rng, shape: rng.standard_normal(shape) * 0.1,
-    lambda rng, shape: np.zeros(shape),
-)
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit, NaNs included."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

@@ -1,7 +1,10 @@
-"""The gate: the captured graph, the folded graph and the ONNX file, each against float64.
+"""The gate: three questions, one cause of error at a time.
 
-Three questions: does the capture equal the eager model, does every fold site equal the value it replaces, do the
-outputs. Anything that cannot be judged is *inconclusive*, which is no pass.
+1. Is the file the model? Both in float64, so that nothing is seen but what rounding the constants once may do.
+2. Does the runtime compute the file's operators? Each on its own operands, against a bound known beforehand.
+3. Is the file, as it is deployed, what it is without optimisations?
+
+Whatever cannot be judged is *inconclusive*, which is no pass.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,31 +20,35 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils.flop_counter import FlopCounterMode
 
 from bnfold.affine import Meaning
-from bnfold.gate.accuracy import judge_accuracy, look
+from bnfold.errors import InputError
+from bnfold.evaluate.evaluator import MissingOperatorError
+from bnfold.gate.accuracy import Follow, judge_accuracy, look
 from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
     Candidate,
     EagerCandidate,
     OnnxCandidate,
-    TorchCandidate,
     half_inside,
     needs_widening,
     probe_session,
     quantised_nodes,
     refuse_training,
 )
+from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.data import Labels
+from bnfold.gate.deployed import DEPLOYED, Sessions
 from bnfold.gate.devices import judge_device
 from bnfold.gate.engines import Setting, settings
-from bnfold.gate.following import Follower
+from bnfold.gate.evidence import ELEMENT
+from bnfold.gate.judge import Case, Judge, run_cases
 from bnfold.gate.matching import Match, match
-from bnfold.gate.optimizers import guilty
-from bnfold.gate.outputs import OutputJudge
+from bnfold.gate.models import Findings, Model, Progress, batched, reads_inputs
+from bnfold.gate.outside import judge_outside, judge_twice
 from bnfold.gate.parts import Facts, Part, Spread
-from bnfold.gate.reference import RUN_FACTOR, Findings, Progress, References, batched
-from bnfold.gate.runners import RunnerCandidate, judge_runner
+from bnfold.gate.runners import RunnerCandidate
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
@@ -49,14 +56,18 @@ from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
 from bnfold.graph.threads import torch_threads
-from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, SiteResult, Verdict
+from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, Verdict
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import Arithmetic, Device, provider_notes, resolve_device
 
-#: Median ratio of a whole output, and ratio at a fold site.
-LIMIT, SITE_LIMIT = 4.0, 16.0
+#: Largest RMS of error over noise, of an output or any of its samples; a single element may be off by ``ELEMENT`` such.
+LIMIT = 4.0
 #: Seconds that one run of the example takes before a second thread pays.
 LONG_RUN = 0.1
+#: Operations of one sample beyond which the gate runs few of them.
+DEAR = 300_000_000
+#: A verdict rests on so many samples at least.
+ENOUGH = 4
 _SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
 
 
@@ -76,7 +87,6 @@ class Gate:
     samples: int = MIN_SAMPLES
     seed: int = 0
     limit: float = LIMIT
-    site_limit: float = SITE_LIMIT
     data: Mapping[str, Rows] | None = None
     labels: Labels | None = None
     #: Look for inputs by gradient as well.
@@ -101,11 +111,6 @@ class Gate:
         with _threads_that_pay(self.captured):
             return self._judge()
 
-    def _meanings(self) -> Mapping[str, Meaning | None]:
-        if self.meanings is None:
-            return {} if self.folded is None else meanings(self.folded)
-        return self.meanings
-
     def look(self, facts: Facts) -> Part:
         """What the data show of the file, where the gate of all the data knows the rest.
 
@@ -115,91 +120,178 @@ class Gate:
         assert self.data is not None
         self._findings = Findings()
         self._match()
-        candidates = self._candidates()
-        return look(
-            self.captured, candidates[-1], _undeployed(candidates), self.data, self.labels or Labels(), facts,
-            self.progress,
-        )  # fmt: skip
+        return look(self.captured, self._deployed(), self.data, self.labels or Labels(), facts, self.progress)
 
     def _judge(self) -> CheckReport:
         captured = self.captured
-        self._findings = Findings()
+        findings = self._findings = Findings()
         self._match()
         made = batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
             sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if _has_summaries(captured) else 1,
+            dear=self.samples <= MIN_SAMPLES and self.data is None and _operations(captured) > DEAR,
         )  # fmt: skip
         found = self._search(made)
-        self._references = References(
-            captured, [*made, *found.batches], self._findings, self.limit, self.progress,
-            watch=set(self.ledger.sites.values()),
+        model = self._model = Model(captured)
+        cases, reason = run_cases(
+            model, [*made, *found.batches], findings, self.progress,
+            lambda batch, own, truth: model.judge_capture(batch, own, truth, findings, self.limit),
         )  # fmt: skip
-        self._references.run()
-        capture_error = self._references.judge_capture()
-        self._outputs = OutputJudge(self._references, self.limit)
-        candidates = self._candidates()
-        outputs, engines, placed = self._judge_each(candidates)
-        self.progress("check", len(candidates), len(candidates) + 1)
-        sites = judge_sites(self._references, self.ledger, self._meanings(), candidates, self.site_limit)
-        accuracy = None
-        if self.data and candidates:
-            accuracy = judge_accuracy(
-                self._references, candidates[-1], self.data, self.labels, pinned=self._matched.pinned,
-                before=_undeployed(candidates), spread=self.spread,
+        if not cases and not findings.doubts:
+            raise InputError(
+                f"the unfolded model runs on none of the inputs made for it: {reason}", hint="Give real ones: --data"
+            )
+        if not cases:
+            return CheckReport("inconclusive", "torch", 0, (), problems=tuple(findings.doubts), limit=self.limit)
+        model.judge_state(findings)
+        ran = sum(case.batch.samples for case in cases)
+        if ran < ENOUGH:
+            findings.doubts.append(
+                f"only {ran} samples could be run, which is too few for a verdict: give real ones, --data"
+            )
+        judge = self._judged = Judge(model, cases, findings, self.limit)
+        claim = self._claim()
+        sites = []
+        if claim is not None:
+            self.progress("check", 0, 4)
+            judge.claim(claim)
+            held = self.meanings if self.meanings is not None else meanings(self.folded) if self.folded else {}
+            sites = judge_sites(judge, self.ledger, held, claim, self.folded)
+            first = next((s.module for s in sites if not s.ratio <= self.limit
+                          or not s.channel_ratio <= ELEMENT * self.limit), "")  # fmt: skip
+            judge.report(
+                claim.name, unread=self._unread(claim),
+                hint=f"; the first fold that is off is that of '{first}'" if first else "",
             )  # fmt: skip
-        self.progress("check", len(candidates) + 1, len(candidates) + 1)
-        if not outputs:
-            self._findings.problems.append("no output was compared")
-        if captured.names and not _reads_inputs(captured):
-            self._findings.doubts.append(
-                "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
-                "constant"
-            )
-        elif _says_nothing(self._references):
-            self._findings.doubts.append(
-                "every output is the same for every input that was tried, so nothing is seen of what lies before it: "
-                "load trained weights (is the last layer zero?), or give inputs that matter (--data)"
-            )
-        self._findings.once()
-        self._say_where(sites)
-        problems, doubts, notes = self._findings.problems, self._findings.doubts, self._findings.notes
+            judge.wild(claim.name)
+        self.progress("check", 1, 4)
+        engines, placed = self._run_file(claim if isinstance(claim, FileClaim) else None)
+        self.progress("check", 3, 4)
+        for candidate in self._outside():
+            judge_outside(judge, candidate)
+            if isinstance(candidate, RunnerCandidate):
+                judge_twice(judge, candidate)
+                engines.append(self._engine(candidate.setting, candidate.name))
+            judge.report(candidate.name, unread=self._hidden)
+        accuracy = None
+        if self.data and (last := self._deployed()) is not None:
+            accuracy = judge_accuracy(
+                judge, last, self.data, self.labels, pinned=self._matched.pinned, spread=self.spread,
+                follow=self._follow(claim), progress=self.progress,
+            )  # fmt: skip
+        self._prove_nothing(cases)
+        self.progress("check", 4, 4)
+        findings.once()
+        problems, doubts = findings.problems, findings.doubts
         verdict: Verdict = "fail" if problems else "inconclusive" if doubts else "pass"
-        batch_sizes = tuple(dict.fromkeys(b.size for b in self._references.batches))
+        witnesses = dict.fromkeys(row.witness for row in judge.table.rows)
+        outputs: list[OutputResult] = [r for witness in witnesses for r in judge.results(witness)]
         return CheckReport(
-            verdict, engines[-1].name if engines else "torch", self._references.samples, batch_sizes, tuple(outputs),
-            tuple(sites), capture_error,
-            (*problems, *doubts), tuple(notes), accuracy, self.limit, self.site_limit,
-            placement=placed, engines=tuple(engines), adversarial=found.result(self._outputs.worst_found),
+            verdict, engines[-1].name if engines else "torch", ran, tuple(dict.fromkeys(c.batch.size for c in cases)),
+            tuple(outputs), tuple(sites), model.capture_error, (*problems, *doubts), tuple(findings.notes), accuracy,
+            self.limit, ELEMENT * self.limit, placement=placed, engines=tuple(engines),
+            adversarial=found.result(self._worst_found(found)),
         )  # fmt: skip
 
-    def _judge_each(self, candidates: Sequence[Candidate]) -> tuple[list[OutputResult], list[Engine], Placement | None]:
-        """The outputs of every candidate, the verdict of every engine, and where the nodes ran."""
-        outputs: list[OutputResult] = []
-        engines: dict[Setting, tuple[float, Verdict]] = {}
-        problems, doubts, placed, clean = self._findings.problems, self._findings.doubts, None, False
-        for i, candidate in enumerate(candidates):
-            self.progress("check", i, len(candidates) + 1)
-            before, doubted = len(problems), len(doubts)
-            judged = self._outputs.judge(candidate)
-            outputs += judged
-            if not candidate.deployed:
-                clean = len(problems) == before
-            elif clean and len(problems) > before and isinstance(candidate, OnnxCandidate) and candidate.coarser == 1:
-                problems[before:before] = self._blame()
-            if isinstance(candidate, OnnxCandidate):
-                if candidate.deployed and placed is None and not candidate.setting.device.is_cpu:
-                    placed = judge_device(candidate, self._references, whole=self.require_all_nodes)
-                candidate.close()
-            elif isinstance(candidate, RunnerCandidate):
-                judge_runner(candidate, self._references, self.limit)
-            if isinstance(candidate, OnnxCandidate | RunnerCandidate):
-                verdict: Verdict = "fail" if len(problems) > before else "pass"
-                if verdict == "pass" and len(doubts) > doubted:
-                    verdict = "inconclusive"
-                ratio, sooner = engines.get(candidate.setting, (0.0, verdict))
-                worst = max([ratio, *(o.ratio for o in judged)], key=lambda r: math.inf if math.isnan(r) else r)
-                engines[candidate.setting] = worst, max(sooner, verdict, key=_SEVERITY.index)
-        return outputs, [setting.result(*found) for setting, found in engines.items()], placed
+    # -- question 1 ----------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> FileClaim | ProgramClaim | None:
+        if self.path is None:
+            return None if self.folded is None else ProgramClaim(self.folded)
+        try:
+            names = self.file_names if self.folded is not None else None
+            return FileClaim(self.path, self._matched.inputs, self._matched.outputs, names, self._model.epsilon)
+        except MissingOperatorError as error:
+            self._findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
+            return None
+
+    def _unread(self, claim: FileClaim | ProgramClaim) -> Callable[[str], int]:
+        """On how many decisions that the file gives no names to an output depends."""
+        hidden = claim.unread(self._model.decisions)
+
+        def count(output: str) -> int:
+            at = self._model.outputs.index(output) if output in self._model.outputs else -1
+            return sum(at in (self._model.influence(name) or ()) for name in hidden)
+
+        return count
+
+    def _hidden(self, output: str) -> int:
+        at = self._model.outputs.index(output) if output in self._model.outputs else -1
+        return sum(at in (self._model.influence(name) or ()) for name in self._model.decisions)
+
+    def _follow(self, claim: FileClaim | ProgramClaim | None) -> Follow | None:
+        """The model in float64, with what the file decides in ONNX Runtime; None where it decides nothing."""
+        if not isinstance(claim, FileClaim) or not self._model.decisions:
+            return None
+        model, plain, judge = self._model, self._onnx(optimized=False), self._judged
+        names = {name: own for name in model.decisions if (own := claim.called(name)) is not None}
+
+        def follow(batch: Batch) -> Sequence[torch.Tensor]:
+            decided = plain.also(batch.flat, list(names.values()))[1]
+            taken = {name: decided[own] for name, own in names.items() if own in decided}
+            run = model.run(batch, follow=taken)
+            judge.turns(plain.name, run.turns, lambda seed: model.run(batch, follow=taken, seed=seed).turns)
+            return run.outputs
+
+        return follow
+
+    # -- questions 2 and 3 ---------------------------------------------------------------------------------------------
+
+    def _run_file(self, claim: FileClaim | None) -> tuple[list[Engine], Placement | None]:
+        if self.path is None:
+            return [], None
+        judge, findings, placed = self._judged, self._findings, None
+        findings.notes += provider_notes(self._device)
+        sessions = Sessions(judge, self.path, claim, self._onnx, self._settings[0].device)
+        unread = self._unread(claim) if claim is not None else self._hidden
+        sessions.run_plain()
+        judge.report("ONNX Runtime, optimisations off", unread=unread)
+        engines = []
+        for setting in self._settings:
+            candidate = self._onnx(optimized=True, setting=setting)
+            sessions.run_deployed(candidate)
+            if candidate.name == DEPLOYED and (said := sessions.blame()) is not None:
+                findings.problems.append(said)
+            judge.report(candidate.name, unread=unread)
+            if placed is None and not setting.device.is_cpu:
+                placed = judge_device(candidate, judge.cases[0].batch.flat, findings, whole=self.require_all_nodes)
+            candidate.close()
+            engines.append(self._engine(setting, candidate.name))
+        return engines, placed
+
+    def _engine(self, setting: Setting, name: str) -> Engine:
+        """What the report says of an engine."""
+        ratios = [row.ratio for row in self._judged.table.of(name)]
+        bad, unsure = (any(text.startswith(name) or "ONNX Runtime:" in text for text in texts) for texts in
+                       (self._findings.problems, self._findings.doubts))  # fmt: skip
+        return setting.result(max(ratios, default=math.inf), "fail" if bad else "inconclusive" if unsure else "pass")
+
+    def _outside(self) -> list[Candidate]:
+        """What runs the model elsewhere: its own class with the fold in it, and a user's runner."""
+        found: list[Candidate] = []
+        if self.eager is not None:
+            found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager)))
+        if self.runner is not None:
+            found.append(self._runner())
+        return found
+
+    def _runner(self) -> RunnerCandidate:
+        assert self.runner is not None
+        names = self._matched.inputs if self.path is not None else None
+        return RunnerCandidate(self.runner, self.captured, names, self._matched.outputs, self.path, self.arithmetic)
+
+    def _deployed(self) -> Candidate:
+        """What accuracy is that of."""
+        if self.runner is not None:
+            return self._runner()
+        if self.path is not None:
+            return self._onnx(optimized=True, setting=self._settings[-1])
+        if self.eager is not None:
+            return EagerCandidate("folded class", replace(self.captured, eager=self.eager))
+        assert self.folded is not None
+        return _Folded(self.folded)
+
+    # -- inputs --------------------------------------------------------------------------------------------------------
 
     def _search(self, made: list[Batch]) -> Found:
         """Inputs found by gradients, where they are asked for."""
@@ -210,20 +302,13 @@ class Gate:
         self._findings.notes += [f"adversarial: {note}" for note in found.notes]
         return found
 
-    def _say_where(self, sites: Sequence[SiteResult]) -> None:
-        """Adds to what is said of an output the first fold site, in the order of the graph, that is off."""
-        order = {node.name: i for i, node in enumerate(self.captured.program.graph.nodes)}
-        off = [site for site in sites if not max(site.ratio, site.channel_ratio) <= self.site_limit]
-        first = {"folded torch": "", "ONNX Runtime": ""}
-        for site in sorted(off, key=lambda site: -order[self.ledger.sites[site.value]]):
-            first[next(name for name in first if site.candidate.startswith(name))] = site.module
-        for i, problem in enumerate(self._findings.problems):
-            of_output = ", output '" in problem
-            module = next((m for name, m in first.items() if of_output and problem.startswith(name)), "")
-            if module:
-                self._findings.problems[i] = f"{problem}; the first fold that is off is that of '{module}'"
-
-    # -- candidates ------------------------------------------------------------------------------------------------
+    def _worst_found(self, found: Found) -> float:
+        """The largest ratio on inputs that were searched for."""
+        names = {batch.origin for batch in found.batches}
+        judge = self._judged
+        if any(case.endswith(tuple(names)) for _, case in judge.said) and names:
+            return math.inf
+        return max((row.ratio for row in judge.table.rows if names and row.case.endswith(tuple(names))), default=0.0)
 
     def _match(self) -> None:
         """Which of the file's inputs and outputs are the model's, and which sizes it takes."""
@@ -254,86 +339,64 @@ class Gate:
                 "seen on data (--data)"
             )
 
-    def _candidates(self) -> list[Candidate]:
-        found: list[Candidate] = []
-        if self.folded is not None:
-            found.append(TorchCandidate("folded torch", self.folded))
-        if self.eager is not None:
-            found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager)))
-        if self.path is not None:
-            self._findings.notes += provider_notes(self._device)
-            found += [self._onnx(optimized=on) for on in (False, True)]
-            found += [self._onnx(optimized=True, setting=setting) for setting in self._settings[1:]]
-        if self.runner is not None:
-            names = self._matched.inputs if self.path is not None else None
-            found.append(
-                RunnerCandidate(self.runner, self.captured, names, self._matched.outputs, self.path, self.arithmetic)
-            )
-        return found
-
-    def _blame(self) -> list[str]:
-        """Which of ONNX Runtime's optimisations makes a file wrong that is right without them, as a problem."""
-        before = self._outputs.follower
-        plain, full = (Follower(self._references, self._onnx(optimized=on), before) for on in (False, True))
-        ratios = [(full.misfit(run), run) for run in range(len(self._references.batches))]
-        worst, run = max(ratios)
-        if not worst > RUN_FACTOR * self.limit:
-            return []  # so close to right, rounding may have decided
-        # Right or wrong is on which side of the middle, on a logarithmic scale, a run ends.
-        middle = math.sqrt(min(worst, 1e30) * max(plain.misfit(run), 1.0))
-
-        def wrong(disabled: Sequence[str]) -> bool:
-            candidate = self._onnx(optimized=True, disabled=disabled)
-            return not Follower(self._references, candidate, before).misfit(run) < middle
-
-        names = guilty(wrong)
-        if not names:
-            return [
-                "ONNX Runtime: the file is right without its optimisations and wrong with them, whichever is left out"
-            ]
-        return [
-            f"ONNX Runtime: its optimisation {' with '.join(names)} makes the file wrong, which is right without it: "
-            f"disable it where the file runs (InferenceSession(..., disabled_optimizers={list(names)}))"
-        ]
-
     def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
         assert self.path is not None
         return OnnxCandidate(
             self.path, setting=setting or self._settings[0], optimized=optimized, inputs=self._matched.inputs,
-            widen=self._widen, names=self.file_names, outputs=self._matched.outputs, wider=self._matched.wider,
-            disabled=disabled,
+            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
         )  # fmt: skip
 
+    # -- what proves nothing -------------------------------------------------------------------------------------------
 
-def _undeployed(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The last of those that probably decide like the deployed one, and show their decisions."""
-    return next((c for c in reversed(candidates) if not c.deployed), None)
+    def _prove_nothing(self, cases: Sequence[Case]) -> None:
+        findings, compared = self._findings, self._judged.compared
+        shown = [row.witness for row in self._judged.table.rows if not row.inside]
+        ran = dict.fromkeys([*shown, *(name for name, _ in self._judged.said)])
+        if not ran and not findings.problems:
+            findings.problems.append("no output was compared")
+        for witness in ran:
+            if witness not in compared:
+                findings.doubts.append(f"{witness}: no output has an element to compare; give real inputs (--data)")
+        if self.captured.names and not reads_inputs(self.captured):
+            findings.doubts.append(
+                "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
+                "constant"
+            )
+        elif _says_nothing(cases):
+            findings.doubts.append(
+                "every output is the same for every input that was tried, so nothing is seen of what lies before it: "
+                "load trained weights (is the last layer zero?), or give inputs that matter (--data)"
+            )
 
 
-def _reads_inputs(captured: Captured) -> bool:
-    """Whether an output depends on a user input."""
-    reached = {node for node in captured.program.graph.nodes if node.name in captured.names}
-    for node in captured.program.graph.nodes:
-        if any(operand in reached for operand in node.all_input_nodes):
-            reached.add(node)
-    return captured.program.graph.output_node() in reached
+class _Folded:
+    """The folded program in its own dtypes."""
+
+    name, coarser = "folded torch", 1.0
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._runner = Runner(program)
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """Flat outputs for flat inputs."""
+        return self._runner(flat)
 
 
-def _says_nothing(references: References) -> bool:
+def _says_nothing(cases: Sequence[Case]) -> bool:
     """Whether inputs differ and no output does: the same floats for every sample of every run."""
 
     def alike(runs: Sequence[Sequence[Any]]) -> bool:
         first: dict[int, torch.Tensor] = {}
-        for batch, values in zip(references.batches, runs):
+        for case, values in zip(cases, runs):
             for i, value in enumerate(values):
-                rows = value if batched(batch, value) else value[None]
+                rows = value if batched(case.batch, value) else value[None]
                 row = first.setdefault(i, rows[0]) if len(rows) else torch.empty(0)
                 if not value.is_floating_point() or row.shape != rows.shape[1:] or not bool((rows == row).all()):
                     return False
         return bool(first)
 
-    given = [[value for value in batch.flat if isinstance(value, torch.Tensor)] for batch in references.batches]
-    return alike(references.truth) and not alike(given)
+    given = [[value for value in case.batch.flat if isinstance(value, torch.Tensor)] for case in cases]
+    return alike([case.truth.outputs for case in cases]) and not alike(given)
 
 
 def _has_summaries(captured: Captured) -> bool:
@@ -350,6 +413,15 @@ def _has_summaries(captured: Captured) -> bool:
         and value.numel() < MIN_SAMPLES
         for value in values
     )
+
+
+def _operations(captured: Captured) -> float:
+    """Floating-point operations of convolutions and products, for one sample of the example."""
+    rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
+    with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
+        Runner(captured.program)(captured.flat)
+        return float(counter.get_total_flops()) / max(rows, 1)
+    return 0.0
 
 
 @contextlib.contextmanager

@@ -1,207 +1,363 @@
-"""How far two results are from the truth: the arithmetic of the gate, and nothing else.
-
-``err = rms(a - truth)`` per sample; *noise* is that of the unfolded model in its own dtype, *ratio* is the candidate's
-over it. A ratio needs no tolerance: a model that is ill-conditioned is so before folding as well.
-"""
+"""The questions that the gate asks of everything that runs, and the table that the answers go into."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bnfold.errors import BnfoldError
+from bnfold.evaluate.subject import Run, Turn
+from bnfold.gate.decisions import NEAR
+from bnfold.gate.evidence import ELEMENT, TINY, Draws, Row, Source, Table, compare, specials, unit_roundoff
+from bnfold.gate.models import Findings, Reference, as_tensor, batched, first_line, numbers, words
+from bnfold.gate.samples import Batch
+from bnfold.report import OutputResult
 
-def epsilon(dtype: torch.dtype) -> float:
-    """Distance from 1 to the next number of a floating-point dtype, and for float64 a thousand times that.
+#: How often the constants are drawn: once, and more where what was seen may be chance.
+DRAWS = (1, 4, 16)
+#: A value this many limits off is no chance, whatever else is drawn.
+CERTAIN = 100.0
+#: Where rounding moves an output by this part of itself, almost anything would pass.
+WILD = 1e-2
 
-    A float64 model is its own truth, so its noise is unknown and the floor stands in for it.
-    """
-    return float(torch.finfo(dtype).eps) * (1024 if dtype == torch.float64 else 1)
 
+class Claim(Protocol):
+    """What claims to equal the reference, run in float64."""
 
-#: From this many elements on, every sample's error is an average.
-FEW = 256
+    name: str
+    #: Whether it is told what the reference's values are called in it, or has to guess.
+    knows: bool
+
+    def run(
+        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Run:  # fmt: skip
+        """As the reference's; decisions and values by the claim's own names, outputs in the reference's order."""
+
+    def called(self, name: str) -> str | None:
+        """What it calls a value of the reference; None where it has none."""
+
+    def unread(self, decisions: Iterable[str]) -> list[str]:
+        """The decisions of the reference that it has no name for."""
 
 
 @dataclass
-class Tally:
-    """Errors of one output of one candidate, sample by sample.
+class Case:
+    """One batch of inputs, and what is known of it."""
 
-    ``floor`` is the error of a few units in the last place: it keeps a noise of exactly zero (a saturated softmax, a
-    constant) from failing an equal result.
+    batch: Batch
+    truth: Run
+    own: list[Tensor]
+    #: Float64 runs of the claim, and what rounding does to the outputs of both.
+    claimed: Run | None = None
+    draws: Draws | None = None
+    #: No other case's: what it is in words.
+    words: str = ""
+
+
+@dataclass
+class Judge:
+    """Holds witnesses against a reference, case by case."""
+
+    reference: Reference
+    cases: list[Case]
+    findings: Findings
+    limit: float
+    table: Table = field(default_factory=Table)
+    #: What is wrong or missing with an output on a case, and no number says.
+    said: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
+    compared: dict[str, set[str]] = field(default_factory=dict)
+    #: Why a case could not be run in float64.
+    unrun: dict[str, str] = field(default_factory=dict)
+
+    # -- question 1: the file, in float64 --------------------------------------------------------------------------
+
+    def claim(self, claim: Claim) -> None:
+        """Every case of a claim in float64. Those that it does not run are in ``unrun``."""
+        for case in self.cases:
+            try:
+                case.claimed, taken = self.taken(claim, case)
+            except BnfoldError as error:
+                self.unrun[case.words] = first_line(error)
+                continue
+            truth, failed = case.truth, ""
+            if claim.knows or not taken:
+                truth, failed = self._following(case, taken)
+            rows, misfit = self._claimed(claim, case, truth)
+            if misfit > 1 and not claim.knows and taken:
+                truth, failed = self._following(case, taken)
+                again, better = self._claimed(claim, case, truth)
+                if better < misfit:
+                    rows = again
+                else:
+                    self._claimed(claim, case, case.truth)
+                    truth = case.truth
+            self.table.rows += rows
+            if failed:
+                self.findings.problems.append(
+                    f"{claim.name}: its decisions at {case.words} cannot be followed: {failed}"
+                )
+            self.turns(claim.name, truth.turns, _again(self.reference, case, taken))
+
+    def taken(self, claim: Claim, case: Case, keep: Collection[str] = ()) -> tuple[Run, dict[str, Tensor]]:
+        """A run of a claim, and what it decides where the reference does, by the reference's names."""
+        names = {name: own for name in case.truth.decided if (own := claim.called(name)) is not None}
+        run = claim.run(case.batch, [*keep, *names.values()])
+        return run, {name: run.kept[own] for name, own in names.items() if own in run.kept}
+
+    def _following(self, case: Case, taken: Mapping[str, Tensor]) -> tuple[Run, str]:
+        """The reference with somebody's decisions, and why not where they make no sense."""
+        mine = case.truth.decided
+        if all(x.shape == mine[n].shape and torch.equal(x.to(mine[n].dtype), mine[n]) for n, x in taken.items()):
+            return case.truth, ""
+        try:
+            return self.reference.run(case.batch, follow={**mine, **taken}), ""
+        except Exception as error:
+            return case.truth, first_line(error)
+
+    def _claimed(self, claim: Claim, case: Case, truth: Run) -> tuple[list[Row], float]:
+        reference, batch, run = self.reference, case.batch, case.claimed
+        assert run is not None
+        follow, decided = run.decided or None, truth.decided
+        sources: list[Source] = [
+            (truth.outputs, lambda seed: reference.run(batch, follow=decided, seed=seed).outputs),
+            (run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs),
+        ]
+        case.draws = Draws(sources)
+        rows: list[Row] = []
+        misfit = 0.0
+        for count in DRAWS:
+            case.draws.more(count)
+            rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, case.draws.noise)
+            if misfit <= 1 or (count > 1 and misfit > CERTAIN):
+                break
+        return rows, misfit
+
+    # -- any witness -----------------------------------------------------------------------------------------------
+
+    def judge(
+        self, witness: str, case: Case, given: Sequence[Any], truth: Sequence[Any], noise: Callable[[int], Tensor],
+        *, coarser: float = 1.0, wider: bool = False, typed: bool = False,
+    ) -> tuple[list[Row], float]:  # fmt: skip
+        """The rows of one run, and the largest misfit: infinite where no number says how wrong it is.
+
+        ``typed``: it has dtypes of its own; ``wider`` may be float32 for half floats.
+        """
+        names, said = self.reference.outputs, dict[str, list[str]]()
+        values = numbers(given)
+        if len(values) != len(case.own):
+            self.said[witness, case.words] = {"": [f"{len(values)} outputs instead of {len(case.own)}"]}
+            return [], torch.inf
+        rows: list[Row] = []
+        for i, (value, true, own) in enumerate(zip(values, truth, case.own)):
+            name = names[i] if i < len(names) else str(i)
+            if value.shape != true.shape or (typed and value.dtype != own.dtype and not (wider and _half(own, value))):
+                dtypes = (f" {value.dtype}", f" {own.dtype}") if typed else ("", "")
+                said.setdefault(name, []).append(
+                    f"{tuple(value.shape)}{dtypes[0]} instead of {tuple(true.shape)}{dtypes[1]}"
+                )
+                continue
+            if own.numel():
+                self.compared.setdefault(witness, set()).add(name)
+            if not own.is_floating_point():
+                wrong = int((value != true).sum())
+                if wrong:
+                    said.setdefault(name, []).append(f"{wrong} of {true.numel()} integers differ")
+                else:
+                    rows.append(Row(case.words, witness, name, 0.0, 0.0, elements=0, samples=case.batch.samples))
+                continue
+            if (problem := specials(value, true)) is not None:
+                said.setdefault(name, []).append(problem)
+            unit = self.reference.units.get(name, unit_roundoff(own.dtype))
+            found = compare(value, true, noise(i), unit=unit, batched=batched(case.batch, true), coarser=coarser)
+            count = int((true.isfinite() & value.isfinite()).sum())
+            whole = bool(count) or not true.numel()
+            rows.append(Row(case.words, witness, name, *found, count, case.batch.samples, finite=whole))
+        self.said.pop((witness, case.words), None)
+        if said:
+            self.said[witness, case.words] = said
+        return rows, torch.inf if said else max((row.misfit(self.limit) for row in rows), default=0.0)
+
+    def drawn(self, case: Case, count: int = 1) -> Draws:
+        """What rounding does to the outputs of a case."""
+        if case.draws is None:
+            reference, batch, decided = self.reference, case.batch, case.truth.decided
+            case.draws = Draws(
+                [(case.truth.outputs, lambda seed: reference.run(batch, follow=decided, seed=seed).outputs)]
+            )
+        case.draws.more(count)
+        return case.draws
+
+    def right(self, witness: str, cases: Iterable[Case]) -> bool:
+        """Whether a witness has been right on some cases."""
+        names = {case.words for case in cases}
+        return not any(key[0] == witness and key[1] in names for key in self.said) and all(
+            row.misfit(self.limit) <= 1 for row in self.table.of(witness) if row.case in names
+        )
+
+    # -- what it comes to --------------------------------------------------------------------------------------------
+
+    def report(self, witness: str, *, unread: Callable[[str], int] = lambda name: 0, hint: str = "") -> None:
+        """Adds what speaks against a witness: one line per output and kind of fault, on all inputs together."""
+        found, problems = self.findings, list[tuple[str, str]]()
+        by_text: dict[tuple[str, str], list[str]] = {}
+        for (name, case), said in self.said.items():
+            for output, texts in said.items() if name == witness else ():
+                for text in texts:
+                    by_text.setdefault((output, text), []).append(case)
+        for (output, text), at in by_text.items():
+            where = f"{witness}, output '{output}'" if output else witness
+            problems.append((output, f"{where}: {text} at {_listed(at)}"))
+        for output in dict.fromkeys(row.value for row in self.table.of(witness)):
+            rows = self.table.of(witness, output)
+            off = [row for row in rows if not row.misfit(self.limit) <= 1]
+            if off:
+                problems.append((output, f"{witness}, output '{output}': {self._words(off, len(rows))}"))
+            if not any(row.finite for row in rows):
+                found.doubts.append(
+                    f"{witness}, output '{output}': it has no finite element; give real inputs (--data)"
+                )
+        for output, text in problems:
+            if count := unread(output):
+                text += f" (depends on decisions of the model that the file gives no names to, {count} of them)"
+                found.doubts.append(text)
+            else:
+                found.problems.append(text + hint)
+
+    def _words(self, off: Sequence[Row], of: int) -> str:
+        worst = max(off, key=lambda row: row.misfit(self.limit))
+        cases = _listed([row.case for row in off]) if len(off) < of else f"all {of} inputs"
+        text = f"error is {worst.ratio:.3g} times the noise (limit {self.limit:g}) at {cases}"
+        if not worst.element:
+            return text
+        return f"{text}, {worst.worst:.3g} times at element {list(worst.element)} (limit {ELEMENT * self.limit:g})"
+
+    def results(self, witness: str) -> list[OutputResult]:
+        """What the report says of a witness, output by output."""
+        found = []
+        for output in dict.fromkeys(row.value for row in self.table.of(witness)):
+            rows = self.table.of(witness, output)
+            middle = [sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error")]
+            ratio, worst = (max(getattr(row, key) for row in rows) for key in ("ratio", "worst"))
+            found.append(OutputResult(witness, output, *middle, ratio, worst, sum(row.samples for row in rows)))
+        return found
+
+    def wild(self, witness: str) -> None:
+        """Doubts outputs that rounding alone makes unsure."""
+        for output in dict.fromkeys(row.value for row in self.table.of(witness)):
+            rows = [row for row in self.table.of(witness, output) if row.elements]
+            noise = sorted(row.noise for row in rows)[len(rows) // 2] if rows else 0.0
+            if noise > max(WILD, 32 * self.reference.units.get(output, 0.0)):
+                self.findings.doubts.append(
+                    f"output '{output}': rounding the model's constants moves it by {noise:.2g} of itself, so almost "
+                    "anything would pass; it is discontinuous on these inputs (top-k, rounding) or out of its range: "
+                    "try --data"
+                )
+
+    def multiple(self, turn: Turn, moved: Sequence[Sequence[Turn]]) -> float:
+        """How far from a near-tie a decision is: at most the limit for one that noise may have made."""
+        noise, _ = _near_noise(turn, moved)
+        gap = as_tensor(turn.gap)
+        return float(gap.max()) / max(noise, TINY) * self.limit / NEAR if gap.numel() else 0.0
+
+    def turns(self, witness: str, turns: Sequence[Turn], again: Callable[[int], Sequence[Turn]]) -> None:
+        """Decisions that were followed although float64 would decide otherwise: near-ties, or problems."""
+        turned = [turn for turn in turns if turn.different]
+        if not turned:
+            return
+        moved = [again(seed) for seed in range(DRAWS[1])]
+        near, most = 0, 0.0
+        for turn in turned:
+            multiple = NEAR / self.limit * self.multiple(turn, moved)
+            noise, scale = _near_noise(turn, moved)
+            if noise > WILD * scale:
+                self.findings.doubts.append(
+                    f"{witness}: {turn.operator} decides otherwise than the model in {turn.different} places, and "
+                    f"rounding moves what it compares by {noise / max(scale, TINY):.2g} of it, so almost any decision "
+                    "would pass"
+                )
+                continue
+            if not multiple <= NEAR:
+                self.findings.problems.append(
+                    f"{witness}: {turn.operator} decides otherwise than the model in {turn.different} "
+                    f"places, although what it compares is up to {multiple:.3g} times the noise away from that (limit "
+                    f"{NEAR:g})"
+                )
+            else:
+                near, most = near + turn.different, max(most, multiple)
+        if near:
+            self.findings.notes.append(
+                f"{witness}: {near} decisions (such as {turned[0].operator}) fell otherwise than in float64, all of "
+                f"them near-ties, at most {most:.2g} times the noise: float64 was run again with them"
+            )
+
+
+def _again(reference: Reference, case: Case, taken: Mapping[str, Any]) -> Callable[[int], Sequence[Turn]]:
+    return lambda seed: reference.run(case.batch, follow={**case.truth.decided, **taken}, seed=seed).turns
+
+
+def _near_noise(turn: Turn, moved: Sequence[Sequence[Turn]]) -> tuple[float, float]:
+    """RMS of what rounding does to what is compared, a rounding of itself at least; and the RMS of that."""
+    compared = as_tensor(turn.compared)
+    others = [as_tensor(other.compared) for each in moved for other in each if other.value == turn.value]
+    good = compared.isfinite()
+    scale = float(compared[good].square().mean().sqrt()) if bool(good.any()) else 0.0
+    parts = [(m - compared)[good & m.isfinite()].square().mean() for m in others if m.shape == compared.shape]
+    found = [float(part) for part in parts if bool(part.isfinite())]
+    return max((sum(found) / len(found)) ** 0.5 if found else 0.0, 2.0**-24 * scale), scale
+
+
+def _half(own: Tensor, value: Tensor) -> bool:
+    return own.dtype in (torch.bfloat16, torch.float16) and value.dtype == torch.float32
+
+
+def _listed(cases: Sequence[str], most: int = 3) -> str:
+    names = list(dict.fromkeys(cases))
+    return "; ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def run_cases(
+    reference: Reference, batches: Sequence[Batch], findings: Findings, progress: Callable[[str, int, int], None],
+    accept: Callable[[Batch, list[Tensor] | Exception, Run | None], bool] | None = None,
+) -> tuple[list[Case], str]:  # fmt: skip
+    """The cases that the reference runs on, and why the last of the others was dropped.
+
+    Inputs of the gate's own making on which the model itself overflows are dropped and told.
     """
-
-    eps: float
-    #: How many times larger than the noise that of what the candidate computes in is.
-    coarser: float = 1.0
-    noise: list[float] = field(default_factory=list)
-    error: list[float] = field(default_factory=list)
-    scale: list[float] = field(default_factory=list)
-    runs: list[int] = field(default_factory=list)
-    elements: int = 0
-
-    def add(
-        self, candidate: Tensor, unfolded: Tensor, truth: Tensor, *, batched: bool, run: int,
-        followed: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Adds one run; elements that are not finite everywhere are for ``finite_problem``.
-
-        A sample without any finite element says nothing and is left out, or it would count as one without error.
-        ``truth`` is the unfolded model's, and the candidate's where that has none of its own, which ``followed`` its
-        decisions.
-        """
-        followed = truth if followed is None else followed
-        known, given = truth.isfinite() & unfolded.isfinite(), followed.isfinite() & candidate.isfinite()
-        if known.shape == given.shape:  # decisions can change how many elements there are
-            known = given = known & given
-        rows = truth.shape[0] if batched and truth.ndim and known.shape == given.shape else 1
-        counts, theirs = (good.reshape(rows, -1).sum(1) for good in (known, given))
-        said = (counts > 0) & (theirs > 0)
-
-        def rms(value: Tensor, good: Tensor, count: Tensor) -> list[float]:
-            square = torch.where(good, value, 0.0).double().square().reshape(rows, -1)
-            found: list[float] = (square.sum(1)[said] / count[said]).sqrt().tolist()
-            return found
-
-        self.error += rms(candidate.double() - followed, given, theirs)
-        self.noise += rms(unfolded.double() - truth, known, counts)
-        self.scale += rms(truth, known, counts)
-        self.runs += [run] * int(said.sum())
-        self.elements += int(theirs.sum())
-
-    def ratios(self, *, steady: bool = False) -> Tensor:
-        """Per sample, error over noise.
-
-        ``steady`` takes at least the typical noise for every sample: one that happens to have next to none is then no
-        outlier, and one that is really wrong still is.
-        """
-        noise, error, scale = (torch.tensor(x, dtype=torch.float64) for x in (self.noise, self.error, self.scale))
-        largest = float(scale.max()) if scale.numel() else 0.0
-        scale = scale.clamp(min=1e-3 * largest).clamp(min=torch.finfo(torch.float64).tiny)
-        floor = max(self.eps, self.relative(self.noise) if steady else 0.0) * scale
-        return error / torch.maximum(noise, floor) / self.coarser
-
-    def typical(self, *, steady: bool = False) -> float:
-        """The median over samples; of few elements, no more than the ratio of RMS error to RMS noise.
-
-        One number per sample is by chance next to exact in the unfolded model, and a median of ten such ratios is now
-        and then above 4 for correct files.
-        """
-        middle = median(self.ratios(steady=steady))
-        if not self.few:
-            return middle
-        noise, error, scale = (torch.tensor(x, dtype=torch.float64) for x in (self.noise, self.error, self.scale))
-        scale = scale.clamp(min=1e-3 * float(scale.max())).clamp(min=torch.finfo(torch.float64).tiny)
-        noise = torch.maximum(noise / scale, torch.tensor(2 * self.eps, dtype=torch.float64))
-        return min(middle, float(((error / scale).square().mean() / noise.square().mean()).sqrt()) / self.coarser)
-
-    @property
-    def few(self) -> bool:
-        """Whether there are fewer than ``FEW`` elements in all."""
-        return 0 < self.elements < FEW
-
-    def with_more_noise(self, noise: Sequence[float]) -> Tally:
-        """The same with independent noise of so much per sample besides."""
-        return replace(self, noise=[math.hypot(a, b) for a, b in zip(self.noise, noise, strict=True)])
-
-    def relative(self, errors: Sequence[float]) -> float:
-        """Median of errors relative to the truth's RMS."""
-        scale = torch.tensor(self.scale, dtype=torch.float64)
-        value = torch.tensor(errors, dtype=torch.float64) / scale.clamp(min=torch.finfo(torch.float64).tiny)
-        return median(value) if value.numel() else 0.0
-
-    def per_run(self) -> dict[int, float]:
-        """Median ratio of every run."""
-        ratios, runs = self.ratios(steady=True), torch.tensor(self.runs)
-        return {run: median(ratios[runs == run]) for run in dict.fromkeys(self.runs)}
-
-
-def median(values: Tensor) -> float:
-    """The median, the larger of two middle ones: of two samples one bad one is seen."""
-    return float(values.quantile(0.5, interpolation="higher"))
-
-
-def site_ratios(
-    candidate: Tensor,
-    unfolded: Tensor,
-    truth: Tensor,
-    eps: float,
-    rounding: Tensor | None = None,
-    *,
-    batched: bool = False,
-) -> tuple[float, float]:
-    """Error over noise at a fold site: over all elements, and for the worst channel.
-
-    ``rounding`` is how far the truth moves where every constant is disturbed as one rounding does. A folded constant
-    has to be rounded once, the unfolded one was stored exactly, and in a channel whose terms cancel that alone can be
-    many times the unfolded model's own error; so noise is both, added as independent errors are. What rounding does
-    also says how much a channel amplifies: behind a pool a channel is one number per sample, and of a thousand such one
-    happens to be almost exact, so no channel's noise counts as less than what is typical of all for its amplification.
-
-    A channel is an index of axis 1, and of the last axis too: convolutions have theirs here, linear layers there. With
-    ``batched`` axis 0 holds samples, and errors are medians over them: deep in a network with attention one sample in
-    seven can amplify what came before it ten times more in one program than in the other, but a wrong channel is wrong
-    in all of them.
-    """
-    if same_specials(candidate, truth) is not None:
-        return torch.inf, torch.inf
-    good = truth.isfinite() & unfolded.isfinite()
-    if not bool(good.any()):
-        return (0.0, 0.0) if not bool(truth.isfinite().any()) else (torch.inf, torch.inf)
-    finite = bool(good.all())
-    split = batched and truth.ndim > 1
-
-    def squared(value: Tensor) -> Tensor:
-        square = (value if finite else torch.where(good, value, 0.0)).square()
-        return square if split else square[None]
-
-    true, off, noise = (squared(value) for value in (truth, candidate.double() - truth, unfolded.double() - truth))
-    moved = None if rounding is None else squared(rounding)
-    typical = 0.1 * float(true.mean().sqrt())
-
-    def ratio(keep: int | None) -> Tensor:
-        axes = [i for i in range(1, true.ndim) if keep is None or i != keep + true.ndim - truth.ndim]
-
-        def mean(square: Tensor) -> Tensor:
-            each = square.mean(axes) if axes else square
-            each = each.reshape(len(each), -1)
-            return each.sort(0).values[len(each) // 2]
-
-        # Runtimes approximate activations to an absolute error, so a quiet channel's floor follows the loud ones'.
-        floor = (eps * mean(true).sqrt().clamp(min=typical)).clamp(min=torch.finfo(torch.float64).tiny)
-        known = mean(noise)
-        if moved is not None:
-            rounded = mean(moved)
-            known = known + rounded * _typical(known, rounded).clamp(min=1.0)
-        return mean(off).sqrt() / torch.maximum(known.sqrt(), floor)
-
-    axes: set[int | None] = {1, truth.ndim - 1} if truth.ndim > 1 else {None}
-    return float(ratio(None).max()), max(float(ratio(axis).max()) for axis in axes)
-
-
-def _typical(noise: Tensor, rounded: Tensor) -> Tensor:
-    """The median over channels of noise over what rounding does to them, both squared; 0 where it does nothing."""
-    known = rounded > 0
-    return (noise[known] / rounded[known]).median() if bool(known.any()) else torch.zeros((), dtype=noise.dtype)
-
-
-def finite_problem(candidate: Tensor, truth: Tensor) -> str | None:
-    """What is wrong with a candidate's NaNs and infinities, given where the truth has them."""
-    return same_specials(candidate, truth) if candidate.is_floating_point() else None
-
-
-def same_specials(candidate: Tensor, truth: Tensor) -> str | None:
-    """How the places and kinds of NaN and the infinities differ, in words; None where they are the same."""
-    bad = ~candidate.isfinite() & truth.isfinite()
-    if bool(bad.any()):
-        return f"{int(bad.sum())} of {bad.numel()} elements are NaN or infinite where the truth is finite"
-    lost = candidate.isfinite() & ~truth.isfinite()
-    if bool(lost.any()):
-        return f"{int(lost.sum())} of {lost.numel()} elements are finite where the truth is NaN or infinite"
-    other = (candidate.isnan() != truth.isnan()) | (candidate.isposinf() != truth.isposinf())
-    if bool(other.any()):
-        return f"{int(other.sum())} of {other.numel()} elements are another kind of NaN or infinity than the truth"
-    return None
+    cases: list[Case] = []
+    reason = ""
+    for i, batch in enumerate(batches):
+        progress("truth", i, len(batches))
+        own: list[Tensor] | Exception
+        try:
+            own = reference.own(batch)
+        except Exception as error:
+            own, reason = error, first_line(error)
+            if accept is None:
+                findings.notes.append(f"the original does not run at {words(batch)}: {reason}")
+        truth: Run | None = None
+        if not isinstance(own, Exception):
+            try:
+                truth = reference.run(batch)
+            except Exception as error:
+                findings.doubts.append(
+                    f"the graph does not run in float64 ({first_line(error)}), so there is no truth to compare with"
+                )
+        if accept is not None and not accept(batch, own, truth):
+            continue
+        if isinstance(own, Exception) or truth is None:
+            continue
+        if (batch.origin or accept is None) and any(
+            value.is_floating_point() and value.shape == true.shape and specials(value, true) is not None
+            for value, true in zip(own, truth.outputs)
+        ):
+            findings.notes.append(f"the model itself overflows at {words(batch)}: not judged there")
+            continue
+        told = words(batch)
+        alike = sum(case.words.split(" (")[0] == told for case in cases)
+        cases.append(Case(batch, truth, own, words=f"{told} ({alike + 1})" if alike else told))
+    return cases, reason

@@ -109,7 +109,7 @@ class Classification:
 
     def add(
         self, before: Tensor, after: Tensor, classes: Tensor | None, ignored: Sequence[int], noise: Tensor, start: int,
-        truth: Callable[[], Tensor],
+        errors: Callable[[], Tensor | None],
     ) -> None:  # fmt: skip
         """Adds samples.
 
@@ -118,28 +118,31 @@ class Classification:
             after: logits.
             classes: the right ones; those in ``ignored`` count for nothing.
             ignored: what is no class.
-            noise: per sample, the RMS error that the unfolded model's logits are expected to have.
+            noise: of every class's logit, the RMS error that it is expected to have in the unfolded model.
             start: index of the first sample.
-            truth: the unfolded model's own RMS error per sample, found by running it in float64; called where a class
-                changed.
+            errors: of every logit the error that it has, found in float64, or None; called where a class changed.
         """
         old, new = (value.double().movedim(self.axis, -1) for value in (before, after))
         self._classes = old.shape[-1]
-        top = old.topk(min(2, self._classes), dim=-1).values
+        top, two = old.topk(min(2, self._classes), dim=-1)
         guess, changed = old.argmax(-1), new.argmax(-1)
         # A class that is alone has none to be mistaken for.
         margin = (top[..., 0] - (top[..., 1] if self._classes > 1 else -math.inf)).nan_to_num(math.inf, math.inf)
         of_sample = torch.arange(len(old)).reshape(-1, *(1,) * (margin.ndim - 1)).expand(margin.shape)
         self._smallest = min(self._smallest, float(margin.min()))
-        self._undecided += int((margin <= self.near * noise[of_sample]).sum())
+        self._undecided += int((margin <= self.near * noise[two].square().sum(-1).sqrt()).sum())
         if classes is not None:
             self._score(old, new, classes, ignored)
         flips = guess != changed
         if bool(flips.any()):
-            noise = torch.maximum(noise, truth())
-            # How much less the unfolded model gave the class that it is now.
-            apart = top[..., 0][flips] - old[flips].gather(-1, changed[flips][:, None])[:, 0]
-            units = apart / noise[of_sample[flips]].clamp(min=torch.finfo(torch.float64).tiny)
+            # How much less the unfolded model gave the class that it is now, in the noise of these two logits.
+            pair = torch.stack([guess[flips], changed[flips]], -1)
+            apart = top[..., 0][flips] - old[flips].gather(-1, pair[:, 1:])[:, 0]
+            own, seen = noise[pair].square().sum(-1).sqrt(), errors()
+            if seen is not None:
+                two_seen = seen.double().movedim(self.axis, -1)[flips].gather(-1, pair).square().sum(-1).sqrt()
+                own = torch.maximum(own, two_seen)
+            units = apart / own.clamp(min=torch.finfo(torch.float64).tiny)
             self.flips += int(flips.sum())
             self.far += int((~(units <= self.near)).sum())
             found = zip(*(x.tolist() for x in (of_sample[flips] + start, guess[flips], changed[flips], apart, units)))

@@ -22,6 +22,8 @@ class Facts:
         fixed: whether the batch has always as many samples.
         batched: whether its size is a dynamic one.
         limit: as the gate's.
+        logits: the noise of every class, of the output that has some.
+        coarser: how many times more coarsely than the model the candidate rounds.
     """
 
     noise: Mapping[int, float]
@@ -32,6 +34,8 @@ class Facts:
     fixed: bool
     batched: bool
     limit: float
+    logits: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    coarser: float = 1.0
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 from bnfold.evaluate.subject import Array, Run, Subject, ValueInfo
-from bnfold.gate.candidates import OutputsAlone, from_numpy, to_numpy
 from bnfold.gate.engines import Setting, coarser
-from bnfold.gate.judge import Tally, epsilon, finite_problem
-from bnfold.gate.reference import References, batched, first_line, numbers
+from bnfold.gate.evidence import unit_roundoff
+from bnfold.gate.models import as_tensor, to_numpy
 from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.names import number_names
 from bnfold.runtime.runner import Raised, UserRunner
@@ -54,10 +52,8 @@ class RunnerSubject:
         return Run(tuple(answer))
 
 
-class RunnerCandidate(OutputsAlone):
+class RunnerCandidate:
     """The model as a user's own runner has it. It shows no values but its outputs."""
-
-    deployed = True
 
     def __init__(
         self, runner: UserRunner, captured: Captured, inputs: Sequence[tuple[int, str]] | None = None,
@@ -94,14 +90,14 @@ class RunnerCandidate(OutputsAlone):
             Exception: the runner raised, hung or crashed, or its outputs' names are not the model's.
         """
         answer = self.subject.run({name: to_numpy(flat[i]) for i, name in self._inputs}).outputs
-        found = [from_numpy(array) for array in answer]
+        found = [as_tensor(array) for array in answer]
         return [self._as_own(*pair) for pair in zip(found, self._dtypes)] if len(found) == len(self._dtypes) else found
 
     def _as_own(self, value: Tensor, own: torch.dtype | None) -> Tensor:
         if own is None or value.dtype == own:
             return value
         both_float = value.is_floating_point() and own.is_floating_point
-        wider = both_float and (epsilon(value.dtype) < torch.finfo(own).eps or self.coarser > 1)
+        wider = both_float and (unit_roundoff(value.dtype) < unit_roundoff(own) or self.coarser > 1)
         neither = not (value.is_floating_point() or value.is_complex() or own.is_floating_point or own.is_complex)
         return value.to(own) if wider or (neither and torch.equal(value.to(own).to(value.dtype), value)) else value
 
@@ -112,33 +108,3 @@ def _info(name: str, value: Any) -> ValueInfo:
         return ValueInfo(name, np.dtype(object), ())
     dtype = to_numpy(torch.empty(0, dtype=value.dtype)).dtype
     return ValueInfo(name, dtype, tuple(size if isinstance(size, int) else None for size in value.shape))
-
-
-def judge_runner(candidate: RunnerCandidate, references: References, limit: float) -> None:
-    """Asks twice on one batch: other answers are a problem where they differ by more than the noise may make them."""
-    batch, findings = references.batches[0], references.findings
-    try:
-        first, second = (numbers(candidate.run(batch.flat)) for _ in range(2))
-    except Exception as error:
-        text = f"{candidate.name}: fails when asked again: {first_line(error)}"
-        if not any(candidate.name in problem for problem in findings.problems):
-            findings.problems.append(text)
-        return
-    names = number_names(references.captured.program)
-    worst = 0.0
-    for name, one, other, own, true in zip(names, first, second, references.unfolded[0], references.truth[0]):
-        ratio = math.inf
-        if torch.equal(one, other) or one.shape != true.shape:  # other shapes have been told
-            ratio = 0.0
-        elif one.shape == other.shape and own.is_floating_point() and finite_problem(other, one) is None:
-            tally = Tally(epsilon(own.dtype), candidate.coarser)
-            tally.add(other, own, true, batched=batched(batch, own), run=0, followed=one.double())
-            ratio = float(tally.ratios(steady=True).max()) if tally.elements else 0.0
-        worst = max(worst, ratio)
-        if not ratio <= limit:
-            findings.problems.append(
-                f"{candidate.name}, output '{name}': answers otherwise when it is asked again, by {ratio:.3g} times "
-                f"the noise (limit {limit:g})"
-            )
-    if 0 < worst <= limit:
-        findings.notes.append(f"{candidate.name}: its answers to one input differ by up to {worst:.2g} times the noise")

@@ -1,8 +1,14 @@
-"""The inputs that the gate runs: several batch sizes, several scales, every dynamic dimension at more than one size."""
+"""The inputs that the gate runs: several batch sizes, scales and kinds, every dynamic dimension at more than one size.
+
+A file may be wrong only for batches above eight, for images in [0, 1] or in [0, 255], where an input holds an exact
+zero, or where all are small. So beside numbers like the example's there are inputs that provoke: ``KINDS``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +18,25 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from bnfold.gate.draw import draw, index_limits
+from bnfold.gate.draw import draw, index_limits, is_mask
 from bnfold.gate.stored import Rows
 from bnfold.graph.dimensions import Sizes
 
 BATCHES = (1, 2, 7)
 #: A verdict rests on at least this many samples, whatever is asked for.
 MIN_SAMPLES = 10
+#: Batches of inputs that provoke: the kind of every sample, over again. Alone, because what a file decides on may be
+#: the least or the largest value of a whole batch; the last one is as large as batches get in use.
+PROVOKING: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (1, ("binary",)), (1, ("bytes",)), (1, ("faint",)), (3, ("unit", "sparse", "outlier")),
+    (33, ("ordinary", "binary", "unit", "channel", "sparse", "outlier")),
+)  # fmt: skip
+#: The same for a model whose every sample is dear: a few, each of which is several of these.
+DEAR: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (1, ("ordinary",)),
+    (1, ("faint",)),
+    (3, ("outlier", "binary", "bytes")),
+)
 #: Sizes of the other dynamic dimensions, as factors on the example's; two dimensions get different ones at a time, or
 #: swapping height and width would go unseen. A declared range adds its ends, up to FAR times the example.
 FACTORS, FAR = (2.0, 0.5, 1.5), 8
@@ -53,6 +71,7 @@ def batches(
     sizes: Sizes | None = None,
     pinned: Mapping[str, int] | None = None,
     runs: int = 1,
+    dear: bool = False,
 ) -> list[Batch]:
     """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
 
@@ -68,6 +87,7 @@ def batches(
         sizes: those that the program takes.
         pinned: the only size to use, by symbol.
         runs: how many batches to make at least.
+        dear: few samples, because each takes long.
     """
     inputs = [n for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)]
     shapes = {n.name: n.meta["val"].shape for n in inputs}
@@ -79,17 +99,18 @@ def batches(
     made: list[Batch] = []
     offset = 0
     known = sizes or Sizes()
-    counts = _counts(max(samples, MIN_SAMPLES), known.ranges.get(str(batch_symbol)), known=batch_symbol is not None)
+    limit = known.ranges.get(str(batch_symbol))
     leads = {symbol: known.alike.get(str(symbol), str(symbol)) for symbol in symbols}
     others = list(_other_sizes({s: n for s, n in symbols.items() if leads[s] == str(s)}, batch_symbol, known))
+    only: dict[Any, int] = {}
     if pinned:
         leaders = {str(symbol): symbol for symbol in symbols}
         only = {leaders[leads[symbol]]: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
         others = [dict(each) for each in dict.fromkeys(tuple({**each, **only}.items()) for each in others)]
-        if batch_symbol in only:
-            counts = [only[batch_symbol]] * -(-max(samples, MIN_SAMPLES) // only[batch_symbol])
-    counts += [counts[0]] * (max(len(others), runs) - len(counts))
-    for i, count in enumerate(counts):
+    plan = _plan(max(samples, MIN_SAMPLES), limit, only.get(batch_symbol), known=batch_symbol is not None, dear=dear)
+    plan += [(plan[0][0], ("ordinary",))] * (max(len(others), runs) - len(plan))
+    for i, (count, kinds) in enumerate(plan):
+        provoking = kinds != ("ordinary",)
         chosen = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
         by_name = {str(symbol): size for symbol, size in chosen.items()}
         now = {symbol: by_name[lead] for symbol, lead in leads.items() if lead in by_name}
@@ -98,17 +119,19 @@ def batches(
         for name, leaf in zip(names, example):
             if name not in shapes or not isinstance(leaf, Tensor):
                 flat.append(leaf)
-            elif data is not None and name in data:
+            elif data is not None and name in data and not (provoking and leaf.is_floating_point()):
                 rows = _rows(data[name], leaf, offset, count, batch_symbol is not None)
                 flat.append(_resized(rows, [_size(s, now) for s in shapes[name]]))
             else:
                 shape = [_size(s, now) for s in shapes[name]]
                 batched = batch_symbol is not None and bool(shape) and shape[0] == count
                 legal = [(_size(rows, now), shift) for rows, shift in limits.get(name, ())]
-                flat.append(draw(shape, leaf, generator, scale_at if batched else None, i, legal))
-        offset += count
+                made_now = draw(shape, leaf, generator, scale_at if batched else None, i, legal)
+                flat.append(provoke(made_now, leaf, kinds, generator, batched=batched) if provoking else made_now)
+        offset += 0 if provoking else count
         words = ", ".join(f"{symbol}={size}" for symbol, size in chosen.items() if symbol != batch_symbol)
-        made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words))
+        origin = f"{kinds[0]} inputs" if len(kinds) == 1 and provoking else "mixed inputs" if provoking else ""
+        made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words, origin))
     return made
 
 
@@ -130,17 +153,83 @@ def _symbols(shapes: Mapping[str, Sequence[Any]]) -> dict[Any, int]:
     return found
 
 
-def _counts(samples: int, limits: tuple[int, int | None] | None, *, known: bool) -> list[int]:
-    if not known:
-        return [1] * samples
+def _plan(
+    samples: int, limits: tuple[int, int | None] | None, pinned: int | None, *, known: bool, dear: bool
+) -> list[tuple[int, tuple[str, ...]]]:
+    """How many samples every batch holds, and of which kinds."""
+    plain = ("ordinary",)
+    if pinned is not None or not known:
+        size, kinds = pinned or 1, tuple(dict.fromkeys(kind for _, each in PROVOKING for kind in each))
+        first = [(size, plain)] * (2 if dear else -(-samples // size))
+        rest = [kinds[i : i + size] for i in range(1, len(kinds), size)]
+        return [*first, *((size, each) for each in (rest[:3] if dear else rest))]
     # torch.export writes "from 2" where it could not tell 1 apart; 1 is what people deploy, so it is always tried.
     high = limits[1] if limits and limits[1] is not None else None
     low = limits[0] if limits and limits[0] > 2 else 1
+
+    def kept(plan: Sequence[tuple[int, tuple[str, ...]]]) -> list[tuple[int, tuple[str, ...]]]:
+        return [(min(max(n, low), high or n), kinds) for n, kinds in plan]
+
+    if dear:
+        return kept(DEAR)
     fixed = list(dict.fromkeys(max(n, low) for n in BATCHES if high is None or n <= high)) or [high or 1]
     rest = max(samples - sum(fixed), 0)
     step = max(min(rest, high or rest), low)
     counts = [*fixed, *([step] * (rest // step)), *([max(rest % step, low)] if rest % step else [])]
-    return counts if high is None or high in counts or high > 64 else [*counts, high]
+    top = [high] if high is not None and high not in counts and high <= 64 else []
+    return [*((n, plain) for n in (*counts, *top)), *kept(PROVOKING)]
+
+
+def provoke(values: Tensor, leaf: Tensor, kinds: Sequence[str], generator: torch.Generator, *, batched: bool) -> Tensor:
+    """``values``, drawn like the example ``leaf``, as inputs that provoke; ``kinds`` go over the samples."""
+    if not values.is_floating_point() or is_mask(leaf) or not values.numel():
+        return values
+    if not batched:
+        return _KINDS[kinds[0]](values, generator)
+    parts = values.split(1)
+    return torch.cat([_KINDS[kinds[i % len(kinds)]](part, generator) for i, part in enumerate(parts)])
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64)
+
+
+def _is_image(values: Tensor) -> bool:
+    return values.ndim in (4, 5) and (values.shape[1] in (1, 3, 4) or values.shape[-1] in (1, 3, 4))
+
+
+def _bytes(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole numbers up to 255, the same all over a channel; of what is no image, up to 1."""
+    channel = values[tuple(slice(None) if axis < 2 else slice(0, 1) for axis in range(values.ndim))]
+    top = 255.0 if _is_image(values) else 1.0
+    numbers = (_random(channel, generator) * top).round() if top > 1 else _random(channel, generator)
+    numbers = torch.where(torch.arange(numbers.numel()).reshape(numbers.shape) == 0, top, numbers)
+    return numbers.to(values.dtype).expand(values.shape).contiguous()
+
+
+def _outlier(values: Tensor, generator: torch.Generator) -> Tensor:
+    far = values.flatten().clone()
+    far[torch.randint(far.numel(), (1,), generator=generator)] *= 30.0
+    return far.reshape(values.shape)
+
+
+def _sparse(values: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.where(_random(values, generator) < 0.5, 0.0, values.abs()).to(values.dtype)
+
+
+#: What kinds of inputs there are, from ordinary ones of one sample.
+_KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "ordinary": lambda values, generator: values,
+    "binary": lambda values, generator: (_random(values, generator) > 0.5).to(values.dtype),
+    "unit": lambda values, generator: _random(values, generator).to(values.dtype),
+    "channel": lambda values, generator: values[
+        tuple(slice(None) if axis < 2 else slice(0, 1) for axis in range(values.ndim))
+    ].expand(values.shape).contiguous(),
+    "bytes": _bytes,
+    "sparse": _sparse,
+    "faint": lambda values, generator: (_sparse(values, generator) * 0.05).clamp(max=0.25),
+    "outlier": _outlier,
+}  # fmt: skip
 
 
 def _other_sizes(symbols: Mapping[Any, int], batch: Any, known: Sizes) -> Iterator[dict[Any, int]]:
@@ -158,12 +247,20 @@ def _other_sizes(symbols: Mapping[Any, int], batch: Any, known: Sizes) -> Iterat
         if found and known.takes({**beside, **{str(symbol): size for symbol, size in found.items()}}):
             yield found
 
+    # No multiple of anything: padding to a multiple, strides and unrolled loops show there.
+    yield from taken({symbol: n + 1 for symbol, n in others.items()})
+    yield from taken({symbol: _prime(n + 3 + 4 * i) for i, (symbol, n) in enumerate(others.items())})
     for turn in range(len(FACTORS)):
         factors = (FACTORS[turn], FACTORS[turn - 1]) if turn else (FACTORS[0], FACTORS[0])
         yield from taken({symbol: n * factors[i % 2] for i, (symbol, n) in enumerate(others.items())})
     declared = [symbol for symbol in others if known.ranges.get(str(symbol), (1, None))[1] is not None]
     for end in (0, FAR) if declared else ():
         yield from taken({**others, **{symbol: others[symbol] * end for symbol in declared}})
+
+
+def _prime(least: int) -> int:
+    """The first prime from there on."""
+    return next(n for n in itertools.count(max(least, 2)) if all(n % d for d in range(2, math.isqrt(n) + 1)))
 
 
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:

@@ -1,4 +1,4 @@
-"""Every fold and merge, judged where it happened: the folded value against the value it replaces.
+"""Every fold and merge, judged where it happened: the folded value against the value it replaces, both in float64.
 
 An error in one layer can be invisible at the outputs (a dead channel, a branch behind a small LayerScale) and is large
 where it arises.
@@ -6,164 +6,127 @@ where it arises.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
-from bnfold.gate.candidates import Candidate, OnnxCandidate, TorchCandidate
-from bnfold.gate.judge import epsilon, site_ratios
-from bnfold.gate.reference import KERNELS, ROUNDINGS, References, first_line, watched_batch
-from bnfold.gate.samples import Batch
-from bnfold.graph.interpret import Runner, coarsest_epsilon
+from bnfold.gate.claims import FileClaim, ProgramClaim
+from bnfold.gate.evidence import Draws, Row, compare, specials
+from bnfold.gate.judge import CERTAIN, DRAWS, Case, Judge
+from bnfold.gate.models import batched, first_line
 from bnfold.report import Ledger, SiteResult
+
+#: Values at fold sites are compared for as many samples as fit into this many elements.
+ELEMENTS = 16_000_000
 
 
 def judge_sites(
-    references: References,
-    ledger: Ledger,
-    meanings: Mapping[str, Meaning | None],
-    candidates: Sequence[Candidate],
-    limit: float,
-) -> list[SiteResult]:
-    """The ratio of error to noise at every site of every candidate; what exceeds ``limit`` is a problem."""
-    sites, findings = ledger.sites, references.findings
-    if not sites or not references.batches:
+    judge: Judge, ledger: Ledger, meanings: Mapping[str, Meaning | None], claim: FileClaim | ProgramClaim,
+    folded: ExportedProgram | None,
+) -> list[SiteResult]:  # fmt: skip
+    """The ratio of error to noise at every site, in the order of the graph; what exceeds the limit is a problem.
+
+    A site that has no value of its own in the file, because a neighbour took it in, is judged in the folded program.
+    """
+    sites, findings = ledger.sites, judge.findings
+    if not sites:
         return []
     modules = {value: entry.module or entry.value for entry in ledger.entries for value, _ in entry.site}
+    meant = {name: meanings.get(name) or Meaning(captured) for name, captured in sites.items()}
     modules |= {value: merge.into for merge in ledger.merges for value, _ in merge.site}
     modules |= {value: ", ".join(scaled.into) for scaled in ledger.scaled for value, _ in scaled.site}
-    watched = references.watched
-    batch = watched[0] if watched else watched_batch(references.captured, references.batches, set(sites.values()))
-    noise = Noise.of(references, batch, set(sites.values()))
-    if noise is None:  # no float64 truth: said already, and inconclusive
-        return []
-    judge = _SiteJudge(references, sites, meanings, modules, batch, noise, limit)
+    mine = {name: own for name in sites if (own := claim.called(name)) is not None}
     results: list[SiteResult] = []
-    for candidate in candidates:
-        if candidate.deployed:
-            continue  # extra outputs block its fusions, so it would be another program
-        found, problems = judge.judge(candidate)
-        off = [site for site in found if not _worst(site) <= limit]
-        if off and isinstance(candidate, TorchCandidate) and all(_worst(site) <= KERNELS * limit for site in off):
-            exact, still = judge.judge(candidate.precise())
-            if not still:  # what is off is rounding in torch's kernels, not the fold
-                findings.notes.append(
-                    f"{candidate.name}: {len(off)} fold sites are off by up to {max(map(_worst, off)):.3g} times the "
-                    f"noise, in float64 by {max(map(_worst, exact)):.3g} times: the rest is rounding in torch's "
-                    "kernels for convolutions with a bias"
-                )
-                found, problems = exact, []
-        results += found
-        findings.problems += problems
+    rest = [name for name in sites if name not in mine]
+    if rest and isinstance(claim, FileClaim):
+        findings.notes.append(
+            f"{len(rest)} of {len(sites)} fold sites have no value of their own in the file (a neighbour took them "
+            "in): there the folded program is judged"
+        )
+    elif rest:
+        findings.problems.append(f"{claim.name}: {len(rest)} of {len(sites)} fold sites are not in the program")
+    results += _judged(judge, claim, {own: (name, meant[name]) for name, own in mine.items()}, modules)
+    if rest and folded is not None and isinstance(claim, FileClaim):
+        program = ProgramClaim(folded)
+        own = {name: (name, meant[name]) for name in rest if program.called(name)}
+        results += _judged(judge, program, own, modules)
+    order = {name: i for i, name in enumerate(sites)}
+    return sorted(results, key=lambda site: order[site.value])
+
+
+def _judged(
+    judge: Judge, claim: FileClaim | ProgramClaim, pairs: Mapping[str, tuple[str, Meaning]], modules: Mapping[str, str]
+) -> list[SiteResult]:
+    results: list[SiteResult] = []
+    if not pairs:
+        return results
+    case = _case(judge, len(pairs))
+    try:
+        rows = compared(judge, claim, case, {own: meaning for own, (_, meaning) in pairs.items()})
+    except Exception as error:
+        judge.findings.problems.append(f"{claim.name}: fails when asked for the fold sites: {first_line(error)}")
+        return results
+    for own, row in rows.items():
+        name = pairs[own][0]
+        judge.table.rows.append(row)
+        results.append(SiteResult(claim.name, name, modules[name], row.ratio, row.worst))
+        if not row.misfit(judge.limit) <= 1:
+            off = f"error is {max(row.ratio, row.worst):.3g} times the noise (limit {judge.limit:g})"
+            judge.findings.problems.append(f"{claim.name}, fold of '{modules[name]}': {off}")
     return results
 
 
-@dataclass
-class _SiteJudge:
-    """Judges candidates at the fold sites, one after another."""
+def _case(judge: Judge, count: int) -> Case:
+    """The largest case of the first sizes, or the smallest of all."""
+    cases = [c for c in judge.cases if c.batch.sizes == judge.cases[0].batch.sizes and not c.batch.origin]
+    few = [c for c in cases if c.batch.samples <= 8]
+    return max(few or cases or judge.cases[:1], key=lambda c: c.batch.samples)
 
-    references: References
-    sites: Mapping[str, str]
-    meanings: Mapping[str, Meaning | None]
-    modules: Mapping[str, str]
-    batch: Batch
-    noise: Noise
-    limit: float
 
-    def judge(self, candidate: Candidate) -> tuple[list[SiteResult], list[str]]:
-        """The ratio at every site that a candidate has, and what speaks against it."""
-        results: list[SiteResult] = []
-        problems: list[str] = []
-        decisions = self.references.decisions.names
-        try:
-            found = candidate.values(self.batch.flat, [*self.sites, *(n for n in decisions if n not in self.sites)])
-            taken = self.references.decisions.complete({name: found[name] for name in decisions if name in found})
-            followed = self.noise.following(taken)
-        except Exception as error:
-            return [], [f"{candidate.name}: fails when asked for the fold sites: {first_line(error)}"]
-        if missing := len(set(self.sites) - set(found)):
-            where = f"{missing} of {len(self.sites)} fold sites"
-            if isinstance(candidate, OnnxCandidate):
-                self.references.findings.notes.append(
-                    f"{where} have no value of their own in the file (a neighbour took them in): there the file is "
-                    "judged by its outputs alone"
+def compared(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meaning]) -> dict[str, Row]:
+    """Values of a claim by its own names against what they stand for in the reference, drawn until sure.
+
+    A row is infinitely far off where shapes differ, or NaNs and infinities do.
+
+    Raises:
+        Exception: one of them does not run.
+    """
+    wanted = {meaning.value for meaning in partners.values()}
+    kept, taken = judge.taken(claim, case, list(partners))
+    decided = {**case.truth.decided, **taken}
+    truth = judge.reference.run(case.batch, wanted, follow=decided).kept
+    names = [n for n in partners if n in kept.kept and isinstance(truth.get(partners[n].value), Tensor)]
+    given, right = [kept.kept[n] for n in names], [partners[n].of(truth[partners[n].value]) for n in names]
+
+    def own(seed: int) -> Sequence[Tensor]:
+        found = judge.reference.run(case.batch, wanted, follow=decided, seed=seed).kept
+        return [partners[n].of(found[partners[n].value]) for n in names]
+
+    def mine(seed: int) -> Sequence[Tensor]:
+        found = claim.run(case.batch, names, follow=kept.decided or None, seed=seed).kept
+        return [found[n] for n in names]
+
+    draws = Draws([(right, own), (given, mine)])
+    rows: dict[str, Row] = {}
+    unit = max(judge.reference.units.values(), default=2.0**-24)
+    for count in DRAWS:
+        draws.more(count)
+        for i, name in enumerate(names):
+            if given[i].shape != right[i].shape or specials(given[i], right[i]) is not None:
+                rows[name] = Row(case.words, claim.name, name, math.inf, math.inf, inside=True)
+            elif right[i].is_floating_point():
+                found = compare(given[i], right[i], draws.noise(i), unit=unit, batched=batched(case.batch, right[i]))
+                rows[name] = Row(
+                    case.words, claim.name, name, *found, right[i].numel(), case.batch.samples, inside=True
                 )
             else:
-                problems.append(f"{candidate.name}: {where} are not in the program")
-        for folded, value in ((name, value) for name, value in found.items() if name in self.sites):
-            name = self.sites[folded]
-            truth = self.noise.truth[name]
-            meaning = self.meanings.get(folded) or Meaning(name)
-            if name in followed and value.shape == truth.shape == followed[name].shape:
-                # What the candidate's own decisions change is no error: it is taken off.
-                right, wanted = meaning.of(followed[name]), meaning.of(truth)
-                value = torch.where(value == right, wanted, value.double() - right + wanted)
-            where = f"{candidate.name}, fold of '{self.modules[folded]}'"
-            if value.shape != truth.shape:
-                problems.append(f"{where}: shape {tuple(value.shape)} instead of {tuple(truth.shape)}")
-                continue
-            ratios = self.noise.ratios(value, meaning, self.limit, batched=self.batch.size > 0)
-            site = SiteResult(candidate.name, folded, self.modules[folded], *ratios)
-            results.append(site)
-            if not _worst(site) <= self.limit:
-                problems.append(f"{where}: error is {_worst(site):.3g} times the noise (limit {self.limit:g})")
-        return results, problems
-
-
-def _worst(site: SiteResult) -> float:
-    return max(site.ratio, site.channel_ratio)
-
-
-class Noise:
-    """Values of the unfolded program by name on one batch: true, and in its own dtype."""
-
-    def __init__(self, references: References, batch: Batch, names: set[str]) -> None:
-        self._references, self._batch, self._names = references, batch, names
-        captured = references.captured
-        self._precise = Runner(captured.program, precise=True, masters=captured.masters)
-        if references.watched and references.watched[0] is batch and names <= set(references.watch):
-            _, self.truth, self.unfolded = references.watched
-            return
-        self.truth = references.decisions.follow(self._precise, batch, keep=names).kept
-        own = Runner(captured.program)
-        own(batch.flat, keep=names)
-        self.unfolded = own.kept
-
-    @classmethod
-    def of(cls, references: References, batch: Batch, names: set[str]) -> Noise | None:
-        """Runs the program on one batch; None where it does not run in float64."""
-        try:
-            return cls(references, batch, names)
-        except Exception:
-            return None
-
-    def ratios(self, value: Tensor, meaning: Meaning, limit: float, *, batched: bool) -> tuple[float, float]:
-        """Error over noise, over all elements and in the worst channel, of a value that stands for another."""
-        truth, own = meaning.of(self.truth[meaning.value]), meaning.of(self.unfolded[meaning.value])
-        floor = max(coarsest_epsilon(self._references.captured.program), epsilon(own.dtype))
-        found = site_ratios(value, own, truth, floor, batched=batched)
-        if max(found) <= limit:
-            return found
-        # What rounding does is noise too. It only makes a ratio smaller, and costs a run in float64 each time.
-        return site_ratios(value, own, truth, floor, meaning.moved(self.rounding[meaning.value]), batched=batched)
-
-    def following(self, taken: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The true values where a candidate took these decisions; empty where they are those of the unfolded model."""
-        decisions = self._references.decisions
-        if decisions.same(self._batch, taken):
-            return {}
-        return decisions.follow(self._precise, self._batch, taken, keep=self._names).kept
-
-    @cached_property
-    def rounding(self) -> Mapping[str, Tensor]:
-        """How far each value moves where every constant is rounded once, in RMS over several draws."""
-        floats = {name: value for name, value in self.truth.items() if value.is_floating_point()}
-        squares = {name: torch.zeros_like(value) for name, value in floats.items()}
-        for moved in self._references.disturbed(self._batch, keep=self._names):
-            for name, truth in floats.items():
-                squares[name] += (moved.kept[name] - truth).square()
-        return {name: (square / ROUNDINGS).sqrt() for name, square in squares.items()}
+                wrong = bool((given[i] != right[i]).any())
+                rows[name] = Row(case.words, claim.name, name, *((math.inf,) * 2 if wrong else (0.0, 0.0)), inside=True)
+        worst = max((row.misfit(judge.limit) for row in rows.values()), default=0.0)
+        if worst <= 1 or (count > 1 and worst > CERTAIN):
+            break
+    return rows

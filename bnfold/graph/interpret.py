@@ -41,12 +41,6 @@ _FACTORIES = {
 
 _BITS = torch.ops.aten.view.dtype
 
-#: Activations that runtimes approximate to an absolute error, far beyond rounding in their tails: of an epsilon, or of
-#: one of their input where they multiply it. (ONNX Runtime on 20,001 inputs in [-8, 8], at most: sigmoid 0.9 epsilons,
-#: GELU 0.8, SiLU 1.3, mish 2.3 epsilons of the input.)
-_BOUNDED = {"sigmoid", "hardsigmoid", "elu", "selu", "celu"}
-_GATED = {"gelu", "silu", "mish", "hardswish"}
-
 
 def raise_tensor(value: Any) -> Any:
     """``value`` in float64, or in complex128, where it is a floating-point tensor of fewer bits."""
@@ -92,9 +86,9 @@ class Runner(fx.Interpreter):
         masters: constants, by their name in the program, that take the place of the stored ones; lets a float16
             program be judged against the float32 weights that it was rounded from.
         jitter: disturbs every floating-point constant by up to half of the epsilon of its own dtype, relative: what
-            rounding the constants once does. Constants that integers or booleans are computed from, and no input
-            with them, stay: 3.0 as an index is no rounded number. Activations that runtimes approximate are off by
-            an epsilon of theirs.
+            rounding the constants once does; so is what is computed from constants alone, which a file may hold
+            ready-made. Constants that integers or booleans are computed from, and no input with them, stay: 3.0 as an
+            index is no rounded number.
         seed: of that disturbance.
     """
 
@@ -114,7 +108,7 @@ class Runner(fx.Interpreter):
         self._keep: Collection[str] = ()
         self._steering: Mapping[str, Steering] = {}
         self.kept: dict[str, Tensor] = {}
-        self._jitter, self._seed = jitter, seed
+        self._jitter, self.seed = jitter, seed
         self._epsilon: dict[str, float] = {}
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
@@ -125,6 +119,7 @@ class Runner(fx.Interpreter):
                 value = masters[spec.target]
             self._constants[spec.arg.name] = value
         self._exact = _deciding_constants(program, set(self._constants)) if jitter else frozenset()
+        self._computed = _of_constants(program, set(self._constants), self._exact) if jitter else frozenset()
         self._user = [
             spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
         ]
@@ -166,7 +161,7 @@ class Runner(fx.Interpreter):
 
     def _draw(self, name: str, like: Tensor) -> Tensor:
         """Numbers in [-0.5, 0.5] that the name and the seed decide."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         return torch.rand(like.shape, generator=generator, dtype=like.dtype) - 0.5
 
     def run_node(self, n: fx.Node) -> Any:
@@ -175,10 +170,8 @@ class Runner(fx.Interpreter):
             value = _bits(n, self.fetch_args_kwargs_from_env(n)[0][0])
         else:
             value = super().run_node(n)
-        name = getattr(n.target, "_opname", "") if self._jitter else ""
-        if name in _BOUNDED | _GATED:
-            size = self.fetch_args_kwargs_from_env(n)[0][0].abs() if name in _GATED else torch.ones_like(value)
-            value = value + size * _epsilon(n.meta["val"]) * self._draw(n.name, value)
+        if n.name in self._computed and isinstance(value, Tensor) and value.is_floating_point():
+            value = value * (1 + _epsilon(n.meta.get("val")) * self._draw(n.name, value))
         if n.name in self._steering:
             value = self._steering[n.name](*self.fetch_args_kwargs_from_env(n), value)
         if n.name in self._keep:
@@ -222,6 +215,22 @@ def _deciding_constants(program: ExportedProgram, constants: Collection[str]) ->
             if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
                 found |= sources[node]
     return found
+
+
+def _of_constants(program: ExportedProgram, constants: Collection[str], exact: Collection[str]) -> frozenset[str]:
+    """The floats that are computed from constants and numbers, and of which no integer is computed."""
+    found: dict[fx.Node, bool] = {}
+    for node in program.graph.nodes:
+        known = node.name in constants if node.op == "placeholder" else node.op in ("call_function", "get_attr")
+        if known and all(operand in found for operand in node.all_input_nodes):
+            value = node.meta.get("val")
+            found[node] = isinstance(value, Tensor) and value.is_floating_point() and node.op == "call_function"
+    deciding = set()
+    for node in reversed(list(found)):
+        users = [user for user in node.users if user in found]
+        if node.name in exact or any(user in deciding or not found[user] for user in users):
+            deciding.add(node)
+    return frozenset(node.name for node, floats in found.items() if floats and node not in deciding)
 
 
 def constant_of(program: ExportedProgram, target: str) -> Any:

@@ -1,0 +1,118 @@
+"""What claims to equal a model, in float64: the written file, every operator of it, or the folded program."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch.export import ExportedProgram
+
+from bnfold.evaluate.evaluator import File64
+from bnfold.evaluate.subject import Run
+from bnfold.gate.models import Program64, run_file, to_numpy
+from bnfold.gate.samples import Batch
+from bnfold.runtime.model_file import read_model
+
+
+class FileClaim:
+    """An ONNX file in float64.
+
+    Args:
+        path: the file.
+        inputs: flat input index and the file's name for it.
+        outputs: its outputs that are the model's, in the model's order; None for all as they are.
+        names: what the file calls the model's values, where that is known.
+        epsilon: of the finest dtype that the model's constants are stored in.
+
+    Raises:
+        MissingOperatorError: it holds an operator that nothing computes in float64.
+    """
+
+    def __init__(
+        self, path: Path, inputs: Sequence[tuple[int, str]], outputs: Sequence[str] | None,
+        names: Mapping[str, str] | None, epsilon: float,
+    ) -> None:  # fmt: skip
+        self.name, self.file = "the file in float64", File64(path)
+        self._inputs, self._outputs, self._names, self._epsilon = inputs, outputs, names or {}, epsilon
+        graph = read_model(path).graph
+        self.values = {name for node in graph.node for name in node.output if name}
+        self.knows = names is not None
+        self._taken = {value.name for value in self.file.inputs}
+        #: Types as they are declared.
+        self.dtypes = {v.name: v.type.tensor_type.elem_type for v in graph.output}
+
+    def called(self, name: str) -> str | None:
+        """What the file calls a value of the model; where nobody said so, what torch.onnx calls it."""
+        tries = (self._names[name],) if name in self._names else (name, f"{name}_value", f"{name}:0")
+        return next((each for each in tries if each in self.values), None)
+
+    def unread(self, decisions: Iterable[str]) -> list[str]:
+        """As ``Claim.unread``."""
+        return [name for name in decisions if self.called(name) is None]
+
+    def run(
+        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Run:  # fmt: skip
+        """As ``Claim.run``."""
+        jitter = None if seed is None else (self._epsilon, seed)
+        found = run_file(self.file, self._given(batch), keep, follow=follow, jitter=jitter)
+        if self._outputs is None:
+            return found
+        by_name = {v.name: x for v, x in zip(self.file.outputs, found.outputs)}
+        return Run(tuple(by_name[name] for name in self._outputs), found.kept, found.decided, found.turns)
+
+    def _given(self, batch: Batch) -> dict[str, Any]:
+        return {name: batch.flat[index] for index, name in self._inputs if name in self._taken}
+
+    def feeds(self, batch: Batch) -> dict[str, Any]:
+        """What the file is given, as arrays."""
+        return {name: to_numpy(x) for name, x in self._given(batch).items()}
+
+    def weights(self) -> Weights:
+        """Its constants, as they are stored; read one by one."""
+        return Weights(self.file)
+
+
+class Weights(Mapping[str, Any]):
+    """The constants of a file by name, each read when it is asked for; bfloat16 as ONNX Runtime on a CPU has it."""
+
+    def __init__(self, file: File64) -> None:
+        self._held = file.weights()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._held[name].array()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class ProgramClaim(Program64):
+    """The folded program in float64, its constants rounded as they are."""
+
+    knows = True
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__(program)
+        self.name = "folded torch"
+        self._nodes = {node.name for node in program.graph.nodes}
+
+    def called(self, name: str) -> str | None:
+        """Values keep their names."""
+        return name if name in self._nodes else None
+
+    def unread(self, decisions: Iterable[str]) -> list[str]:
+        """As ``Claim.unread``."""
+        known = {place.value for place in self.places} | {place.twin for place in self.places}
+        return [name for name in decisions if name not in known]
+
+
+def operator_types(path: Path) -> dict[str, str]:
+    """The operator that makes each value of a file's main graph."""
+    model: onnx.ModelProto = read_model(path)
+    return {name: node.op_type for node in model.graph.node for name in node.output if name}

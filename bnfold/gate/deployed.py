@@ -1,0 +1,269 @@
+"""Questions 2 and 3: what ONNX Runtime makes of a file, operator by operator, and as it is deployed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfold.errors import BnfoldError, InputError
+from bnfold.evaluate.subject import Run
+from bnfold.gate.by_operator import Asked, alone, ask
+from bnfold.gate.candidates import OnnxCandidate
+from bnfold.gate.claims import FileClaim
+from bnfold.gate.evidence import Row
+from bnfold.gate.judge import CERTAIN, Case, Judge
+from bnfold.gate.models import first_line, to_numpy
+from bnfold.gate.optimizers import guilty
+from bnfold.gate.outside import seen_error
+from bnfold.runtime.model_file import read_model
+
+#: Elements of intermediate values that are held at a time.
+ELEMENTS = 32_000_000
+#: Inputs on which all operators were asked and right: what the same operators lose on others is theirs to lose.
+ENOUGH = 3
+#: What the error of a runtime is measured in is itself but a few draws; a wrong kernel or fusion is off by thousands.
+SLACK = 2.0
+PLAIN, DEPLOYED = "ONNX Runtime, optimisations off", "ONNX Runtime"
+
+
+@dataclass
+class Sessions:
+    """A file in ONNX Runtime. ``make`` opens it: with which optimisations, and how.
+
+    ``claim`` is the file in float64; None where nothing computes it so, which has been told.
+    """
+
+    judge: Judge
+    path: Path
+    claim: FileClaim | None
+    make: Callable[..., OnnxCandidate]
+    device: Any
+    plain: dict[str, list[Any]] = field(default_factory=dict)
+    followed: dict[str, Run] = field(default_factory=dict)
+    _asked: bool = False
+    _cleared: dict[str, bool] = field(default_factory=dict)
+    _blamed: bool = False
+
+    # -- without optimisations -----------------------------------------------------------------------------------------
+
+    def run_plain(self) -> None:
+        """The file without optimisations on every case, and its operators one by one."""
+        candidate = self.make(optimized=False)
+        failed: dict[str, list[str]] = {}
+        for case in self.judge.cases:
+            names = list(case.claimed.decided) if case.claimed is not None else []
+            try:
+                outputs, decided = (
+                    candidate.also(case.batch.flat, names) if names else (candidate.run(case.batch.flat), {})
+                )
+            except Exception as error:
+                failed.setdefault(first_line(error), []).append(case.words)
+                continue
+            self.plain[case.words] = outputs
+            self.followed[case.words] = self._following(case, decided)
+            rows, misfit = self._rows(PLAIN, case, candidate, outputs, self.followed[case.words], plain=False)
+            if 1 < misfit < math.inf and self._clears(candidate, case, misfit):
+                rows, misfit = self._rows(PLAIN, case, candidate, outputs, self.followed[case.words], plain=True)
+            self.judge.table.rows += rows
+        if not self._asked and self.plain:
+            small = min((c for c in self.judge.cases if c.words in self.plain), key=lambda c: c.batch.samples)
+            self._clears(candidate, small)
+        candidate.close()
+        self._failures(PLAIN, failed)
+        for words, reason in self.judge.unrun.items():
+            if words in self.plain:
+                self.judge.findings.doubts.append(f"the file in float64: cannot be computed at {words}: {reason}")
+
+    def _following(self, case: Case, decided: dict[str, Tensor]) -> Run:
+        """The file in float64, with the decisions of a run; the model where there is no such file."""
+        claimed = case.claimed
+        if claimed is None or self.claim is None:
+            return case.truth
+        if all(n not in decided or torch.equal(decided[n].to(x.dtype), x) for n, x in claimed.decided.items()
+               if n not in decided or decided[n].shape == x.shape):  # fmt: skip
+            return claimed
+        return self.claim.run(case.batch, follow={**claimed.decided, **decided})
+
+    def _rows(
+        self, name: str, case: Case, candidate: Any, outputs: Sequence[Any], truth: Run, *, plain: bool
+    ) -> tuple[list[Row], float]:
+        """Judged by what rounding does, by the model's own error, and (``plain``) by that of the plain session."""
+
+        def noise(i: int) -> Tensor:
+            parts = []
+            right = truth.outputs[i]
+            if not right.is_floating_point():
+                return torch.zeros(right.shape, dtype=torch.float64)
+            parts.append(self.judge.drawn(case).noise(i))
+            if case.own[i].shape == case.truth.outputs[i].shape:
+                parts.append(seen_error(case.own[i], case.truth.outputs[i]))
+            if plain and case.words in self.plain:
+                cleared, true = self.plain[case.words][i], self.followed[case.words].outputs[i]
+                if cleared.shape == true.shape:
+                    parts.append(seen_error(cleared, true))
+            fitting = [part for part in parts if part.shape == right.shape]
+            if not fitting:
+                return torch.zeros_like(right, dtype=torch.float64)
+            return torch.stack(fitting).square().sum(0).sqrt()
+
+        found: tuple[list[Row], float] = ([], 0.0)
+        for count in (1, 4, 16):
+            self.judge.drawn(case, count)
+            found = self.judge.judge(
+                name, case, outputs, truth.outputs, noise, coarser=SLACK * candidate.coarser, wider=candidate.wider,
+                typed=True,
+            )  # fmt: skip
+            if found[1] <= 1 or found[1] > CERTAIN:
+                break
+        return found
+
+    # -- operator by operator ------------------------------------------------------------------------------------------
+
+    def _clears(self, candidate: OnnxCandidate, case: Case, misfit: float = 0.0) -> bool:
+        """Whether the runtime computes every operator right on a case; the first time, by themselves as well."""
+        if self.claim is None:
+            return False
+        if case.words in self._cleared:
+            return self._cleared[case.words]
+        if len(self._cleared) >= ENOUGH and misfit < CERTAIN and all(self._cleared.values()):
+            return True
+        model = read_model(self.path)
+        opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        found: list[Asked] = []
+        try:
+            for nodes, given, constants in self._pieces(candidate, case, model):
+                found.append(ask(nodes, opsets, given))
+                if not self._asked:
+                    found.append(alone(nodes, opsets, given, constants, self.device))
+        except BnfoldError as error:
+            self._cleared[case.words] = False
+            self.judge.findings.doubts.append(f"{PLAIN}: its operators cannot be asked one by one: {first_line(error)}")
+            return False
+        self._asked = True
+        faults = {(f.operator, f.node): f for asked in found for f in asked.faults}
+        for fault in list({f.operator: f for f in faults.values()}.values())[:3]:
+            self.judge.findings.problems.append(
+                f"ONNX Runtime computes operator {fault.operator} wrongly: at '{fault.node}' {fault.why}"
+            )
+            self.judge.findings.notes.append(f"to reproduce {fault.operator}:\n{fault.script}")
+        if unknown := sorted({name for asked in found for name in asked.unbounded}):
+            self.judge.findings.notes.append(
+                f"no rounding bound is known beforehand for {', '.join(unknown)}: judged by what rounding operands does"
+            )
+        if missing := sorted({name for asked in found for name in asked.missing}):
+            self.judge.findings.doubts.append(f"operators that cannot be computed in float64: {', '.join(missing)}")
+        self._cleared[case.words] = not faults and any(asked.count for asked in found)
+        return self._cleared[case.words]
+
+    def _pieces(self, candidate: OnnxCandidate, case: Case, model: Any) -> Iterator[tuple[list[Any], Any, Any]]:
+        """Runs of nodes, with their operands and results as the runtime has them: so many elements at a time."""
+        assert self.claim is not None
+        shapes = self.claim.file.shapes(self.claim.feeds(case.batch))
+        weights = self.claim.weights()
+        feeds = candidate.feeds(case.batch.flat)
+        chunk: list[Any] = []
+        held = 0
+        nodes = list(model.graph.node)
+        for i, node in enumerate(nodes):
+            chunk.append(node)
+            held += sum(math.prod(shapes.get(name, ())) for name in node.output if name)
+            if held < ELEMENTS and i + 1 < len(nodes):
+                continue
+            inside = {name for each in chunk for name in (*each.input, *each.output) if name}
+            wanted = [name for name in shapes if name in inside]
+            outputs, values = candidate.also(case.batch.flat, wanted)
+            if self.device.is_cpu and not all(map(_equal, outputs, self.plain[case.words])):
+                raise InputError("its outputs are others when its values are asked for")
+            read = {n: weights[n] for n in inside if n in weights}
+            given = {**feeds, **read, **{name: to_numpy(x) for name, x in values.items()}}
+            yield chunk, given, frozenset(read)
+            chunk, held = [], 0
+
+    # -- as it is deployed ---------------------------------------------------------------------------------------------
+
+    def run_deployed(self, candidate: OnnxCandidate) -> None:
+        """The optimised file on every case, against the one without."""
+        failed: dict[str, list[str]] = {}
+        for case in self.judge.cases:
+            try:
+                outputs = candidate.run(case.batch.flat)
+            except Exception as error:
+                failed.setdefault(first_line(error), []).append(case.words)
+                continue
+            truth = self.followed.get(case.words) or case.claimed or case.truth
+            rows, misfit = self._rows(candidate.name, case, candidate, outputs, truth, plain=True)
+            if misfit > 1 and case.claimed is not None and case.claimed.decided:
+                rows = self._decided(candidate, case, outputs, truth, rows, misfit)
+            self.judge.table.rows += rows
+        self._failures(candidate.name, failed)
+
+    def _decided(
+        self, candidate: OnnxCandidate, case: Case, outputs: Sequence[Any], before: Run, rows: list[Row], misfit: float
+    ) -> list[Row]:
+        """The rows after decisions that the session itself shows, where they explain what it returns."""
+        assert case.claimed is not None and self.claim is not None
+        claim, names = self.claim, list(case.claimed.decided)
+        try:
+            decided = candidate.also(case.batch.flat, names)[1]
+            truth = claim.run(case.batch, follow={**case.claimed.decided, **decided})
+        except Exception:
+            return rows
+        found, better = self._rows(candidate.name, case, candidate, outputs, truth, plain=True)
+        if not better < misfit:
+            self._rows(candidate.name, case, candidate, outputs, before, plain=True)
+            return rows
+        self.judge.turns(candidate.name, truth.turns, lambda seed: claim.run(
+            case.batch, follow={**case.claimed.decided, **decided}, seed=seed).turns)  # type: ignore[union-attr]  # fmt: skip
+        return found
+
+    def guilty(self) -> tuple[str, ...]:
+        """The optimisations that make a file wrong that is right without them; none where it is right with them."""
+        judge = self.judge
+        rows = [row for row in judge.table.of(DEPLOYED) if not row.misfit(judge.limit) <= 1]
+        cases = {row.case for row in rows} | {words for name, words in judge.said if name == DEPLOYED}
+        case = next((c for c in judge.cases if c.words in cases), None)
+        self._blamed = case is not None and judge.right(PLAIN, [case])
+        if case is None or not self._blamed:
+            return ()
+
+        def wrong(disabled: Sequence[str]) -> bool:
+            candidate = self.make(optimized=True, disabled=disabled)
+            try:
+                truth = self.followed.get(case.words) or case.truth
+                return self._rows("blame", case, candidate, candidate.run(case.batch.flat), truth, plain=True)[1] > 1
+            except Exception:
+                return True
+
+        found = guilty(wrong)
+        judge.said.pop(("blame", case.words), None)
+        judge.compared.pop("blame", None)
+        return found
+
+    def blame(self) -> str | None:
+        """Whose fault it is where optimisations alone make a file wrong, as a problem."""
+        found = self.guilty()
+        if not self._blamed:
+            return None
+        if not found:
+            return (
+                "ONNX Runtime: the file is right without its optimisations and wrong with them, whichever is left out"
+            )
+        return (
+            f"ONNX Runtime: its optimisation {' with '.join(found)} makes the file wrong, which is right without it: "
+            f"disable it where the file runs (InferenceSession(..., disabled_optimizers={list(found)}))"
+        )
+
+    def _failures(self, name: str, failed: dict[str, list[str]]) -> None:
+        for reason, at in failed.items():
+            self.judge.findings.problems.append(f"{name}: fails at {'; '.join(at)}: {reason}")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, NaNs included."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

@@ -1,0 +1,234 @@
+"""How far values are from the truth, element by element: the arithmetic of the gate, and the table of what it saw.
+
+An element has its own noise. Drawn a few times it may come out next to nothing by chance, so it counts for no less than
+is typical of its neighbours: the elements of its channel that are about as large. Nothing is ever pooled over elements
+of unlike magnitude, and no element's error is averaged away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: Neighbours that say what noise is typical, and the fewest that do.
+NEIGHBOURS, FEWEST = 32, 16
+#: A single element may be off by so many limits. Rounding errors add up to a normal distribution, of which one in 10^8
+#: lies beyond 5.7 standard deviations, and rounding a constant once is at most as much as the draws take it to be.
+ELEMENT = 1.5
+#: Sums in float64 are right to this, relative to the magnitude of a channel.
+EXACT = 2.0**-46
+#: The smallest number of each dtype, by its unit roundoff: what is less is nothing there.
+SUBNORMAL = {2.0**-24: 2.0**-149, 2.0**-11: 2.0**-24, 2.0**-8: 2.0**-133}
+#: The middle of each of many blocks, NaN where there is nothing.
+Middle = Callable[[Tensor], Tensor]
+TINY = float(torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one witness made of one value on one input.
+
+    Attributes:
+        case: which input, in words.
+        witness: what ran.
+        value: name of the output or of the value inside.
+        ratio: RMS of error over noise, over all of the value or over the worst of its samples.
+        worst: the largest error over noise of any one element.
+        element: which one that is.
+        error, noise: medians over elements, relative to them.
+        elements: how many there are.
+        samples: how many samples the input holds.
+        inside: whether it is a value inside, no output.
+        finite: whether it has a finite element to compare, or none at all.
+    """
+
+    case: str
+    witness: str
+    value: str
+    ratio: float
+    worst: float
+    element: tuple[int, ...] = ()
+    error: float = 0.0
+    noise: float = 0.0
+    elements: int = 0
+    samples: int = 0
+    inside: bool = False
+    finite: bool = True
+
+    def misfit(self, limit: float) -> float:
+        """At most 1 where it is right."""
+        return max(self.ratio / limit, self.worst / (ELEMENT * limit))
+
+
+@dataclass
+class Table:
+    """All that was seen. Verdicts, sites and reports are questions to it."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def of(self, witness: str, value: str | None = None) -> list[Row]:
+        """The rows of a witness, of one output or of all."""
+        return [r for r in self.rows if r.witness == witness and value in (None, r.value) and not r.inside]
+
+
+def compare(
+    given: Tensor, truth: Tensor, noise: Tensor, *, unit: float, batched: bool = False, coarser: float = 1.0
+) -> tuple[float, float, tuple[int, ...], float, float]:
+    """``ratio``, ``worst``, ``element``, ``error`` and ``noise`` of a ``Row``.
+
+    Args:
+        given: what a witness computed, of any floating-point dtype.
+        truth: what is right, float64.
+        noise: how far rounding moves every element, float64.
+        unit: the unit roundoff of what the value is stored in.
+        batched: axis 0 holds samples.
+        coarser: how many times more coarsely the witness rounds.
+    """
+    good = truth.isfinite() & given.isfinite()
+    if not given.numel() or not bool(good.any()):
+        return 0.0, 0.0, (), 0.0, 0.0
+    off = torch.where(good, given.double() - truth, 0.0).abs()
+    right = torch.where(good, truth, 0.0)
+    size = torch.maximum(right.abs(), torch.where(good, given.double(), 0.0).abs())
+    known, least = torch.nan_to_num(noise, 0.0, 0.0, 0.0), floor(right, unit)
+    bar = (coarser * torch.maximum(known, least)).clamp(min=TINY)
+    ratios = off / bar
+    if float(ratios.max()) > 1:  # else nobody's neighbours change the verdict
+        bar = (coarser * torch.maximum(typical(known, size), least)).clamp(min=TINY)
+        ratios = off / bar
+    rows = ratios.reshape(ratios.shape[0] if batched and ratios.ndim else 1, -1)
+    worst = int(ratios.argmax())
+    element = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ratios.shape)) if ratios.ndim else ()
+    shown = size > 0
+    error, own = (float((x / size)[shown].median()) if bool(shown.any()) else 0.0 for x in (off, bar))
+    ratio = float(rows.square().mean(1).sqrt().max())
+    return ratio, float(ratios.reshape(-1)[worst]), element, error, own
+
+
+def floor(truth: Tensor, unit: float) -> Tensor:
+    """What no comparison can resolve: a quarter of a rounding of the element itself, and float64 in its channel."""
+    parts = [truth.abs().square().mean(_others(truth, axis), keepdim=True).sqrt() for axis in _channels(truth)]
+    channel = torch.stack([part.expand_as(truth) for part in parts]).amin(0) if parts else truth.abs()
+    return torch.maximum(0.25 * unit * truth.abs(), EXACT * channel).clamp(min=SUBNORMAL.get(unit, 0.0))
+
+
+def typical(noise: Tensor, size: Tensor) -> Tensor:
+    """Every element's noise, and no less than the median of its neighbours in the order of their size."""
+    return torch.maximum(noise, _least(noise, size, NEIGHBOURS, _median))
+
+
+def pooled(error: Tensor, size: Tensor) -> Tensor:
+    """What errors that were seen once say of each element: RMS over many neighbours, for kernels err in steps."""
+    return torch.maximum(error.abs(), _least(error.abs(), size, 8 * NEIGHBOURS, _rms))
+
+
+def _least(noise: Tensor, size: Tensor, width: int, middle: Middle) -> Tensor:
+    if not noise.numel():
+        return noise
+    found = [_neighbours(noise, size, axis, width, middle) for axis in _channels(noise) or [None]]
+    return torch.stack(found).amin(0)
+
+
+def _median(blocks: Tensor) -> Tensor:
+    return blocks.nanmedian(2).values.nan_to_num(0.0)
+
+
+def _rms(blocks: Tensor) -> Tensor:
+    return blocks.square().nanmean(2).sqrt().nan_to_num(0.0)
+
+
+def _channels(value: Tensor) -> list[int]:
+    """Where channels may lie: convolutions have theirs on axis 1, linear layers on the last."""
+    return sorted({1, value.ndim - 1}) if value.ndim > 1 else []
+
+
+def _others(value: Tensor, axis: int) -> list[int]:
+    return [i for i in range(value.ndim) if i != axis]
+
+
+def _neighbours(noise: Tensor, size: Tensor, axis: int | None, width: int, middle: Middle) -> Tensor:
+    """The middle of the noise of elements of a channel that are about as large; zeros are nobody's neighbours.
+
+    A channel with few elements of its own is judged with the others.
+    """
+    rows, sizes = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1) for x in (noise, size))
+    counts = (sizes > 0).sum(1)
+    if axis is None or int(counts.amin()) >= FEWEST:
+        return _grouped(rows, sizes, noise, axis, width, middle)
+    whole = _neighbours(noise, size, None, width, middle)
+    if rows.shape[1] < FEWEST:
+        return whole
+    few = (counts < FEWEST).reshape(-1, *(1,) * (noise.ndim - 1)).movedim(0, axis)
+    return torch.where(few, whole, _grouped(rows, sizes, noise, axis, width, middle))
+
+
+def _grouped(rows: Tensor, sizes: Tensor, like: Tensor, axis: int | None, width: int, middle: Middle) -> Tensor:
+    """Blocks of ``width`` elements of each row in the order of their size, largest first, and the middle of each."""
+    count = rows.shape[1]
+    width = min(width, count)
+    order = sizes.argsort(1, descending=True)
+    ordered = torch.where(sizes > 0, rows, torch.nan).gather(1, order)
+    blocks = torch.nn.functional.pad(ordered, (0, -count % width), value=torch.nan).reshape(len(rows), -1, width)
+    found = middle(blocks)
+    if found.shape[1] > 1:  # the last may hold a handful
+        few = (~blocks.isnan()).sum(2) < min(FEWEST, width)
+        found = torch.where(few, torch.maximum(found, torch.cat([found[:, :1], found[:, :-1]], 1)), found)
+    back = torch.empty_like(ordered).scatter_(1, order, found.repeat_interleave(width, 1)[:, :count])
+    if axis is None:
+        return back.reshape(like.shape)
+    others = [like.shape[i] for i in range(like.ndim) if i != axis]
+    return back.reshape(like.shape[axis], *others).movedim(0, axis)
+
+
+#: What rounding makes of a few values: called with a seed, and how they are without it.
+Source = tuple[Sequence[Tensor], Callable[[int], Sequence[Tensor]]]
+
+
+class Draws:
+    """The noise of a few values on one input, drawn as often as it takes to be sure.
+
+    Args:
+        sources: what rounds constants. Their noises add up as independent ones do.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources, self.count = sources, 0
+        self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in truth] for truth, _ in sources]
+
+    def more(self, count: int) -> None:
+        """Draws until there are so many."""
+        for seed in range(self.count, count):
+            for squares, (truth, draw) in zip(self._squares, self._sources):
+                for square, moved, true in zip(squares, draw(seed), truth):
+                    if moved.shape == true.shape and moved.is_floating_point():
+                        square += torch.nan_to_num(moved.double() - true.double(), 0.0, 0.0, 0.0).square()
+        self.count = max(self.count, count)
+
+    def noise(self, index: int) -> Tensor:
+        """RMS of what all sources together do to a value."""
+        each = [squares[index] for squares in self._squares]
+        same = [square for square in each if square.shape == each[0].shape]
+        return torch.stack(same).sum(0).div(max(self.count, 1)).sqrt()
+
+
+def specials(given: Tensor, truth: Tensor) -> str | None:
+    """How the places and kinds of NaN and the infinities differ, in words; None where they are the same."""
+    bad = ~given.isfinite() & truth.isfinite()
+    if bool(bad.any()):
+        return f"{int(bad.sum())} of {bad.numel()} elements are NaN or infinite where the truth is finite"
+    lost = given.isfinite() & ~truth.isfinite()
+    if bool(lost.any()):
+        return f"{int(lost.sum())} of {lost.numel()} elements are finite where the truth is NaN or infinite"
+    other = (given.isnan() != truth.isnan()) | (given.isposinf() != truth.isposinf())
+    if bool(other.any()):
+        return f"{int(other.sum())} of {other.numel()} elements are another kind of NaN or infinity than the truth"
+    return None
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Of a floating-point dtype."""
+    return float(torch.finfo(dtype).eps) / 2 if dtype.is_floating_point else math.ulp(1.0) / 2

@@ -1,0 +1,387 @@
+"""What is judged against: the unfolded model, or the original file, in float64 and as it runs by itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from bnfold.aten.deciding import bound
+from bnfold.errors import BnfoldError, InputError, LowerError
+from bnfold.evaluate.evaluator import File64
+from bnfold.evaluate.subject import Run, Turn
+from bnfold.gate.decisions import Place, places
+from bnfold.gate.evidence import compare, specials, unit_roundoff
+from bnfold.gate.samples import Batch
+from bnfold.graph.capture import Captured
+from bnfold.graph.functional import module_of
+from bnfold.graph.interpret import Runner, Steering, coarsest_epsilon
+from bnfold.graph.names import number_names
+from bnfold.runtime.runtime import Device, open_session
+
+Progress = Callable[[str, int, int], None]
+#: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
+#: not equal bit for bit, their noise is one draw.
+SAME = 4.0
+
+
+@dataclass
+class Findings:
+    """What speaks against a pass: ``problems`` make it a fail, ``doubts`` inconclusive, ``notes`` only inform."""
+
+    problems: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def once(self) -> None:
+        """Drops what is said twice."""
+        self.problems, self.doubts, self.notes = (
+            list(dict.fromkeys(x)) for x in (self.problems, self.doubts, self.notes)
+        )
+
+
+class Reference(Protocol):
+    """What a file claims to equal."""
+
+    outputs: Sequence[str]
+    #: Unit roundoff of every output that holds floats, by its name.
+    units: Mapping[str, float]
+    #: The finest dtype that a constant is stored in, as its epsilon: what rounds more coarsely has lost something.
+    epsilon: float
+    #: The values that hold decisions on floats.
+    decisions: Sequence[str]
+
+    def run(
+        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Run:  # fmt: skip
+        """In float64: by itself with all that it decides, after somebody else's decisions, or with constants drawn.
+
+        Raises:
+            Exception: whatever an operator raises.
+        """
+
+    def own(self, batch: Batch) -> list[Tensor]:
+        """The outputs as the model computes them in its own dtypes.
+
+        Raises:
+            Exception: it does not run on these inputs.
+        """
+
+    def influence(self, value: str) -> frozenset[int] | None:
+        """The outputs that depend on a decision, by position; None where that is not known."""
+
+
+# ---- a program ------------------------------------------------------------------------------------------------------
+
+
+class Program64:
+    """A program in float64.
+
+    Args:
+        program: captured or folded.
+        masters: constants of higher precision, as for ``Runner``.
+    """
+
+    def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
+        self.program, self._masters = program, masters
+        self.places: tuple[Place, ...] = places(program, module_of)
+        self._runner = Runner(program, precise=True, masters=masters)
+        self._moved: Runner | None = None
+
+    def run(
+        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Run:  # fmt: skip
+        """As ``Reference.run``."""
+        runner = self._runner
+        if seed is not None:
+            if self._moved is None:
+                self._moved = Runner(self.program, precise=True, masters=self._masters, jitter=True)
+            runner, self._moved.seed = self._moved, seed
+        turns: list[Turn] = []
+        steering: dict[str, Steering] = {}
+        for place in self.places:
+            chosen = _chosen(place, follow or {})
+            if chosen is not None:
+                steering[place.node] = _steer(place, chosen, turns)
+        deciding = [place.value for place in self.places]
+        outputs = numbers(runner(batch.flat, keep={*keep, *deciding}, steering=steering))
+        kept = runner.kept
+        decided = {name: kept[name] for name in deciding if name in kept}
+        return Run(tuple(outputs), {n: kept[n] for n in keep if n in kept}, decided, tuple(turns))
+
+
+def _chosen(place: Place, follow: Mapping[str, Any]) -> Any:
+    """Somebody's decision at a place, or at one that computes the same."""
+    found = follow.get(place.value)
+    return follow.get(place.twin) if found is None else found
+
+
+def _steer(place: Place, chosen: Any, turns: list[Turn]) -> Steering:
+    def decide(args: tuple[Any, ...], kwargs: dict[str, Any], own: Any) -> Any:
+        mine, theirs = own if place.rule.item is None else own[place.rule.item], as_tensor(chosen)
+        if mine.shape != theirs.shape:
+            return own
+        differs = place.rule.differs(mine, theirs)
+        at = bound(place.target, args, kwargs)
+        if bool(differs.any()):
+            gap = place.rule.gap(at, mine, theirs)
+            turns.append(Turn(place.value, place.words, gap.numpy(), int(differs.sum()), place.rule.compared(at)))
+            return place.rule.result(at, own, theirs)
+        turns.append(Turn(place.value, place.words, np.zeros(1), 0, place.rule.compared(at)))
+        return own
+
+    return decide
+
+
+class Model(Program64):
+    """A captured model; ``judge_capture`` holds it against the eager one."""
+
+    def __init__(self, captured: Captured) -> None:
+        super().__init__(captured.program, captured.masters)
+        self.captured, self.outputs = captured, number_names(captured.program)
+        self._own = Runner(captured.program)
+        self.decisions = [place.value for place in self.places]
+        held = [*captured.program.state_dict.values(), *captured.program.constants.values()]
+        floats = [x.dtype for x in held if isinstance(x, Tensor) and x.is_floating_point()]
+        self.epsilon = min((2 * unit_roundoff(d) for d in floats), default=coarsest_epsilon(captured.program))
+        self.units: dict[str, float] = {}
+        self._runs: dict[tuple[int, str], bool] = {}
+        self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None
+        self.capture_error = 0.0
+
+    def own(self, batch: Batch) -> list[Tensor]:
+        """As ``Reference.own``."""
+        found = numbers(self._own(batch.flat))
+        self.units |= {n: unit_roundoff(x.dtype) for n, x in zip(self.outputs, found) if x.is_floating_point()}
+        return found
+
+    def influence(self, value: str) -> frozenset[int] | None:
+        """As ``Reference.influence``."""
+        return next((place.outputs for place in self.places if place.value == value), None)
+
+    # -- the eager model -----------------------------------------------------------------------------------------------
+
+    def judge_capture(self, batch: Batch, own: list[Tensor] | Exception, truth: Run | None, found: Findings,
+                      limit: float) -> bool:  # fmt: skip
+        """Whether the eager model runs on a batch, and where its captured graph is another: each size is asked once."""
+        size = batch.size, batch.sizes
+        if self.captured.eager is None or size in self._runs:
+            if isinstance(own, Exception):
+                found.notes.append(f"the unfolded model itself does not run at {words(batch)}: {first_line(own)}")
+            return not isinstance(own, Exception) and self._runs.get(size, True)
+        self._runs[size] = False
+        try:
+            eager = numbers(self.captured.run_eager(batch.flat))
+        except Exception as error:
+            found.notes.append(f"the unfolded model itself does not run at {words(batch)}: {first_line(error)}")
+            return False
+        if isinstance(own, Exception):
+            found.problems.append(
+                f"capture: the model runs at {words(batch)}, its captured graph does not ({first_line(own)}): fix that "
+                "dimension (--static)"
+            )
+            return False
+        self._runs[size] = True
+        if truth is not None and self._first is None:
+            self._first = batch, eager, [t.double() for t in truth.outputs]
+        if problem := self._differs(batch, eager, own, truth, limit):
+            found.problems.append(problem)
+        return True
+
+    def _differs(
+        self, batch: Batch, eager: list[Tensor], own: list[Tensor], truth: Run | None, limit: float
+    ) -> str | None:
+        said = f"capture: at {words(batch)} the model gives"
+        if len(eager) != len(own):
+            return f"{said} {len(eager)} outputs and its captured graph {len(own)}"
+        for i, (theirs, mine) in enumerate(zip(eager, own)):
+            if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                what = f"{tuple(theirs.shape)} {theirs.dtype} and its captured graph {tuple(mine.shape)} {mine.dtype}"
+                return f"{said} {what}"
+            if torch.equal(theirs, mine):
+                continue
+            if not theirs.is_floating_point():
+                return f"{said} other integers than its captured graph"
+            if differs := specials(theirs, mine):
+                return f"{said} other NaNs or infinities than its captured graph: {differs}"
+            true = mine.double() if truth is None else truth.outputs[i]
+            noise = (mine.double() - true).abs()
+            ratio, *_ = compare(theirs, mine.double(), noise, unit=unit_roundoff(mine.dtype),
+                                       batched=batched(batch, mine))  # fmt: skip
+            self.capture_error = max(self.capture_error, ratio)
+            if not ratio <= SAME * limit:
+                return (
+                    f"capture: at {words(batch)} the model and its graph differ by {ratio:.3g} times the noise: its "
+                    "code depends on that size, so fix the dimension (--static)"
+                )
+        return None
+
+    def judge_state(self, found: Findings) -> None:
+        """Whether what ran in between changed what the model answers: then it keeps state, which no file does."""
+        if self._first is None:
+            return
+        batch, before, truth = self._first
+        halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
+        with contextlib.suppress(Exception):
+            self.captured.run_eager(tuple(halved))
+        try:
+            after = numbers(self.captured.run_eager(batch.flat))
+        except Exception:
+            after = []
+        if len(after) == len(before) and all(map(_same, before, after, truth)):
+            return
+        # Whatever differed was the state's doing, and no size that is fixed would mend it.
+        found.problems[:] = [each for each in found.problems if not each.startswith("capture:")]
+        found.problems.append(
+            "capture: the model keeps state from call to call: the same input gives another result the next time; take "
+            "the state as an input and return it, or set it anew where forward begins"
+        )
+
+
+def _same(before: Tensor, after: Tensor, truth: Tensor) -> bool:
+    """Whether two answers of one model differ by no more than the first is off."""
+    if before.shape != after.shape or not before.is_floating_point() or torch.equal(before, after):
+        return torch.equal(before, after)
+    both = before.isfinite()
+    if not torch.equal(both, after.isfinite()) or not bool(both.any()) or truth.shape != before.shape:
+        return torch.equal(both, after.isfinite())
+    moved, off = ((a.double() - before.double())[both].abs().max() for a in (after, truth))
+    return bool(moved <= off)
+
+
+# ---- a file ---------------------------------------------------------------------------------------------------------
+
+
+class Original:
+    """A file that another one is compared with. Raises what ``File64`` raises."""
+
+    def __init__(self, path: Path, device: Device | str) -> None:
+        self.file, self._path, self._device = File64(path), path, device
+        self.outputs = [value.name for value in self.file.outputs]
+        self.inputs = self.file.inputs
+        kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+        floats = {v.name: kinds.get(v.dtype.name, torch.float64) for v in self.file.outputs
+                  if v.dtype.kind == "f" or v.dtype.name == "bfloat16"}  # fmt: skip
+        self.units = {name: unit_roundoff(dtype) for name, dtype in floats.items()}
+        self.epsilon = self.file.epsilon()
+        self.decisions: Sequence[str] = ()
+        self._session: Any = None
+
+    def run(
+        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Run:  # fmt: skip
+        """As ``Reference.run``."""
+        found = run_file(self.file, {v.name: x for v, x in zip(self.inputs, batch.flat)}, keep, follow=follow,
+                         jitter=None if seed is None else (None, seed))  # fmt: skip
+        self.decisions = list(found.decided)
+        return found
+
+    def open(self) -> None:
+        """Opens it in ONNX Runtime, without optimisations.
+
+        Raises:
+            InputError: ONNX Runtime does not take it.
+        """
+        try:
+            self._session = open_session(self._path, device=self._device, optimized=False)
+        except LowerError as error:
+            raise InputError(
+                f"ONNX Runtime does not run the original: {error.what}", where=str(self._path),
+                hint="--no-check folds it unproved",
+            ) from error  # fmt: skip
+
+    def own(self, batch: Batch) -> list[Tensor]:
+        """As ``Reference.own``, by ONNX Runtime; it must be open."""
+        feeds = {v.name: to_numpy(x) for v, x in zip(self.inputs, batch.flat)}
+        found = self._session.run(feeds, list(self.outputs))
+        return [as_tensor(x) for x in found]
+
+    def influence(self, value: str) -> frozenset[int] | None:
+        """Not known."""
+        return None
+
+
+def run_file(
+    file: File64, inputs: Mapping[str, Tensor], keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+    jitter: tuple[float | None, int] | None = None,
+) -> Run:  # fmt: skip
+    """One run of a file in float64, with tensors in and out; what is no array stays as it is."""
+    feeds = {name: to_numpy(x) for name, x in inputs.items()}
+    theirs = {name: to_numpy(x) if isinstance(x, Tensor) else x for name, x in (follow or {}).items()}
+    found = file.run(feeds, keep, follow=theirs, decide=jitter is None, jitter=jitter)
+    return Run(
+        tuple(as_tensor(x) for x in found.outputs), {n: as_tensor(x) for n, x in found.kept.items()},
+        {n: as_tensor(x) for n, x in found.decided.items()},
+        tuple(replace(turn, compared=as_tensor(turn.compared)) for turn in found.turns),
+    )  # fmt: skip
+
+
+# ---- small things ---------------------------------------------------------------------------------------------------
+
+
+def to_numpy(value: Any) -> Any:
+    """The tensor as an array; bfloat16 as ``ml_dtypes.bfloat16``, complex numbers as pairs of reals like in ONNX."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    value = torch.view_as_real(value.resolve_conj()).contiguous() if value.is_complex() else value.contiguous()
+    if value.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return value.numpy()
+
+
+def as_tensor(value: Any) -> Any:
+    """The array as a tensor; ``ml_dtypes.bfloat16`` as bfloat16. Anything that torch has no type for stays."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.name == "bfloat16":
+        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
+    if value.dtype.kind not in "fiubc":
+        return value
+    return torch.from_numpy(value if value.flags.writeable and value.ndim else value.copy())
+
+
+def numbers(values: Sequence[Any]) -> list[Tensor]:
+    """The outputs that hold numbers: tensors, complex ones as pairs of reals, as ONNX has them, and bare numbers."""
+    tensors = [torch.tensor(v) if isinstance(v, (int, float)) else v for v in values]
+    return [torch.view_as_real(v) if v.is_complex() else v for v in tensors if isinstance(v, Tensor)]
+
+
+def batched(batch: Batch, output: Tensor) -> bool:
+    """Whether axis 0 of an output is the batch."""
+    return batch.size > 0 and output.ndim > 0 and output.shape[0] == batch.size
+
+
+def words(batch: Batch) -> str:
+    """The sizes of a batch, for a message."""
+    size = f"batch {batch.size}" if batch.size else "the fixed batch"
+    return ", ".join(filter(None, (size, batch.sizes, batch.origin)))
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception, for a message; one of ours without its type."""
+    text = str(error).strip().splitlines()
+    if isinstance(error, BnfoldError) and text:
+        return text[0]
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def reads_inputs(captured: Captured) -> bool:
+    """Whether an output depends on a user input."""
+    reached: set[fx.Node] = {node for node in captured.program.graph.nodes if node.name in captured.names}
+    for node in captured.program.graph.nodes:
+        if any(operand in reached for operand in node.all_input_nodes):
+            reached.add(node)
+    return captured.program.graph.output_node() in reached

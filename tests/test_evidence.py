@@ -1,0 +1,97 @@
+"""The arithmetic of the gate: every element has its own noise, and nothing hides behind anything larger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnfold.gate.evidence import ELEMENT, Draws, Row, compare, pooled, specials, typical
+
+UNIT = 2.0**-24
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def misfit(given: Tensor, truth: Tensor, noise: Tensor) -> float:
+    ratio, worst, *_ = compare(given, truth, noise, unit=UNIT)
+    return Row("", "", "", ratio, worst).misfit(4.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1000), (1, 5), (3, 8, 16, 16), (2, 400, 6), (50_000,)])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_errors_as_large_as_the_noise_pass_at_every_scale(shape: tuple[int, ...], scale: float) -> None:
+    truth = normal(*shape) * scale
+    drawn = torch.stack([normal(*shape, seed=seed) for seed in range(1, 17)])
+    noise = 1e-7 * scale * drawn.square().mean(0).sqrt()
+    assert misfit(truth + 1e-7 * scale * normal(*shape, seed=20), truth, noise) <= 1
+    assert misfit(truth + 1e-6 * scale * normal(*shape, seed=20), truth, noise) > 1
+
+
+@pytest.mark.parametrize("large", [1.0, 1e4, 1e9])
+def test_one_wrong_element_is_seen_beside_any_other(large: float) -> None:
+    truth = normal(4, 100, 50)
+    truth[:, 99] = -large
+    noise = 1e-7 * truth.abs().clamp(min=0.1)
+    wrong = truth + noise * normal(4, 100, 50, seed=3)
+    assert misfit(wrong, truth, noise) <= 1
+    wrong[2, 7, 31] = truth[2, 7, 31] + 20 * noise[2, 7, 31]
+    assert misfit(wrong, truth, noise) > 1
+    assert compare(wrong, truth, noise, unit=UNIT)[2] == (2, 7, 31)
+
+
+def test_closed_elements_have_the_noise_of_closed_ones() -> None:
+    """A sigmoid from 1 down to 1e-20: one that is zero where it should be 1e-9 is a fault."""
+    truth = torch.sigmoid(torch.linspace(-46, 10, 4000, dtype=torch.float64))[None]
+    noise = 1e-6 * truth * (1 - truth)
+    right = truth + noise * normal(1, 4000)
+    assert misfit(right, truth, noise) <= 1
+    wrong = right.clone()
+    wrong[0, 1800] = 0.0
+    assert misfit(wrong, truth, noise) > 1
+
+
+def test_an_element_at_the_edge_of_a_relu_is_measured_by_its_neighbours() -> None:
+    signal = normal(2, 4, 500)
+    truth = signal.relu()
+    noise = torch.where(truth > 0, 1e-7, 0.0)
+    given = truth.clone()
+    edge = int(signal[0, 0].where(signal[0, 0] < 0, -9.0).argmax())
+    given[0, 0, edge] = 1e-8  # closed in truth, a little open here; no draw opened it
+    assert misfit(given, truth, noise) <= 1
+    given[0, 0, edge] = 1e-5
+    assert misfit(given, truth, noise) > 1
+
+
+def test_what_is_seen_once_is_pooled_wider_than_what_is_drawn() -> None:
+    size = torch.linspace(1, 2, 4096, dtype=torch.float64)[None]
+    steps = torch.where(torch.arange(4096) % 256 < 128, 0.0, 1e-7)[None].double()  # a kernel that errs in steps
+    assert float(typical(steps, size).min()) == 0 and float(pooled(steps, size).min()) > 5e-8
+
+
+def test_noise_is_the_sum_of_what_all_sources_do() -> None:
+    truth = torch.zeros(3, dtype=torch.float64)
+    draws = Draws([([truth], lambda seed: [truth + 3]), ([truth], lambda seed: [truth + 4])])
+    draws.more(2)
+    assert draws.noise(0).tolist() == [5.0, 5.0, 5.0] and draws.count == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "truth", "said"),
+    [
+        (torch.nan, 1.0, "NaN or infinite where the truth is finite"),
+        (1.0, torch.inf, "finite where the truth"),
+        (torch.nan, torch.inf, "another kind"),
+        (-torch.inf, torch.inf, "another kind"),
+    ],
+)
+def test_what_is_not_finite_must_be_the_same(given: float, truth: float, said: str) -> None:
+    found = specials(torch.tensor([1.0, given]), torch.tensor([1.0, truth]))
+    assert found is not None and said in found
+    assert specials(torch.tensor([torch.nan, torch.inf]), torch.tensor([torch.nan, torch.inf])) is None
+
+
+def test_a_row_fits_by_both_of_its_numbers() -> None:
+    assert Row("", "", "", 4.0, 4.0 * ELEMENT).misfit(4.0) == 1 and Row("", "", "", 0.1, 60.0).misfit(4.0) == 10
