@@ -139,7 +139,8 @@ class File64:
 
     def weights(self) -> dict[str, Weight]:
         """Its initializers by name."""
-        return {name: w for name, w in self._evaluator.rt_inits_.items() if isinstance(w, Weight)}
+        held: Mapping[str, Any] = self._evaluator.rt_inits_
+        return {name: w for name, w in held.items() if isinstance(w, Weight)}
 
     def shapes(self, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
         """The shape of every value that nodes of the main graph compute, from one run.

@@ -129,7 +129,8 @@ def pooled(error: Tensor, size: Tensor) -> Tensor:
 def _least(noise: Tensor, size: Tensor, width: int, middle: Middle) -> Tensor:
     if not noise.numel():
         return noise
-    found = [_neighbours(noise, size, axis, width, middle) for axis in _channels(noise) or [None]]
+    axes: list[int | None] = [*_channels(noise)] or [None]
+    found = [_neighbours(noise, size, axis, width, middle) for axis in axes]
     return torch.stack(found).amin(0)
 
 

@@ -161,8 +161,8 @@ def _plan(
     if pinned is not None or not known:
         size, kinds = pinned or 1, tuple(dict.fromkeys(kind for _, each in PROVOKING for kind in each))
         first = [(size, plain)] * (2 if dear else -(-samples // size))
-        rest = [kinds[i : i + size] for i in range(1, len(kinds), size)]
-        return [*first, *((size, each) for each in (rest[:3] if dear else rest))]
+        more = [kinds[i : i + size] for i in range(1, len(kinds), size)]
+        return [*first, *((size, each) for each in (more[:3] if dear else more))]
     # torch.export writes "from 2" where it could not tell 1 apart; 1 is what people deploy, so it is always tried.
     high = limits[1] if limits and limits[1] is not None else None
     low = limits[0] if limits and limits[0] > 2 else 1
@@ -186,7 +186,7 @@ def provoke(values: Tensor, leaf: Tensor, kinds: Sequence[str], generator: torch
         return values
     if not batched:
         return _KINDS[kinds[0]](values, generator)
-    parts = values.split(1)
+    parts = [values[i : i + 1] for i in range(len(values))]
     return torch.cat([_KINDS[kinds[i % len(kinds)]](part, generator) for i, part in enumerate(parts)])
 
 
