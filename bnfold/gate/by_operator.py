@@ -128,7 +128,7 @@ def _judged(
         limit, sure = _bound(node, opsets, operands, true, result.dtype.name, evaluate, i)
         if result.dtype.name == "float16" and node.op_type not in _EXACT:
             # Computed in float32, with operands that another operator may not have rounded in between.
-            limit = limit + _drawn(operands, true, evaluate, i, UNITS["float16"]) / 8
+            limit = limit + _drawn(operands, true, evaluate, i, UNITS["float16"]) / 2
         known &= sure
         multiple = _multiple(result, true, limit)
         if multiple > worst:

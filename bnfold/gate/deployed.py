@@ -125,6 +125,20 @@ class Sessions:
 
     # -- operator by operator ------------------------------------------------------------------------------------------
 
+    @property
+    def _exact(self) -> bool:
+        """Whether a session must return the same where it is asked for its values as well.
+
+        Half floats are computed in float32 on a CPU, and rounded only where somebody reads them.
+        """
+        return (
+            self.device.is_cpu
+            and min(self.judge.reference.units.values(), default=0.0) <= 2.0**-24
+            and not any(
+                weight.dtype == "float16" for weight in (self.claim.file.weights().values() if self.claim else ())
+            )
+        )
+
     def _clears(self, candidate: OnnxCandidate, case: Case, misfit: float = 0.0) -> bool:
         """Whether the runtime computes every operator right on a case; the first time, by themselves as well."""
         if self.claim is None:
@@ -178,7 +192,7 @@ class Sessions:
             inside = {name for each in chunk for name in (*each.input, *each.output) if name}
             wanted = [name for name in shapes if name in inside]
             outputs, values = candidate.also(case.batch.flat, wanted)
-            if self.device.is_cpu and not all(map(_equal, outputs, self.plain[case.words])):
+            if self._exact and not all(map(_equal, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")
             read = {n: weights[n] for n in inside if n in weights}
             given = {**feeds, **read, **{name: to_numpy(x) for name, x in values.items()}}

@@ -199,8 +199,16 @@ class Gate:
         if self.path is None:
             return None if self.folded is None else ProgramClaim(self.folded)
         try:
-            names = self.file_names if self.folded is not None else None
-            return FileClaim(self.path, self._matched.inputs, self._matched.outputs, names, self._model.epsilon)
+            # What a file returns is known by its place, whatever its values are called.
+            specs = self.captured.program.graph_signature.output_specs
+            returned = [str(getattr(spec.arg, "name", "")) for spec in specs]
+            outputs = self._matched.outputs or [value.name for value in self._probe.outputs]
+            names = dict(zip(returned, outputs)) if len(returned) == len(outputs) else {}
+            claim = FileClaim(
+                self.path, self._matched.inputs, self._matched.outputs, self.file_names or names, self._model.epsilon
+            )
+            claim.knows = self.folded is not None
+            return claim
         except MissingOperatorError as error:
             self._findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
             return None
@@ -223,14 +231,15 @@ class Gate:
         """The model in float64, with what the file decides in ONNX Runtime; None where it decides nothing."""
         if not isinstance(claim, FileClaim) or not self._model.decisions:
             return None
-        model, plain, judge = self._model, self._onnx(optimized=False), self._judged
+        model, judge = self._model, self._judged
+        shown = self._onnx(optimized=True, setting=self._settings[-1])
         names = {name: own for name in model.decisions if (own := claim.called(name)) is not None}
 
         def follow(batch: Batch) -> Sequence[torch.Tensor]:
-            decided = plain.also(batch.flat, list(names.values()))[1]
-            taken = {name: decided[own] for name, own in names.items() if own in decided}
+            decided = shown.also(batch.flat, list(names.values()))[1]
+            taken = model.complete({name: decided[own] for name, own in names.items() if own in decided})
             run = model.run(batch, follow=taken)
-            judge.turns(plain.name, run.turns, lambda seed: model.run(batch, follow=taken, seed=seed).turns)
+            judge.turns(shown.name, run.turns, lambda seed: model.run(batch, follow=taken, seed=seed).turns)
             return run.outputs
 
         return follow
@@ -324,7 +333,7 @@ class Gate:
             )
         if self.folded is None:
             refuse_training(self.path)
-        probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
+        probe = self._probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
         self._findings.notes += self._matched.notes
         held = self.captured.program.state_dict.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,6 +75,12 @@ class Judge:
     #: Why a case could not be run in float64.
     unrun: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        told: dict[str, int] = {}
+        for case in self.cases:  # what is said of a case is kept by its words
+            count = told[case.words] = told.get(case.words, 0) + 1
+            case.words += f" ({count})" if count > 1 else ""
+
     # -- question 1: the file, in float64 --------------------------------------------------------------------------
 
     def claim(self, claim: Claim) -> None:
@@ -101,13 +108,14 @@ class Judge:
                 self.findings.problems.append(
                     f"{claim.name}: its decisions at {case.words} cannot be followed: {failed}"
                 )
-            self.turns(claim.name, truth.turns, _again(self.reference, case, taken))
+            self.turns(claim.name, truth.turns, _again(self.reference, case, taken), _compares(claim, case))
 
     def taken(self, claim: Claim, case: Case, keep: Collection[str] = ()) -> tuple[Run, dict[str, Tensor]]:
         """A run of a claim, and what it decides where the reference does, by the reference's names."""
         names = {name: own for name in case.truth.decided if (own := claim.called(name)) is not None}
         run = claim.run(case.batch, [*keep, *names.values()])
-        return run, {name: run.kept[own] for name, own in names.items() if own in run.kept}
+        taken = {name: run.kept[own] for name, own in names.items() if own in run.kept}
+        return run, self.reference.complete(taken)
 
     def _following(self, case: Case, taken: Mapping[str, Tensor]) -> tuple[Run, str]:
         """The reference with somebody's decisions, and why not where they make no sense."""
@@ -258,30 +266,34 @@ class Judge:
                     "try --data"
                 )
 
-    def multiple(self, turn: Turn, moved: Sequence[Sequence[Turn]]) -> float:
-        """How far from a near-tie a decision is: at most the limit for one that noise may have made."""
-        noise, _ = _near_noise(turn, moved)
-        gap = as_tensor(turn.gap)
+    def multiple(self, turn: Turn, moved: Sequence[Sequence[Turn]], more: float = 0.0) -> float:
+        """How far from a near-tie a decision is, ``more`` being noise besides: at most the limit for one by chance."""
+        noise, gap = math.hypot(_near_noise(turn, moved)[0], more), as_tensor(turn.gap)
         return float(gap.max()) / max(noise, TINY) * self.limit / NEAR if gap.numel() else 0.0
 
-    def turns(self, witness: str, turns: Sequence[Turn], again: Callable[[int], Sequence[Turn]]) -> None:
-        """Decisions that were followed although float64 would decide otherwise: near-ties, or problems."""
+    def turns(
+        self, witness: str, turns: Sequence[Turn], again: Callable[[int], Sequence[Turn]],
+        theirs: Callable[[Turn], float] = lambda turn: 0.0,
+    ) -> None:  # fmt: skip
+        """Decisions that were followed although float64 would decide otherwise: near-ties, or problems.
+
+        ``again`` draws the reference's constants; ``theirs`` is what rounding a claim's does to what it compares there.
+        """
         turned = [turn for turn in turns if turn.different]
         if not turned:
             return
         moved = [again(seed) for seed in range(DRAWS[1])]
         near, most = 0, 0.0
         for turn in turned:
-            multiple = NEAR / self.limit * self.multiple(turn, moved)
             noise, scale = _near_noise(turn, moved)
+            multiple = NEAR / self.limit * self.multiple(turn, moved, theirs(turn))
             if noise > WILD * scale:
                 self.findings.doubts.append(
                     f"{witness}: {turn.operator} decides otherwise than the model in {turn.different} places, and "
                     f"rounding moves what it compares by {noise / max(scale, TINY):.2g} of it, so almost any decision "
                     "would pass"
                 )
-                continue
-            if not multiple <= NEAR:
+            elif not multiple <= NEAR:
                 self.findings.problems.append(
                     f"{witness}: {turn.operator} decides otherwise than the model in {turn.different} "
                     f"places, although what it compares is up to {multiple:.3g} times the noise away from that (limit "
@@ -294,6 +306,20 @@ class Judge:
                 f"{witness}: {near} decisions (such as {turned[0].operator}) fell otherwise than in float64, all of "
                 f"them near-ties, at most {most:.2g} times the noise: float64 was run again with them"
             )
+
+
+def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:
+    """What rounding a claim's constants does to what it compares, where the reference decides so."""
+
+    def noise(turn: Turn) -> float:
+        name, run = claim.called(turn.value), case.claimed
+        if name is None or run is None or name not in run.decided:
+            return 0.0
+        runs = [claim.run(case.batch, follow=run.decided, seed=seed) for seed in (None, *range(DRAWS[1]))]
+        own, *moved = ([t for t in each.turns if t.value == name] for each in runs)
+        return _near_noise(own[0], moved)[0] if own else 0.0
+
+    return noise
 
 
 def _again(reference: Reference, case: Case, taken: Mapping[str, Any]) -> Callable[[int], Sequence[Turn]]:
@@ -357,7 +383,5 @@ def run_cases(
         ):
             findings.notes.append(f"the model itself overflows at {words(batch)}: not judged there")
             continue
-        told = words(batch)
-        alike = sum(case.words.split(" (")[0] == told for case in cases)
-        cases.append(Case(batch, truth, own, words=f"{told} ({alike + 1})" if alike else told))
+        cases.append(Case(batch, truth, own, words=words(batch)))
     return cases, reason

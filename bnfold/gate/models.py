@@ -78,6 +78,9 @@ class Reference(Protocol):
     def influence(self, value: str) -> frozenset[int] | None:
         """The outputs that depend on a decision, by position; None where that is not known."""
 
+    def complete(self, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Decisions, and those of places that compute the very same: a file may hold one of them only."""
+
 
 # ---- a program ------------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class Program64:
         turns: list[Turn] = []
         steering: dict[str, Steering] = {}
         for place in self.places:
-            chosen = _chosen(place, follow or {})
+            chosen = (follow or {}).get(place.value)
             if chosen is not None:
                 steering[place.node] = _steer(place, chosen, turns)
         deciding = [place.value for place in self.places]
@@ -117,12 +120,6 @@ class Program64:
         kept = runner.kept
         decided = {name: kept[name] for name in deciding if name in kept}
         return Run(tuple(outputs), {n: kept[n] for n in keep if n in kept}, decided, tuple(turns))
-
-
-def _chosen(place: Place, follow: Mapping[str, Any]) -> Any:
-    """Somebody's decision at a place, or at one that computes the same."""
-    found = follow.get(place.value)
-    return follow.get(place.twin) if found is None else found
 
 
 def _steer(place: Place, chosen: Any, turns: list[Turn]) -> Steering:
@@ -167,6 +164,12 @@ class Model(Program64):
     def influence(self, value: str) -> frozenset[int] | None:
         """As ``Reference.influence``."""
         return next((place.outputs for place in self.places if place.value == value), None)
+
+    def complete(self, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As ``Reference.complete``."""
+        twins = {place.twin: taken[place.value] for place in self.places if place.value in taken}
+        more = {p.value: twins[p.twin] for p in self.places if p.twin in twins and p.value not in taken}
+        return {**taken, **more}
 
     # -- the eager model -----------------------------------------------------------------------------------------------
 
@@ -310,6 +313,10 @@ class Original:
         """Not known."""
         return None
 
+    def complete(self, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each has its own."""
+        return dict(taken)
+
 
 def run_file(
     file: File64, inputs: Mapping[str, Tensor], keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
@@ -350,7 +357,8 @@ def as_tensor(value: Any) -> Any:
         return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
     if value.dtype.kind not in "fiubc":
         return value
-    return torch.from_numpy(value if value.flags.writeable and value.ndim else value.copy())
+    shared = value.flags.writeable and value.ndim and all(step >= 0 for step in value.strides)
+    return torch.from_numpy(value if shared else np.array(value))
 
 
 def numbers(values: Sequence[Any]) -> list[Tensor]:

@@ -159,9 +159,9 @@ def _plan(
     """How many samples every batch holds, and of which kinds."""
     plain = ("ordinary",)
     if pinned is not None or not known:
-        size, kinds = pinned or 1, tuple(dict.fromkeys(kind for _, each in PROVOKING for kind in each))
+        size, kinds = pinned or 1, tuple(kind for kind in _KINDS if kind != "ordinary")
         first = [(size, plain)] * (2 if dear else -(-samples // size))
-        more = [kinds[i : i + size] for i in range(1, len(kinds), size)]
+        more = [kinds[i : i + size] for i in range(0, len(kinds), size)]
         return [*first, *((size, each) for each in (more[:3] if dear else more))]
     # torch.export writes "from 2" where it could not tell 1 apart; 1 is what people deploy, so it is always tried.
     high = limits[1] if limits and limits[1] is not None else None
@@ -247,9 +247,9 @@ def _other_sizes(symbols: Mapping[Any, int], batch: Any, known: Sizes) -> Iterat
         if found and known.takes({**beside, **{str(symbol): size for symbol, size in found.items()}}):
             yield found
 
-    # No multiple of anything: padding to a multiple, strides and unrolled loops show there.
-    yield from taken({symbol: n + 1 for symbol, n in others.items()})
-    yield from taken({symbol: _prime(n + 3 + 4 * i) for i, (symbol, n) in enumerate(others.items())})
+    # No multiple of anything, with other remainders: padding to a multiple, strides and unrolled loops show there.
+    yield from taken({symbol: n + 1 + 2 * (i % 2) for i, (symbol, n) in enumerate(others.items())})
+    yield from taken({symbol: _prime(n + 3 + 10 * (i % 2)) for i, (symbol, n) in enumerate(others.items())})
     for turn in range(len(FACTORS)):
         factors = (FACTORS[turn], FACTORS[turn - 1]) if turn else (FACTORS[0], FACTORS[0])
         yield from taken({symbol: n * factors[i % 2] for i, (symbol, n) in enumerate(others.items())})
