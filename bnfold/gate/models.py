@@ -130,8 +130,9 @@ def _steer(place: Place, chosen: Any, turns: list[Turn]) -> Steering:
         differs = place.rule.differs(mine, theirs)
         at = bound(place.target, args, kwargs)
         if bool(differs.any()):
-            gap = place.rule.gap(at, mine, theirs)
-            turns.append(Turn(place.value, place.words, gap.numpy(), int(differs.sum()), place.rule.compared(at)))
+            if place.twin == place.value:  # what computes the very same is judged once
+                gap = place.rule.gap(at, mine, theirs)
+                turns.append(Turn(place.value, place.words, gap.numpy(), int(differs.sum()), place.rule.compared(at)))
             return place.rule.result(at, own, theirs)
         turns.append(Turn(place.value, place.words, np.zeros(1), 0, place.rule.compared(at)))
         return own
