@@ -226,3 +226,11 @@ def test_a_bias_makes_a_gemm_of_a_matmul_of_matrices_and_of_no_other() -> None:
         model = net(nodes, shape, weights)
         found, _ = folded(model)
         assert types(found) == want and apart(model, found) < EXACT
+
+
+def test_a_number_is_moved_as_a_tensor_is() -> None:
+    nodes = [conv("x", "c"), norm("c", "n"), node("ReduceMean", ["n"], ["m"], keepdims=0),
+             node("Expand", ["m", "k"], ["y"])]  # fmt: skip
+    model = net(nodes, IMAGE, {**W, **statistics(4), "k": np.array([2, 3])})
+    found, ledger = folded(model)
+    assert ledger.count() == (1, 1) and apart(model, found) < EXACT

@@ -69,7 +69,7 @@ class Movement(Semantics):
         # Few classes: floats hold each exactly, and every movement is implemented for them.
         few = np.float32 if len(scales) * len(shifts) < 1 << 24 else np.float64
         codes = ((s * len(shifts) + t + 1).astype(few) for s, t in zip(of_scale, of_shift))
-        wide = [torch.from_numpy(c).expand(n).contiguous() for c, n in zip(codes, self.shapes)]
+        wide = [torch.as_tensor(c).expand(n).contiguous() for c, n in zip(codes, self.shapes)]
         code = _narrowed(self.apply(wide)).to(torch.int64).numpy()
         zero = code == 0
         scale, shift = np.divmod(np.maximum(code - 1, 0), len(shifts))
