@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError
-from bnfold.gate.gate import LIMIT, SITE_LIMIT, Gate
-from bnfold.gate.reference import SAMPLE_FACTOR
+from bnfold.gate.evidence import ELEMENT
+from bnfold.gate.gate import LIMIT, Gate
 from bnfold.graph.capture import capture
 from bnfold.lowering.lower import lower, save
 from bnfold.stages import fold_captured
@@ -333,8 +333,9 @@ def correct_table(rows: Sequence[Row]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for words, key, limit in (
-        ("output", "ratio", LIMIT), ("fold site", "site", SITE_LIMIT), ("worst channel of one", "channel", SITE_LIMIT),
-        ("output, worst sample", "worst", LIMIT * SAMPLE_FACTOR),
+        ("output", "ratio", LIMIT), ("fold site", "site", ELEMENT * LIMIT),
+        ("worst channel of one", "channel", ELEMENT * LIMIT),
+        ("output, worst sample", "worst", ELEMENT * LIMIT),
     ):  # fmt: skip
         values = np.array([row[key] for row in rows], dtype=np.float64)
         found = [*np.quantile(values, [0.5, 0.9, 0.99, 0.999]), values.max()]

@@ -61,7 +61,7 @@ def test_an_overflow_in_float16_that_random_data_hides_is_found(tmp_path: Path) 
     options: dict[str, Any] = {"dtype": torch.float16}
     assert exported(Wide(400), (X,), tmp_path, **options).verdict == "pass"
     report = exported(Wide(400), (X,), tmp_path, adversarial=True, **options)
-    assert report.verdict == "fail" and report.samples == 14
+    assert report.verdict == "fail" and report.samples > 10
     assert any("NaN or infinite" in p and "adversarial (large values) inputs" in p for p in report.problems)
     found = report.adversarial
     assert found.peak > 1 > found.peak_before and found.peak_module == "wide" and found.ratio == float("inf")
