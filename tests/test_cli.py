@@ -121,7 +121,7 @@ def test_export_of_a_trained_net_passes_and_says_what_it_did(digits: tuple[Path,
     assert report["check"]["accuracy"]["flips"] == 0 and report["passed"]
     before, after = report["operators"]
     assert f"{before} operators before, {after} after" in printed and after <= before - 11
-    (worst,) = re.findall(r"12 fold sites: worst ratio ([\d.]+) \(limit 16\)", printed)
+    (worst,) = re.findall(r"12 fold sites: worst ratio ([\d.]+) \(limit 6\)", printed)
     assert float(worst) == pytest.approx(report["check"]["site_ratio"], rel=0.06)
     (ratio,) = re.findall(r"ratio ([\d.]+) \(limit 4\)   PASS", printed)
     assert float(ratio) == pytest.approx(report["check"]["ratio"], rel=0.06)
