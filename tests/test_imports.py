@@ -102,9 +102,9 @@ ALLOWED: dict[str, str] = {
     "lower": "errors names program translate",
     "translate": "errors translations whole_layers",
     "translations": "",
-    "gate": "accuracy adversarial affine candidates capture claims data deployed devices engines errors evaluator"
-    " evidence interpret judge matching models outside parts program report runner runners runtime samples sites"
-    " stored threads",
+    "gate": "accuracy adversarial affine candidates capture claims data deployed devices effort engines errors"
+    " evaluator evidence interpret judge matching models outside parts program report runner runners runtime samples"
+    " sites stored",
     "bisection": "affine candidates capture claims deployed engines errors evidence file_graph functional gate judge"
     " matching models report runtime samples sites stored",
     "file_graph": "model_file",
@@ -134,6 +134,7 @@ ALLOWED: dict[str, str] = {
     "evidence": "",
     "models": "aten capture decisions errors evaluator evidence functional interpret names runtime samples subject",
     "outside": "candidates evidence judge models runners",
+    "effort": "capture interpret samples threads",
     # ONNX files in float64
     "evaluator": "aten attributes deciding errors limits model_file nodes subject",
     "limits": "",

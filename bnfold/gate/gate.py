@@ -9,18 +9,15 @@ Whatever cannot be judged is *inconclusive*, which is no pass.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils.flop_counter import FlopCounterMode
 
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
@@ -41,6 +38,7 @@ from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.data import Labels
 from bnfold.gate.deployed import DEPLOYED, Sessions
 from bnfold.gate.devices import judge_device
+from bnfold.gate.effort import has_summaries, operations, threads_that_pay
 from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.judge import Case, Judge, run_cases
@@ -55,19 +53,15 @@ from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
-from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, Verdict
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import Arithmetic, Device, provider_notes, resolve_device
 
 #: Largest RMS of error over noise, of an output or any of its samples; a single element may be off by ``ELEMENT`` such.
 LIMIT = 4.0
-#: Seconds that one run of the example takes before a second thread pays.
-LONG_RUN = 0.1
 #: Operations of one sample beyond which the gate runs few of them.
 DEAR = 300_000_000
-#: A verdict rests on so many samples at least.
-ENOUGH = 4
+ENOUGH = 4  # samples that a verdict rests on at least
 _SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
 
 
@@ -108,7 +102,7 @@ class Gate:
         Raises:
             BnfoldError: the file cannot be opened, or its inputs do not fit the model's.
         """
-        with _threads_that_pay(self.captured):
+        with threads_that_pay(self.captured):
             return self._judge()
 
     def look(self, facts: Facts) -> Part:
@@ -128,8 +122,8 @@ class Gate:
         self._match()
         made = batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
-            sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if _has_summaries(captured) else 1,
-            dear=self.samples <= MIN_SAMPLES and self.data is None and _operations(captured) > DEAR,
+            sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if has_summaries(captured) else 1,
+            dear=self.samples <= MIN_SAMPLES and self.data is None and operations(captured) > DEAR,
         )  # fmt: skip
         found = self._search(made)
         model = self._model = Model(captured)
@@ -199,14 +193,12 @@ class Gate:
         if self.path is None:
             return None if self.folded is None else ProgramClaim(self.folded)
         try:
-            # What a file returns is known by its place, whatever its values are called.
             specs = self.captured.program.graph_signature.output_specs
             returned = [str(getattr(spec.arg, "name", "")) for spec in specs]
             outputs = self._matched.outputs or [value.name for value in self._probe.outputs]
             names = dict(zip(returned, outputs)) if len(returned) == len(outputs) else {}
-            claim = FileClaim(
-                self.path, self._matched.inputs, self._matched.outputs, self.file_names or names, self._model.epsilon
-            )
+            claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, self.file_names or names,
+                              self._model.epsilon)  # fmt: skip
             claim.knows = self.folded is not None
             return claim
         except MissingOperatorError as error:
@@ -406,40 +398,3 @@ def _says_nothing(cases: Sequence[Case]) -> bool:
 
     given = [[value for value in case.batch.flat if isinstance(value, torch.Tensor)] for case in cases]
     return alike([case.truth.outputs for case in cases]) and not alike(given)
-
-
-def _has_summaries(captured: Captured) -> bool:
-    """Whether an output is a handful of numbers for a whole batch, so that a run of many samples says as little as one.
-
-    Ten runs are then made, as ten samples are of other outputs.
-    """
-    (outputs,) = captured.program.graph.output_node().args
-    values = [getattr(node, "meta", {}).get("val") for node in cast("Sequence[Any]", outputs)]
-    return any(
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and not any(isinstance(size, torch.SymInt) for size in value.shape)
-        and value.numel() < MIN_SAMPLES
-        for value in values
-    )
-
-
-def _operations(captured: Captured) -> float:
-    """Floating-point operations of convolutions and products, for one sample of the example."""
-    rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
-    with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
-        Runner(captured.program)(captured.flat)
-        return float(counter.get_total_flops()) / max(rows, 1)
-    return 0.0
-
-
-@contextlib.contextmanager
-def _threads_that_pay(captured: Captured) -> Iterator[None]:
-    """One thread for a model that runs in a blink: several save it nothing, and cost much on a busy machine."""
-    with torch_threads(1) as threads:
-        start = time.perf_counter()
-        with contextlib.suppress(Exception):  # whoever runs it next reports that
-            Runner(captured.program)(captured.flat)
-        if time.perf_counter() - start > LONG_RUN:
-            torch.set_num_threads(threads)
-        yield
