@@ -179,7 +179,7 @@ BAD: dict[str, tuple[str, int, str]] = {
     "weights as source": ("good.pt", 3, "holds weights and no model"),
     "safetensors as source": ("good.safetensors", 3, "holds weights and no model"),
     "cut program": ("cut.pt2", 3, "cut short or damaged"),
-    "no inputs": ("nets.py:bare", 3, "--input NAME:DTYPE"),
+    "no inputs": ("nets.py:bare", 3, '--input "input:float32'),
     "unknown input": (f"{NET} --input image[N,3,6,6]", 3, "no input 'image'"),
     "missing data": (f"{NET} --data missing.npz", 3, "no such file"),
     "data of another shape": (f"{NET} --data shape.npz", 3, "(5, 6, 6)"),

@@ -58,8 +58,11 @@ def batch_norm(at: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Ten
     if training:
         axes = (0,) if at.spatial == 0 else (0, *_spatial(x))
         used = (x.mean(axes), x.var(axes, correction=0))
-    y = (x - used[0].reshape(keep)) / (used[1].reshape(keep) + _eps(at)).sqrt()
-    y = y * scale.reshape(keep) + bias.reshape(keep)
+    if at.spatial != 0 and x.ndim > 1:  # as torch does it: with an infinite constant the order of things shows
+        y = torch.nn.functional.batch_norm(x, *used, scale, bias, eps=_eps(at))
+    else:
+        y = (x - used[0].reshape(keep)) / (used[1].reshape(keep) + _eps(at)).sqrt()
+        y = y * scale.reshape(keep) + bias.reshape(keep)
     if at.outputs == 1:
         return y
     momentum = 0.9 if at.momentum is None else float(at.momentum)

@@ -172,7 +172,7 @@ def _bound(
             # Equal terms are all rounded the same way: there the error grows with how many a lane adds up.
             grown = SUMS * math.sqrt(terms) + terms / 16
             return grown * unit * size + unit * np.abs(true) + smallest, True
-        if item == 0 and not node.domain.startswith("unknown"):
+        if (item == 0 or op in _STEPS) and not node.domain.startswith("unknown"):
             attributes = Attributes(
                 {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.type != a.GRAPH},
                 opsets.get(node.domain, 1), len(node.output),
@@ -187,8 +187,12 @@ def _bound(
                 found = bound(op, dtype, attributes, wide, true)
             except Exception:  # a form of the operator that the table has no magnitude for
                 found = None
-            if found is not None and op in _STEPS:  # the table has one step; those before it move the next
-                return found * len(wide[0]) + _drawn(operands, true, evaluate, item, unit), True
+            if found is not None and op in _STEPS:
+                # The table has one step of what is answered, and those before it move the next; what an LSTM keeps is
+                # a sum over the steps, of products with what it kept.
+                steps = max(wide[0].shape[:2])  # type: ignore[union-attr]  # whichever of the two is time
+                kept = 2 + np.abs(true).max(initial=0.0) if item == 2 else 1.0
+                return found * steps * kept + _drawn(operands, true, evaluate, item, unit), True
             if found is not None:
                 return np.broadcast_to(found, true.shape), True
         return _drawn(operands, true, evaluate, item, unit) + smallest, False

@@ -20,15 +20,13 @@ from bnfold.gate.evidence import Row
 from bnfold.gate.judge import CERTAIN, Case, Judge
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
-from bnfold.gate.outside import seen_error
+from bnfold.gate.outside import SLACK, seen_error
 from bnfold.runtime.model_file import read_model
 
 #: Elements of intermediate values that are held at a time.
 ELEMENTS = 32_000_000
 #: Inputs on which all operators were asked and right: what the same operators lose on others is theirs to lose.
 ENOUGH = 3
-#: What the error of a runtime is measured in is itself but a few draws; a wrong kernel or fusion is off by thousands.
-SLACK = 2.0
 PLAIN, DEPLOYED = "ONNX Runtime, optimisations off", "ONNX Runtime"
 
 

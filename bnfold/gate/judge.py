@@ -352,7 +352,8 @@ def run_cases(
 ) -> tuple[list[Case], str]:  # fmt: skip
     """The cases that the reference runs on, and why the last of the others was dropped.
 
-    Inputs of the gate's own making on which the model itself overflows are dropped and told.
+    Inputs of the gate's own making on which the model itself overflows are dropped and told; not those that were
+    searched for, which is asked for to see that.
     """
     cases: list[Case] = []
     reason = ""
