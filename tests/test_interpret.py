@@ -131,7 +131,9 @@ def test_a_constant_is_disturbed_by_the_epsilon_of_its_own_dtype():
     for moved, still in zip(*(Runner(program, precise=True, jitter=j)([x]) for j in (True, False))):
         name = next(iter(parts))
         most = 0.5 * torch.finfo(parts.pop(name).dtype).eps
-        assert 0.9 * most <= (moved / still - 1).abs().max() <= most * (1 + 1e-6) + 1e-16, name
+        assert 0.9 * most <= (moved / still - 1).abs().max() <= most * (1 + 1e-6) + 3e-16, (
+            name
+        )  # and a rounding each of product and quotient
 
 
 def test_values_are_kept_as_they_were():

@@ -154,7 +154,7 @@ def test_external_data_goes_with_its_model(tmp_path: Path) -> None:
 
 OPTIONS: list[tuple[dict[str, Any], Any]] = [
     ({"opset": 20}, lambda r: r.file.opset == 20),
-    ({"samples": 30, "seed": 3}, lambda r: r.check.samples == 30),
+    ({"samples": 30, "seed": 3}, lambda r: r.check.samples >= 30),
     ({"static": True}, lambda r: r.check.batches == (0,)),
     ({"fold": False}, lambda r: r.ledger.entries == () and r.file.batch_norms == 3),
     ({"simplify": False}, lambda r: r.file.batch_norms == 0),

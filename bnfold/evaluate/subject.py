@@ -28,9 +28,9 @@ class Turn:
 
     value: str
     operator: str
-    gap: Array
+    gap: Any
     different: int
-    compared: Array
+    compared: Any
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Run:
     """One run: the outputs in order, the values that were to be kept and the decisions, by name, and the turns."""
 
     outputs: tuple[Any, ...]
-    kept: Mapping[str, Array] = field(default_factory=dict)
-    decided: Mapping[str, Array] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    decided: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
 
 

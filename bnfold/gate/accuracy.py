@@ -305,7 +305,7 @@ def _result(part: Part, facts: Facts, candidate: Candidate, findings: Findings) 
         listed = ", ".join(repr(name) for name in part.unused)
         findings.notes.append(f"the data's {listed}: no input, output, labels or targets, and not used")
     fell = (found["before"] or 0.0) - (found["after"] or 0.0)
-    if fell > found.get("undecided", 0) / max(found.get("labelled", 0), 1):
+    if fell > (found.get("undecided") or 0) / max(found.get("labelled") or 0, 1):
         findings.problems.append(
             f"{candidate.name}: top-1 falls from {found['before']:.2%} to {found['after']:.2%}, and of the labelled "
             f"samples only {found.get('undecided', 0)} are so close to a tie that noise decides them"

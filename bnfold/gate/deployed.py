@@ -16,11 +16,11 @@ from bnfold.evaluate.subject import Run
 from bnfold.gate.by_operator import Asked, alone, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
-from bnfold.gate.evidence import Row
+from bnfold.gate.evidence import Row, seen_error
 from bnfold.gate.judge import CERTAIN, Case, Judge
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
-from bnfold.gate.outside import SLACK, seen_error
+from bnfold.gate.outside import SLACK
 from bnfold.runtime.model_file import read_model
 
 #: Elements of intermediate values that are held at a time.

@@ -216,6 +216,12 @@ class Draws:
         return torch.stack(same).sum(0).div(max(self.count, 1)).sqrt()
 
 
+def seen_error(given: Tensor, truth: Tensor) -> Tensor:
+    """What a run that was seen once, and is right, is off by where a channel's elements are about as large."""
+    off = (given.double() - truth).nan_to_num(0.0, 0.0, 0.0)
+    return pooled(off, truth.nan_to_num(0.0, 0.0, 0.0).abs())
+
+
 def specials(given: Tensor, truth: Tensor) -> str | None:
     """How the places and kinds of NaN and the infinities differ, in words; None where they are the same."""
     bad = ~given.isfinite() & truth.isfinite()

@@ -41,7 +41,7 @@ from bnfold.gate.devices import judge_device
 from bnfold.gate.effort import has_summaries, operations, threads_that_pay
 from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
-from bnfold.gate.judge import Case, Judge, run_cases
+from bnfold.gate.judge import Case, Judge, overflow, run_cases
 from bnfold.gate.matching import Match, match
 from bnfold.gate.models import Findings, Model, Progress, batched, reads_inputs
 from bnfold.gate.outside import judge_outside, judge_twice
@@ -165,8 +165,9 @@ class Gate:
             judge_outside(judge, candidate)
             if isinstance(candidate, RunnerCandidate):
                 judge_twice(judge, candidate)
-                engines.append(self._engine(candidate.setting, candidate.name))
             judge.report(candidate.name, unread=self._hidden)
+            if isinstance(candidate, RunnerCandidate):
+                engines.append(self._engine(candidate.setting, candidate.name))
         accuracy = None
         if self.data and (last := self._deployed()) is not None:
             accuracy = judge_accuracy(
@@ -307,7 +308,8 @@ class Gate:
         """The largest ratio on inputs that were searched for."""
         names = {batch.origin for batch in found.batches}
         judge = self._judged
-        if any(case.endswith(tuple(names)) for _, case in judge.said) and names:
+        over = any(c.batch.origin in names and overflow(c.own, c.truth.outputs) is not None for c in judge.cases)
+        if over or (names and any(case.endswith(tuple(names)) for _, case in judge.said)):
             return math.inf
         return max((row.ratio for row in judge.table.rows if names and row.case.endswith(tuple(names))), default=0.0)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.decisions import NEAR
-from bnfold.gate.evidence import ELEMENT, TINY, Draws, Row, Source, Table, compare, specials, unit_roundoff
+from bnfold.gate.evidence import ELEMENT, TINY, Draws, Row, Source, Table, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.models import Findings, Reference, as_tensor, batched, first_line, numbers, words
 from bnfold.gate.samples import Batch
 from bnfold.report import OutputResult
@@ -135,12 +135,20 @@ class Judge:
             (truth.outputs, lambda seed: reference.run(batch, follow=decided, seed=seed).outputs),
             (run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs),
         ]
-        case.draws = Draws(sources)
+        case.draws = draws = Draws(sources)
+
+        def noise(i: int) -> Tensor:
+            found = draws.noise(i)
+            if "adversarial" not in batch.origin or case.own[i].shape != found.shape:
+                return found
+            # Searched for what differs most: of all ways to round, the one that was taken is the worst there.
+            return torch.hypot(found, seen_error(case.own[i], truth.outputs[i]))
+
         rows: list[Row] = []
         misfit = 0.0
         for count in DRAWS:
             case.draws.more(count)
-            rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, case.draws.noise)
+            rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise)
             if misfit <= 1 or (count > 1 and misfit > CERTAIN):
                 break
         return rows, misfit
@@ -249,9 +257,9 @@ class Judge:
         found = []
         for output in dict.fromkeys(row.value for row in self.table.of(witness)):
             rows = self.table.of(witness, output)
-            middle = [sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error")]
+            noise, error = (sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error"))
             ratio, worst = (max(getattr(row, key) for row in rows) for key in ("ratio", "worst"))
-            found.append(OutputResult(witness, output, *middle, ratio, worst, sum(row.samples for row in rows)))
+            found.append(OutputResult(witness, output, noise, error, ratio, worst, sum(row.samples for row in rows)))
         return found
 
     def wild(self, witness: str) -> None:
@@ -346,14 +354,20 @@ def _listed(cases: Sequence[str], most: int = 3) -> str:
     return "; ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def overflow(own: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
+    """How a run in the model's own dtype is NaN or infinite otherwise than the truth, in words; None: it is not."""
+    found = (specials(v, true) for v, true in zip(own, truth) if v.is_floating_point() and v.shape == true.shape)
+    return next((said for said in found if said is not None), None)
+
+
 def run_cases(
     reference: Reference, batches: Sequence[Batch], findings: Findings, progress: Callable[[str, int, int], None],
     accept: Callable[[Batch, list[Tensor] | Exception, Run | None], bool] | None = None,
 ) -> tuple[list[Case], str]:  # fmt: skip
     """The cases that the reference runs on, and why the last of the others was dropped.
 
-    Inputs of the gate's own making on which the model itself overflows are dropped and told; not those that were
-    searched for, which is asked for to see that.
+    Inputs of the gate's own making on which the model itself overflows are dropped and told. Those that were searched
+    for are a problem: that is what the search is asked for.
     """
     cases: list[Case] = []
     reason = ""
@@ -378,11 +392,10 @@ def run_cases(
             continue
         if isinstance(own, Exception) or truth is None:
             continue
-        made = bool(batch.origin) and "adversarial" not in batch.origin  # what was searched for is to be seen
-        if (made or accept is None) and any(
-            value.is_floating_point() and value.shape == true.shape and specials(value, true) is not None
-            for value, true in zip(own, truth.outputs)
-        ):
+        over = overflow(own, truth.outputs)
+        if over is not None and "adversarial" in batch.origin:
+            findings.problems.append(f"in its own dtype the model itself overflows at {words(batch)}: {over}")
+        elif over is not None and (batch.origin or accept is None):
             findings.notes.append(f"the model itself overflows at {words(batch)}: not judged there")
             continue
         cases.append(Case(batch, truth, own, words=words(batch)))

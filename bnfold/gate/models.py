@@ -50,13 +50,21 @@ class Findings:
 class Reference(Protocol):
     """What a file claims to equal."""
 
-    outputs: Sequence[str]
-    #: Unit roundoff of every output that holds floats, by its name.
-    units: Mapping[str, float]
-    #: The finest dtype that a constant is stored in, as its epsilon: what rounds more coarsely has lost something.
-    epsilon: float
-    #: The values that hold decisions on floats.
-    decisions: Sequence[str]
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Their names."""
+
+    @property
+    def units(self) -> Mapping[str, float]:
+        """Unit roundoff of every output that holds floats, by its name."""
+
+    @property
+    def epsilon(self) -> float:
+        """Of the finest dtype that a constant is stored in: what rounds more coarsely has lost something."""
+
+    @property
+    def decisions(self) -> Sequence[str]:
+        """The values that hold decisions on floats."""
 
     def run(
         self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
@@ -150,7 +158,11 @@ class Model(Program64):
         self.decisions = [place.value for place in self.places]
         held = [*captured.program.state_dict.values(), *captured.program.constants.values()]
         floats = [x.dtype for x in held if isinstance(x, Tensor) and x.is_floating_point()]
-        self.epsilon = min((2 * unit_roundoff(d) for d in floats), default=coarsest_epsilon(captured.program))
+        finest = min((2 * unit_roundoff(d) for d in floats), default=coarsest_epsilon(captured.program))
+        # Where autocast rounds constants, as a model of its own accord does, a file holds them rounded.
+        regions = (n.args for n in captured.program.graph.nodes if "wrap_with_autocast" in str(n.target))
+        dtypes = [args[1] for args in regions if args[2] and isinstance(args[1], torch.dtype)]
+        self.epsilon = max([finest, *(2 * unit_roundoff(dtype) for dtype in dtypes)])
         self.units: dict[str, float] = {}
         self._runs: dict[tuple[int, str], bool] = {}
         self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None

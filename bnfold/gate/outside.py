@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnfold.gate.candidates import Candidate
-from bnfold.gate.evidence import Draws, Row, compare, pooled, specials, unit_roundoff
+from bnfold.gate.evidence import Draws, Row, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.judge import CERTAIN, Case, Judge
 from bnfold.gate.models import batched, first_line, numbers
 from bnfold.gate.runners import RunnerCandidate
@@ -50,13 +50,8 @@ def _judged(judge: Judge, candidate: Candidate, case: Case, outputs: Sequence[An
 
 def own_error(case: Case, index: int) -> Tensor:
     """How far the model itself is off in its own dtype."""
-    return (case.own[index].double() - case.truth.outputs[index]).nan_to_num(0.0, 0.0, 0.0)
-
-
-def seen_error(given: Tensor, truth: Tensor) -> Tensor:
-    """What a run that was seen once, and is right, is off by where a channel's elements are about as large."""
-    off = (given.double() - truth).nan_to_num(0.0, 0.0, 0.0)
-    return pooled(off, truth.nan_to_num(0.0, 0.0, 0.0).abs())
+    found: Tensor = case.own[index].double() - case.truth.outputs[index]
+    return found.nan_to_num(0.0, 0.0, 0.0)
 
 
 def judge_twice(judge: Judge, candidate: RunnerCandidate) -> None:

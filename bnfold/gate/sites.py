@@ -52,8 +52,8 @@ def judge_sites(
     results += _judged(judge, claim, {own: (name, meant[name]) for name, own in mine.items()}, modules)
     if rest and folded is not None and isinstance(claim, FileClaim):
         program = ProgramClaim(folded)
-        own = {name: (name, meant[name]) for name in rest if program.called(name)}
-        results += _judged(judge, program, own, modules)
+        there = {name: (name, meant[name]) for name in rest if program.called(name)}
+        results += _judged(judge, program, there, modules)
     order = {name: i for i, name in enumerate(sites)}
     return sorted(results, key=lambda site: order[site.value])
 
