@@ -28,6 +28,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
+#: How rows of a table begin, which are no Python by themselves.
+ROWS = ("*", '"')
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -136,7 +138,7 @@ def test_python_on_the_pages_runs(place: Path, monkeypatch: pytest.MonkeyPatch) 
             "onnx_gate": gate,
         }  # fmt: skip
         for _, title, text in blocks(page, "python"):
-            if title or text.lstrip().startswith("*"):  # a file, or a row of a table
+            if title or text.lstrip().startswith(ROWS):  # a file, or a row of a table
                 continue
             exec(compile(text, str(page), "exec"), own)
             for test in [value for name, value in own.items() if name.startswith("test_")]:
@@ -161,7 +163,7 @@ def test_commands_that_are_not_run_are_commands(page: Path) -> None:
             given = {word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word)}
             assert given <= known, (page, name, given - known)
     for kind, _, text in blocks(page, "python"):
-        assert kind and (text.lstrip().startswith("*") or ast.parse(text))
+        assert kind and (text.lstrip().startswith(ROWS) or ast.parse(text))
 
 
 def test_the_comparison_sees_another_word() -> None:

@@ -2,7 +2,7 @@
 
 How far follows from the gate's own limits and from what is undecided in the data; there is nothing to choose:
 
-- **Ratios.** A correct file has a ratio of about 1, and the gate fails it beyond its limit (4 at the outputs, 16 at the
+- **Ratios.** A correct file has a ratio of about 1, and the gate fails it beyond its limit (4 at the outputs, 6 at the
   fold sites). Between 1 and the limit, chance moves it: other inputs, another processor or thread count, another
   version of the runtime. The square root of the limit, halfway from 1 to the limit as factors go, is allowed over the
   baseline or 1, whichever is more: a factor of 2 and 4. Eight correct nets, each with 12 seeds of inputs, moved by 1.43

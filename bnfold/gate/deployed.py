@@ -17,7 +17,7 @@ from bnfold.gate.by_operator import Asked, alone, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
 from bnfold.gate.evidence import Row, seen_error
-from bnfold.gate.judge import CERTAIN, Case, Judge
+from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outside import SLACK
@@ -273,7 +273,7 @@ class Sessions:
 
     def _failures(self, name: str, failed: dict[str, list[str]]) -> None:
         for reason, at in failed.items():
-            self.judge.findings.problems.append(f"{name}: fails at {'; '.join(at)}: {reason}")
+            self.judge.findings.problems.append(f"{name}: fails at {listed(at)}: {reason}")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -14,7 +14,7 @@ from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.decisions import NEAR
 from bnfold.gate.evidence import ELEMENT, TINY, Draws, Row, Source, Table, compare, seen_error, specials, unit_roundoff
-from bnfold.gate.models import Findings, Reference, as_tensor, batched, first_line, numbers, words
+from bnfold.gate.models import Findings, Reference, as_tensor, batched, first_line, kind_of, numbers, words
 from bnfold.gate.samples import Batch
 from bnfold.report import OutputResult
 
@@ -220,14 +220,16 @@ class Judge:
     def report(self, witness: str, *, unread: Callable[[str], int] = lambda name: 0, hint: str = "") -> None:
         """Adds what speaks against a witness: one line per output and kind of fault, on all inputs together."""
         found, problems = self.findings, list[tuple[str, str]]()
-        by_text: dict[tuple[str, str], list[str]] = {}
+        kinds: dict[tuple[str, str], tuple[str, list[str]]] = {}
         for (name, case), said in self.said.items():
             for output, texts in said.items() if name == witness else ():
-                for text in texts:
-                    by_text.setdefault((output, text), []).append(case)
-        for (output, text), at in by_text.items():
+                for text in texts:  # sizes and counts differ from input to input, the cause does not
+                    _, at = kinds.setdefault((output, kind_of(text)), (text, []))
+                    at.append(case)
+        for (output, _), (text, at) in kinds.items():
             where = f"{witness}, output '{output}'" if output else witness
-            problems.append((output, f"{where}: {text} at {_listed(at)}"))
+            more = f", and the like at {listed(at[1:])}" if at[1:] else ""
+            problems.append((output, f"{where}: {text} at {at[0]}{more}"))
         for output in dict.fromkeys(row.value for row in self.table.of(witness)):
             rows = self.table.of(witness, output)
             off = [row for row in rows if not row.misfit(self.limit) <= 1]
@@ -246,7 +248,7 @@ class Judge:
 
     def _words(self, off: Sequence[Row], of: int) -> str:
         worst = max(off, key=lambda row: row.misfit(self.limit))
-        cases = _listed([row.case for row in off]) if len(off) < of else f"all {of} inputs"
+        cases = listed([row.case for row in off]) if len(off) < of else f"all {of} inputs"
         text = f"error is {worst.ratio:.3g} times the noise (limit {self.limit:g}) at {cases}"
         if not worst.element:
             return text
@@ -349,7 +351,8 @@ def _half(own: Tensor, value: Tensor) -> bool:
     return own.dtype in (torch.bfloat16, torch.float16) and value.dtype == torch.float32
 
 
-def _listed(cases: Sequence[str], most: int = 3) -> str:
+def listed(cases: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
     names = list(dict.fromkeys(cases))
     return "; ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,10 +42,18 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def once(self) -> None:
-        """Drops what is said twice."""
-        self.problems, self.doubts, self.notes = (
-            list(dict.fromkeys(x)) for x in (self.problems, self.doubts, self.notes)
-        )
+        """Drops what is said twice; of problems and doubts that differ in numbers alone the first stays."""
+        self.notes = list(dict.fromkeys(self.notes))
+        for texts in (self.problems, self.doubts):
+            kinds: dict[str, list[str]] = {}
+            for text in dict.fromkeys(texts):
+                kinds.setdefault(kind_of(text), []).append(text)
+            texts[:] = [t[0] + (f" (and {len(t) - 1} more like it)" if t[1:] else "") for t in kinds.values()]
+
+
+def kind_of(text: str) -> str:
+    """A text without its numbers, save for those in names."""
+    return re.sub(r"(?<!\w)('[^']*')|(?<![\w.])\d[\d.e+-]*", lambda found: found[1] or "#", text)
 
 
 class Reference(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnfold.gate.candidates import Candidate
 from bnfold.gate.evidence import Draws, Row, compare, seen_error, specials, unit_roundoff
-from bnfold.gate.judge import CERTAIN, Case, Judge
+from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import batched, first_line, numbers
 from bnfold.gate.runners import RunnerCandidate
 
@@ -29,7 +29,7 @@ def judge_outside(judge: Judge, candidate: Candidate) -> None:
             continue
         judge.table.rows += _judged(judge, candidate, case, outputs)
     for reason, at in failed.items():
-        judge.findings.problems.append(f"{candidate.name}: fails at {'; '.join(at)}: {reason}")
+        judge.findings.problems.append(f"{candidate.name}: fails at {listed(at)}: {reason}")
 
 
 def _judged(judge: Judge, candidate: Candidate, case: Case, outputs: Sequence[Any]) -> list[Row]:

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
 from bnfold.gate.claims import FileClaim, ProgramClaim
-from bnfold.gate.evidence import Draws, Row, compare, specials
-from bnfold.gate.judge import CERTAIN, DRAWS, Case, Judge
+from bnfold.gate.evidence import ELEMENT, Draws, Row, compare, specials
+from bnfold.gate.judge import CERTAIN, DRAWS, Case, Judge, listed
 from bnfold.gate.models import batched, first_line
 from bnfold.report import Ledger, SiteResult
 
@@ -62,6 +62,7 @@ def _judged(
     judge: Judge, claim: FileClaim | ProgramClaim, pairs: Mapping[str, tuple[str, Meaning]], modules: Mapping[str, str]
 ) -> list[SiteResult]:
     results: list[SiteResult] = []
+    wrong, first = list[str](), ""
     if not pairs:
         return results
     case = _case(judge, len(pairs))
@@ -75,8 +76,14 @@ def _judged(
         judge.table.rows.append(row)
         results.append(SiteResult(claim.name, name, modules[name], row.ratio, row.worst))
         if not row.misfit(judge.limit) <= 1:
-            off = f"error is {max(row.ratio, row.worst):.3g} times the noise (limit {judge.limit:g})"
-            judge.findings.problems.append(f"{claim.name}, fold of '{modules[name]}': {off}")
+            whole = not row.ratio <= judge.limit
+            found, limit = (row.ratio, judge.limit) if whole else (row.worst, ELEMENT * judge.limit)
+            off = f"error is {found:.3g} times the noise{'' if whole else ' at one element'} (limit {limit:g})"
+            wrong.append(off if not wrong else f"'{modules[name]}'")
+            first = first or modules[name]
+    if wrong:  # what comes after the first is mostly its error passed on
+        more = f"; off as well: {listed(wrong[1:])}" if wrong[1:] else ""
+        judge.findings.problems.append(f"{claim.name}, fold of '{first}': {wrong[0]}{more}")
     return results
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bnfold.report import CheckReport, ExportReport, LayerRange, OutputResult
+from bnfold.report import CheckReport, ExportReport, LayerRange, OutputResult, SiteResult
 from bnfold.report.ranges import SPREAD_LIMIT
 
 
@@ -21,9 +21,14 @@ def judged(output: OutputResult, check: CheckReport) -> str:
     return check.verdict if check.verdict != "fail" or problem_of(output, check) else "pass"
 
 
+def site_is_right(site: SiteResult, check: CheckReport) -> bool:
+    """Whether a fold site is within both limits."""
+    return site.ratio <= check.limit and site.channel_ratio <= check.site_limit
+
+
 def problem_of(output: OutputResult, check: CheckReport) -> str | None:
     """The first of the problems that names an output of a candidate."""
-    where = f"{output.candidate.removesuffix(' in float64')}, output '{output.output}'"
+    where = f"{output.candidate}, output '{output.output}'"
     return next((problem for problem in check.problems if problem.startswith(where)), None)
 
 
@@ -82,7 +87,7 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
 def _accuracy_alone(check: CheckReport) -> bool:
     """Whether every value is right and only what was counted on the data is worse: no module is at fault then."""
     numbers = [o.ratio <= check.limit for o in check.outputs]
-    numbers += [max(s.ratio, s.channel_ratio) <= check.site_limit for s in check.sites]
+    numbers += [site_is_right(site, check) for site in check.sites]
     worse = check.accuracy is not None and check.accuracy.far_flips > 0
     worse |= check.baseline is not None and bool(check.baseline.regressed)
     return check.verdict == "fail" and worse and all(numbers) and not any(e.verdict == "fail" for e in check.engines)

@@ -10,7 +10,7 @@ from itertools import starmap
 from typing import Literal
 
 from bnfold.render import words
-from bnfold.render.advice import judged, next_steps, problem_of
+from bnfold.render.advice import judged, next_steps, problem_of, site_is_right
 from bnfold.render.fleet import fleet_cases
 from bnfold.render.health_files import junit_cases, plan_of
 from bnfold.report import (
@@ -72,9 +72,9 @@ def _judged(root: ET.Element, check: CheckReport, advice: str) -> None:
     for candidate in dict.fromkeys(s.candidate for s in check.sites):
         cases = []
         for s in (s for s in check.sites if s.candidate == candidate):
-            ratio = max(s.ratio, s.channel_ratio)
-            what = f"fold of '{s.module or s.value}', {candidate}: {_ratio(ratio, check.site_limit)}"
-            good = ratio <= check.site_limit
+            whole = s.ratio <= check.limit  # what is left is its worst element
+            ratio = _ratio(s.channel_ratio, check.site_limit) if whole else _ratio(s.ratio, check.limit)
+            what, good = f"fold of '{s.module or s.value}', {candidate}: {ratio}", site_is_right(s, check)
             cases.append(_case(f"{s.module} ({s.value})", "pass" if good else "fail", what, what + advice))
         _suite(root, f"fold sites: {candidate}", cases)
     if check.accuracy is not None:

@@ -16,6 +16,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import ProviderError, printable
+from bnfold.render.advice import site_is_right
 from bnfold.report import CheckReport, LatencyReport, LayerRange
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def site_plot(check: CheckReport) -> str:
         worst[site.value] = max(worst.get(site.value, 0.0), _sized(max(site.ratio, site.channel_ratio)))
     rows = _standing_out(list(worst), [worst[value] for value in worst])
     names = {site.value: site.module for site in check.sites}
+    wrong = {site.value for site in check.sites if not site_is_right(site, check)}
     marks = dict(zip(dict.fromkeys(site.candidate for site in check.sites), ("o", "s", "D", "^")))
     finite = [ratio for ratio in worst.values() if ratio < math.inf]
     low, high = 0.05, 2 * max([*finite, check.site_limit])
@@ -85,8 +87,8 @@ def site_plot(check: CheckReport) -> str:
         axes.set_xlabel(f"error over noise (dashed: the limit, {check.site_limit:g})", loc="right")
 
     return _svg(
-        "sites", "Error at every fold site in multiples of the unfolded model's own", draw,
-        [names[value] or value for value in rows], bad=[worst[v] > check.site_limit for v in rows], legend=True,
+        "sites", "Error at every fold site in multiples of the noise", draw,
+        [names[value] or value for value in rows], bad=[v in wrong for v in rows], legend=True,
     )  # fmt: skip
 
 
@@ -260,8 +262,8 @@ def _svg(
             if names is not None:
                 panels[0].set_yticks(range(len(labels)), list(labels), fontsize=8.5)
             if legend:
-                figure.legend(loc="upper left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7.5, handletextpad=0.2,
-                              columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+                figure.legend(loc="upper left", bbox_to_anchor=(0, 1), ncols=2 if kind == "narrow" else 3,
+                              fontsize=7.5, handletextpad=0.2, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
             written = io.StringIO()
             figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         drawn.append(f'<div class="{kind}">{at_home(written.getvalue(), f"{name}-{kind}", title)}</div>')

@@ -12,7 +12,7 @@ from statistics import median, quantiles
 from bnfold._version import __version__
 from bnfold.render import words
 from bnfold.render.accuracy import chance
-from bnfold.render.advice import int8_warnings, judged, next_steps
+from bnfold.render.advice import int8_warnings, judged, next_steps, site_is_right
 from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
 from bnfold.render.plots import ROWS, NormRow, histogram_plot, norm_plot, site_plot, weight_plot
 from bnfold.render.tables import Section, Table, label, of_result, section, table
@@ -150,15 +150,15 @@ def site_sections(check: CheckReport | None) -> Iterator[Section]:
     if check is None or not check.sites:
         return
     rows = [
-        (s.module or s.value, _verdict("pass" if max(s.ratio, s.channel_ratio) <= check.site_limit else "fail"),
+        (s.module or s.value, _verdict("pass" if site_is_right(s, check) else "fail"),
          words.number(s.ratio), words.number(s.channel_ratio), s.candidate)
         for s in check.sites
     ]  # fmt: skip
-    text = "At every fold and merge the folded value against the value it replaces, over all and for the worst channel."
+    text = "At every fold and merge the folded value against the value it replaces, over all and for the worst element."
     yield section(
         "sites", "Error per layer against the noise", ("text", text + _capped(len({s.value for s in check.sites}))),
         ("plot", site_plot(check)),
-        ("table", Table("Fold sites", ("module", "verdict", "ratio", "worst channel", "candidate"), rows)),
+        ("table", Table("Fold sites", ("module", "verdict", "ratio", "worst element", "candidate"), rows)),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One fold site: the ratio of its error to the unfolded model's, over all and for the worst channel."""
+    """One fold site: the RMS of its error over the noise, and that of the worst element."""
 
     candidate: str
     value: str
@@ -101,7 +101,7 @@ class CheckReport:
     notes: tuple[str, ...] = ()
     accuracy: Accuracy | None = None
     limit: float = 4.0
-    site_limit: float = 16.0
+    site_limit: float = 6.0
     source: dict[str, Any] = field(default_factory=dict)
     file: str | None = None
     placement: Placement | None = None
