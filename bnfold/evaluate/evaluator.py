@@ -58,6 +58,7 @@ class _Watch:
     decide: bool = False
     jitter: tuple[float | None, int] | None = None
     shapes: dict[str, tuple[int, ...]] | None = None
+    rounds: Collection[str] = ()
     kept: dict[str, Array] = field(default_factory=dict)
     decided: dict[str, Array] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
@@ -72,6 +73,7 @@ class File64:
         weights: its initializers, where they have been read already.
 
     Attributes:
+        rounds: names of dtypes to which casts round; to all others they let a float64 be.
         inputs: those that a run needs; an initializer that is an input as well has its own value unless one is given.
         outputs: in the file's order.
 
@@ -88,6 +90,7 @@ class File64:
         weights: Mapping[str, Weight] | None = None,
     ) -> None:
         self.name = "the file in float64"
+        self.rounds: Collection[str] = ()
         self._where = "the model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
         if not isinstance(model, onnx.ModelProto):
             path, beside = Path(model), Path(model).parent
@@ -127,7 +130,7 @@ class File64:
         """
         if missing := [value.name for value in self.inputs if value.name not in inputs]:
             raise InputError(f"nothing is given for input {', '.join(missing)}", where=self._where)
-        watch = _Watch(set(keep), follow or {}, decide, jitter)
+        watch = _Watch(set(keep), follow or {}, decide, jitter, rounds=self.rounds)
         with np.errstate(all="ignore"), torch.no_grad():
             outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
         return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns))
@@ -136,6 +139,12 @@ class File64:
         """The epsilon of the finest dtype that an initializer is stored in; that of float32 where there is none."""
         dtypes = [weight.dtype for weight in self.weights().values()]
         return min((_EPSILONS[dtype] for dtype in dtypes if dtype in _EPSILONS), default=_EPSILONS["float32"])
+
+    def halves(self) -> set[str]:
+        """The dtypes of half the width that it has values of: as constants, or as what a cast makes."""
+        casts = {getattr(node, "to", None) for node in self._evaluator.rt_nodes_ if node.op_type == "Cast"} - {None}
+        made = {onnx.helper.tensor_dtype_to_np_dtype(to).name for to in casts}
+        return {"float16", "bfloat16"} & (made | {weight.dtype for weight in self.weights().values()})
 
     def weights(self) -> dict[str, Weight]:
         """Its initializers by name."""
@@ -153,6 +162,13 @@ class File64:
             self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
         assert watch.shapes is not None
         return watch.shapes
+
+
+def _rounded(value: Any, to: int, dtypes: Collection[str]) -> Any:
+    """A value as a cast leaves it where that rounds, in float64."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(to)
+    halved = dtype.name in dtypes and isinstance(value, np.ndarray) and value.dtype == np.float64
+    return value.astype(dtype).astype(np.float64) if halved else value
 
 
 class Weight:
@@ -265,6 +281,8 @@ class _Evaluator(ReferenceEvaluator):
                 if watch.jitter
                 else self._compute(node, values, attributes)
             )
+            if watch.rounds and node.op_type == "Cast":
+                results = [_rounded(x, node.to, watch.rounds) for x in results]
             if watch.follow or watch.decide:
                 results = _decided(node, values, results, watch)
             for name, value in zip(node.output, results):

@@ -84,7 +84,8 @@ class Bisector:
             raise InputError(f"the unfolded model runs on none of the inputs made for it: {reason}")
         self._judge = Judge(model, cases, findings, self.limit)
         self._nodes = {node.name: node for node in self.captured.program.graph.nodes}
-        self._claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, None, model.epsilon)
+        self._claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, None, model.epsilon,
+                                model.halves)  # fmt: skip
         self._judge.claim(self._claim)
         if len(self._judge.unrun) == len(cases):
             raise InputError(f"the file does not run: {next(iter(self._judge.unrun.values()))}", where=str(self.path))

@@ -25,6 +25,7 @@ class FileClaim:
         outputs: its outputs that are the model's, in the model's order; None for all as they are.
         names: what the file calls the model's values, where that is known.
         epsilon: of the finest dtype that the model's constants are stored in.
+        halves: the dtypes of half the width that the model computes in; a cast of the file to another one rounds.
 
     Raises:
         MissingOperatorError: it holds an operator that nothing computes in float64.
@@ -32,10 +33,11 @@ class FileClaim:
 
     def __init__(
         self, path: Path, inputs: Sequence[tuple[int, str]], outputs: Sequence[str] | None,
-        names: Mapping[str, str] | None, epsilon: float,
+        names: Mapping[str, str] | None, epsilon: float, halves: Collection[str],
     ) -> None:  # fmt: skip
         self.name, self.file = "the file in float64", File64(path)
         self._inputs, self._outputs, self._names, self._epsilon = inputs, outputs, names or {}, epsilon
+        self.file.rounds = {"float16", "bfloat16"} - set(halves)
         graph = read_model(path).graph
         self.values = {name for node in graph.node for name in node.output if name}
         self.knows = names is not None

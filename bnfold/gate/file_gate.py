@@ -67,7 +67,7 @@ class FileGate:
         names = [value.name for value in reference.inputs]
         inputs = [(i, name) for i, name in enumerate(names)]
         try:
-            claim = FileClaim(self.path, inputs, reference.outputs, {}, reference.epsilon)
+            claim = FileClaim(self.path, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
             self._compare_signatures(reference, claim)
         except MissingOperatorError as error:
             findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")

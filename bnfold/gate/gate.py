@@ -199,7 +199,7 @@ class Gate:
             outputs = self._matched.outputs or [value.name for value in self._probe.outputs]
             names = dict(zip(returned, outputs)) if len(returned) == len(outputs) else {}
             claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, self.file_names or names,
-                              self._model.epsilon)  # fmt: skip
+                              self._model.epsilon, self._model.halves)  # fmt: skip
             claim.knows = self.folded is not None
             return claim
         except MissingOperatorError as error:

@@ -172,6 +172,9 @@ class Model(Program64):
         regions = (n.args for n in captured.program.graph.nodes if "wrap_with_autocast" in str(n.target))
         dtypes = [args[1] for args in regions if args[2] and isinstance(args[1], torch.dtype)]
         self.epsilon = max([finest, *(2 * unit_roundoff(dtype) for dtype in dtypes)])
+        values = (n.meta.get("val") for n in captured.program.graph.nodes)
+        dtypes += [x.dtype for x in values if isinstance(x, Tensor)]
+        self.halves = {str(dtype).removeprefix("torch.") for dtype in dtypes} & {"float16", "bfloat16"}
         self.units: dict[str, float] = {}
         self._runs: dict[tuple[int, str], bool] = {}
         self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None
@@ -297,7 +300,7 @@ class Original:
         floats = {v.name: kinds.get(v.dtype.name, torch.float64) for v in self.file.outputs
                   if v.dtype.kind == "f" or v.dtype.name == "bfloat16"}  # fmt: skip
         self.units = {name: unit_roundoff(dtype) for name, dtype in floats.items()}
-        self.epsilon = self.file.epsilon()
+        self.epsilon, self.halves = self.file.epsilon(), self.file.halves()
         self.decisions: Sequence[str] = ()
         self._session: Any = None
 
