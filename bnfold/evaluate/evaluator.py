@@ -142,7 +142,7 @@ class File64:
 
     def halves(self) -> set[str]:
         """The dtypes of half the width that it has values of: as constants, or as what a cast makes."""
-        casts = {getattr(node, "to", None) for node in self._evaluator.rt_nodes_ if node.op_type == "Cast"} - {None}
+        casts: set[int] = {node.to for node in self._evaluator.rt_nodes_ if node.op_type == "Cast"}
         made = {onnx.helper.tensor_dtype_to_np_dtype(to).name for to in casts}
         return {"float16", "bfloat16"} & (made | {weight.dtype for weight in self.weights().values()})
 
