@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from bnfold.aten.common import OPAQUE, constant_operands, geometry, per_axis
 from bnfold.semantics import (
@@ -195,7 +195,21 @@ def cast(call: Call) -> Semantics:
         return OPAQUE
     wide, narrow = call.graph.dtype(call.value), call.graph.dtype(call[slot])
     exact = torch.promote_types(wide, narrow) == wide
-    return Same(slot, wide != narrow) if exact else OPAQUE
+    return Same(slot, wide != narrow, _size(call) if wide != narrow else None) if exact else OPAQUE
+
+
+def _size(call: Call) -> Tensor | None:
+    """The root mean square of a value per channel, where a BatchNorm reads it and knows: ``sqrt(mean**2 + var)``."""
+    readers = (call.graph.call(reader) for reader in call.graph.readers(call.value) if reader.op == "call_function")
+    norm = next((reader for reader in readers if reader.operator == "aten.batch_norm"), None)
+    if norm is None or norm["input"] is not call.value:
+        return None
+    mean, variance = (
+        norm.constant(name) if norm[name] is not None else None for name in ("running_mean", "running_var")
+    )
+    if mean is None or variance is None:
+        return None
+    return (mean.square() + variance).sqrt().reshape([-1 if axis == 1 else 1 for axis in range(len(call.out_shape))])
 
 
 def same(call: Call) -> Semantics:

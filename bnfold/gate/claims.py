@@ -37,6 +37,7 @@ class FileClaim:
     ) -> None:  # fmt: skip
         self.name, self.file = "the file in float64", File64(path)
         self._inputs, self._outputs, self._names, self._epsilon = inputs, outputs, names or {}, epsilon
+        self._halves = bool(halves)
         self.file.rounds = {"float16", "bfloat16"} - set(halves)
         graph = read_model(path).graph
         self.values = {name for node in graph.node for name in node.output if name}
@@ -59,7 +60,8 @@ class FileClaim:
         seed: int | None = None,
     ) -> Run:  # fmt: skip
         """As ``Claim.run``."""
-        jitter = None if seed is None else (self._epsilon, seed)
+        # A model that computes in halves has values that are no finer: there each constant is drawn by its own dtype.
+        jitter = None if seed is None else (None if self._halves else self._epsilon, seed)
         found = run_file(self.file, self._given(batch), keep, follow=follow, jitter=jitter)
         if self._outputs is None:
             return found

@@ -20,6 +20,8 @@ from bnfold.semantics.system import Ints
 MOST = 1 << 14
 #: Where zeros among more classes than this are made up, no shift passes: it would be another in every window.
 LARGEST = 1 << 19
+#: See ``Same``.
+_LARGEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -125,19 +127,22 @@ def _filled(indices: Ints) -> Ints:
 class Same(Semantics):
     """A movement that leaves every element where it is: dropout in eval mode, clone, contiguous, a widening cast.
 
-    ``widens``: its operand is of a narrower dtype, to which a shift from behind would be rounded.
+    ``widens``: its operand is of a narrower dtype, to which a shift from behind would be rounded. That is noise as the
+    operand has it where the shift is no larger than ``_LARGEST`` times its ``size`` (root mean square, if known).
     """
 
     slot: str
     widens: bool = False
+    size: Tensor | None = None
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """Its operand's."""
         return given[self.slot]
 
     def rounds(self, after: Affine) -> bool:
-        """Whether storing ``after(x)`` in place of its operand x would round a shift: inputs may be ever so small."""
-        return self.widens and bool((after.shift != 0).any())
+        """Whether storing ``after(x)`` in place of its operand x would round a shift that is too large."""
+        usual = 0.0 if self.size is None else float((self.size * after.scale).square().mean().sqrt())
+        return self.widens and float(after.shift.abs().max()) > _LARGEST * usual
 
 
 @dataclass(frozen=True)
