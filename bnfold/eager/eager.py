@@ -15,8 +15,7 @@ from bnfold.eager.blueprint import Blueprint
 from bnfold.eager.expression import Conflicts, Expression, express
 from bnfold.eager.probing import held_in_place
 from bnfold.errors import FoldError, InputError
-from bnfold.gate.gate import LIMIT
-from bnfold.gate.judge import run_cases
+from bnfold.gate.judge import CERTAIN, run_cases
 from bnfold.gate.models import Findings, Model
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import Captured
@@ -159,7 +158,7 @@ def _verify(captured: Captured, written: WrittenBack) -> None:
     model = Model(folded)
     cases, reason = run_cases(
         model, made[:2], findings, lambda stage, done, total: None,
-        lambda batch, own, truth: model.judge_capture(batch, own, truth, findings, LIMIT),
+        lambda batch, own, truth: model.judge_capture(batch, own, truth, findings, CERTAIN),
     )  # fmt: skip
     if not cases and not findings.problems:
         findings.problems.append(f"it runs on no input: {reason}")

@@ -19,7 +19,7 @@ from bnfold.errors import BnfoldError, InputError, LowerError
 from bnfold.evaluate.evaluator import File64
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.decisions import Place, places
-from bnfold.gate.evidence import compare, specials, unit_roundoff
+from bnfold.gate.evidence import compare, seen_error, specials, unit_roundoff
 from bnfold.gate.samples import Batch
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
@@ -242,7 +242,7 @@ class Model(Program64):
             if differs := specials(theirs, mine):
                 return f"{said} other NaNs or infinities than its captured graph: {differs}"
             true = mine.double() if truth is None else truth.outputs[i]
-            noise = (mine.double() - true).abs()
+            noise = seen_error(mine, true)
             ratio, *_ = compare(theirs, mine.double(), noise, unit=unit_roundoff(mine.dtype),
                                        batched=batched(batch, mine))  # fmt: skip
             self.capture_error = max(self.capture_error, ratio)
