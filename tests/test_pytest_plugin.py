@@ -95,7 +95,7 @@ def test_a_suite_from_no_baselines_to_a_regression(suite: pytest.Pytester, monke
     update.assert_outcomes(passed=4, failed=2)
     # What fails is rendered for people, without bnfold's own traceback.
     update.stdout.fnmatch_lines(
-        ["the gate failed: ONNX Runtime*error is*times the noise*", "Checked *", "Verdict  FAIL"]
+        ["the gate failed: the file in float64*error is*times the noise*", "Checked *", "Verdict  FAIL"]
     )
     update.stdout.fnmatch_lines(["RuntimeError: a and b must have same reduction dim*--input*"])
     said = update.stdout.str()
