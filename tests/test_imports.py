@@ -58,7 +58,8 @@ ALLOWED: dict[str, str] = {
     "user_code": "errors",
     "structure": "calibrated_file capture copies errors report weights_file",
     "weights_file": "errors files",
-    "eager": "blueprint capture copies errors expression folding gate graph interpret judge models probing report"
+    "eager": "blueprint candidates capture copies errors expression folding gate graph interpret judge models outside"
+    " probing report"
     " samples structure",
     "probing": "capture copies report structure",
     "expression": "aten blueprint graph plan report semantics",

@@ -15,8 +15,11 @@ from bnfold.eager.blueprint import Blueprint
 from bnfold.eager.expression import Conflicts, Expression, express
 from bnfold.eager.probing import held_in_place
 from bnfold.errors import FoldError, InputError
-from bnfold.gate.judge import CERTAIN, run_cases
+from bnfold.gate.candidates import EagerCandidate
+from bnfold.gate.gate import LIMIT
+from bnfold.gate.judge import Judge, run_cases
 from bnfold.gate.models import Findings, Model
+from bnfold.gate.outside import judge_outside
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import Captured
 from bnfold.graph.copies import copied, eval_copy
@@ -58,7 +61,7 @@ def write_back(captured: Captured, model: nn.Module | ExportedProgram) -> Writte
 
     Raises:
         InputError: ``model`` is a program, which has no class, or is not what was captured.
-        FoldError: the copy does not compute what the folded program does.
+        FoldError: the copy does not compute what the model does.
     """
     if isinstance(model, ExportedProgram) or captured.eager is None:
         hint = "Give the module that it was exported from, or fold to .pt2"
@@ -74,7 +77,7 @@ def write_back(captured: Captured, model: nn.Module | ExportedProgram) -> Writte
     _fill(modules, expression.tensors)
     changes = (*expression.changes, *_statistics(written))
     result = WrittenBack(written, replace(ledger, changes=changes), program)
-    _verify(captured, result)
+    _verify(captured, written)
     return result
 
 
@@ -150,21 +153,20 @@ def _fill(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> No
         getattr(modules[owner], own_name).copy_(value)
 
 
-def _verify(captured: Captured, written: WrittenBack) -> None:
-    """Raises FoldError unless the written module computes what the folded program does: it holds the same numbers."""
-    folded = replace(captured, program=written.program, eager=written.module, masters=None)
+def _verify(captured: Captured, written: nn.Module) -> None:
+    """Raises FoldError unless the written module computes what the unfolded model does."""
     made = batches(captured.program, captured.names, captured.flat, sizes=captured.sizes)
-    findings = Findings()
-    model = Model(folded)
-    cases, reason = run_cases(
-        model, made[:2], findings, lambda stage, done, total: None,
-        lambda batch, own, truth: model.judge_capture(batch, own, truth, findings, CERTAIN),
-    )  # fmt: skip
-    if not cases and not findings.problems:
+    model, findings = Model(captured), Findings()
+    cases, reason = run_cases(model, made[:2], findings, lambda stage, done, total: None)
+    if cases:
+        judge, candidate = Judge(model, cases, findings, LIMIT), EagerCandidate("it", replace(captured, eager=written))
+        judge_outside(judge, candidate)
+        judge.report(candidate.name)
+    else:
         findings.problems.append(f"it runs on no input: {reason}")
     if findings.problems:
         raise FoldError(
-            f"the fold does not hold in the model's class: {findings.problems[0].removeprefix('capture: ')}",
-            where=type(written.module).__name__,
+            f"the fold does not hold in the model's class: {findings.problems[0]}",
+            where=type(written).__name__,
             hint="Fold to .pt2 instead, and please report this model",
         )
