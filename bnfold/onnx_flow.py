@@ -25,6 +25,7 @@ from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
 from bnfold.stages import (
+    committed,
     compared,
     expect,
     file_metadata,
@@ -122,20 +123,13 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
         report = ExportReport(
             facts, folded.ledger, verdict, None, folded.operators, clock.spent, kind="export", graph=folded.graph
         )
-        if options.dry_run:
-            return report
-        if verdict is None or verdict.passed:
-            staging.commit(staging.path.name, file.data)
-            keep_baseline(verdict, options)
-            return replace(report, file=replace(file, path=str(path)))
-        if options.keep_failed:
-            name = f"{path.stem}.failed{path.suffix}"
+
+        def failed(said: str) -> FileReport:
             for entry in folded.model.metadata_props:
-                entry.value = verdict.verdict if entry.key == "bnfold.verdict" else entry.value
-            file = _write(source, folded.model, target, staging, options.external_data)
-            staging.commit(staging.path.name, file.data, name=name)
-            return replace(report, file=replace(file, path=str(path.with_name(name))))
-    return report
+                entry.value = said if entry.key == "bnfold.verdict" else entry.value
+            return _write(source, folded.model, target, staging, options.external_data)
+
+        return committed(report, file, staging, options, failed)
 
 
 def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:

@@ -35,6 +35,7 @@ from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import (
     capture_model,
+    committed,
     compared,
     expect,
     fold_captured,
@@ -151,18 +152,9 @@ def export(
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
         report = make_report("export", model, options, folded, verdict, clock)
-        if options.dry_run:
-            return report
-        if verdict is None or verdict.passed:
-            staging.commit(staging.path.name, file.data)
-            keep_baseline(verdict, options)
-            return replace(report, file=replace(file, path=str(path)))
-        if options.keep_failed:
-            name = f"{path.stem}.failed{path.suffix}"
-            file = write_failed(lowered, verdict.verdict, staging, options.external_data)
-            staging.commit(staging.path.name, file.data, name=name)
-            return replace(report, file=replace(file, path=str(path.with_name(name))))
-    return report
+        return committed(
+            report, file, staging, options, lambda said: write_failed(lowered, said, staging, options.external_data)
+        )
 
 
 @unended()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -240,6 +240,32 @@ def write_failed(lowered: Lowered, verdict: str, staging: store.Staging, externa
     """Writes the file anew with the verdict that it got, for a file that is kept all the same."""
     lowered.model.metadata_props["bnfold.verdict"] = verdict
     return write_file(lowered, staging, external)
+
+
+def committed(
+    report: ExportReport,
+    file: FileReport,
+    staging: store.Staging,
+    options: Options,
+    failed: Callable[[str], FileReport],
+) -> ExportReport:
+    """The report of what is there at last: the staged file where it passed, and one that failed where it is kept.
+
+    ``failed`` writes the file anew, with the verdict that it got.
+    """
+    verdict, path = report.check, staging.asked
+    if options.dry_run:
+        return report
+    if verdict is None or verdict.passed:
+        staging.commit(staging.path.name, file.data)
+        keep_baseline(verdict, options)
+        return replace(report, file=replace(file, path=str(path)))
+    if options.keep_failed:
+        name = f"{path.stem}.failed{path.suffix}"
+        file = failed(verdict.verdict)
+        staging.commit(staging.path.name, file.data, name=name)
+        return replace(report, file=replace(file, path=str(path.with_name(name))))
+    return report
 
 
 def sha256_of(path: Path) -> str:

@@ -26,26 +26,24 @@ def _static(file: File, rank: int) -> list[str]:
 
 def one_element(file: File, rng: Generator) -> str | None:
     """One element of a value, in every sample."""
-    if not (names := _static(file, 2)):
-        return None
-    name = names[rng.integers(len(names))]
-    factor = np.ones(file.values[name].shape[1:])
-    place, size = rng.integers(factor.size), small(rng)
-    factor.flat[place] = size
-    _times(file, name, factor)
-    return f"element {place} of {name} times {size:.6g}"
+    return _one_place(file, rng, 1, "element")
 
 
 def one_pixel(file: File, rng: Generator) -> str | None:
     """One pixel of a map, in all of its channels."""
-    if not (names := _static(file, 4)):
+    return _one_place(file, rng, 2, "pixel")
+
+
+def _one_place(file: File, rng: Generator, axis: int, kind: str) -> str | None:
+    """One place along ``axis`` and those behind it."""
+    if not (names := _static(file, 2 * axis)):
         return None
     name = names[rng.integers(len(names))]
-    factor = np.ones(file.values[name].shape[2:])
+    factor = np.ones(file.values[name].shape[axis:])
     place, size = rng.integers(factor.size), small(rng)
     factor.flat[place] = size
     _times(file, name, factor)
-    return f"pixel {place} of {name} times {size:.6g}"
+    return f"{kind} {place} of {name} times {size:.6g}"
 
 
 def one_channel(file: File, rng: Generator) -> str | None:

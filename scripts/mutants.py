@@ -40,8 +40,6 @@ from bnfold.report import Ledger
 #: Effects from which a mutant counts, and below which it is the right file.
 COUNTS, EQUAL = 10.0, 1.0
 DRAWS, MANY, ROUNDS = 6, 40, 6
-#: Every constant is disturbed by half an epsilon of its own dtype.
-OWN: Any = None if hasattr(File64, "epsilon") else 0.0
 Row = dict[str, Any]
 
 
@@ -58,7 +56,7 @@ class Oracle:
         if (i, draws) not in self._known:
             _, fed = self._inputs[i]
             exact = self._file.run(fed).outputs
-            drawn = [self._file.run(fed, jitter=(OWN, seed)).outputs for seed in range(draws)]
+            drawn = [self._file.run(fed, jitter=(None, seed)).outputs for seed in range(draws)]
             noise = [np.sqrt(np.mean([np.square(d[j] - y) for d in drawn], 0)) for j, y in enumerate(exact)]
             self._known[i, draws] = list(exact), [_floored(n, y) for n, y in zip(noise, exact)]
         return self._known[i, draws]
@@ -287,8 +285,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a page that has a place for the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if hasattr(gate, "Model"):
-        gate.Model = remembering(gate.Model)
+    gate.Model = remembering(gate.Model)
     rows = stored(options.results)
     if not options.no_run:
         done = {(r["net"], r["index"]) for r in rows if not (options.again and survived(r))}

@@ -84,3 +84,33 @@ def apart(one: onnx.ModelProto, other: onnx.ModelProto, sizes: tuple[int, ...] =
         for mine, theirs in zip(a.run(feeds).outputs, b.run(feeds).outputs):
             worst = max(worst, float(np.abs(mine - theirs).max() / max(np.abs(mine).max(), 1e-300)))
     return worst
+
+
+# -- damage: what a file with a first node, a first initializer and an operator set may have suffered
+
+
+def cyclic(model: onnx.ModelProto) -> None:
+    model.graph.node[0].input[0] = "y"
+
+
+def missing(model: onnx.ModelProto) -> None:
+    del model.graph.initializer[0]
+
+
+def claimed(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].dims[0] = 25_000_000_000 // 27
+
+
+def negative(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].dims[0] = -4
+
+
+def outside(model: onnx.ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+
+
+def future(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 1000

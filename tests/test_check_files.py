@@ -10,6 +10,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from onnx_nets import claimed, cyclic, future, missing, negative, outside
 
 import bnfold
 from bnfold.cli import cli
@@ -135,33 +136,6 @@ def test_options_of_torch_models_do_not_apply(path: Path, options: list[str]) ->
 
 
 # ---- files that are not what they claim to be ------------------------------------------------------------------------
-
-
-def missing(model: onnx.ModelProto) -> None:
-    del model.graph.initializer[0]
-
-
-def cyclic(model: onnx.ModelProto) -> None:
-    model.graph.node[0].input[0] = "y"
-
-
-def claimed(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].dims[0] = 25_000_000_000 // 27
-
-
-def negative(model: onnx.ModelProto) -> None:
-    model.graph.initializer[0].dims[0] = -4
-
-
-def outside(model: onnx.ModelProto) -> None:
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../../etc/passwd")
-
-
-def future(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 1000
 
 
 def ourselves(model: onnx.ModelProto) -> None:
