@@ -114,6 +114,12 @@ def test_python_takes_them_from_either_too(there: Path) -> None:
         bnfold.export(spec["Net"](), there / "python.onnx")
 
 
+def test_an_empty_file_is_told_as_one_and_not_by_the_inputs_that_it_does_not_name(tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(bnfold.InputError, match="no ONNX file"):
+        bnfold.check(tmp_path / "empty.onnx", nn.Linear(2, 2))
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 

@@ -27,12 +27,15 @@ def read_model(path: Path) -> onnx.ModelProto:
     import onnx
 
     require_file(path)
+    refused = InputError("this is no ONNX file, or a damaged one", where=str(path), hint="Export it again")
     try:
         model = onnx.load_model(path, load_external_data=False)
     except OSError as error:
         raise InputError(f"the file cannot be read ({error.strerror})", where=str(path)) from error
     except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports
-        raise InputError("this is no ONNX file, or a damaged one", where=str(path), hint="Export it again") from error
+        raise refused from error
+    if not model.HasField("graph"):  # an empty file is a message without any field
+        raise refused
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := _misplaced(tensor, path.parent)):
             raise InputError(
