@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_samples import EXPORT, NASTY, real, reports
+from report_samples import CHECK, EXPORT, NASTY, real, reports
 
 from bnfold.render import document, graph, plots
 from bnfold.report import (
@@ -71,6 +71,12 @@ class Page(HTMLParser):
 
 def page(report: Any) -> Page:
     return Page(document(report, ".html"))
+
+
+def test_a_section_is_there_once() -> None:
+    check = replace(CHECK, interface=EXPORT.interface)
+    names = [attributes["aria-labelledby"] for attributes in page(check).all("section")]
+    assert names.count("interface") == 1 and len(set(names)) == len(names)
 
 
 @functools.cache

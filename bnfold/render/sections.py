@@ -35,7 +35,7 @@ OUTCOMES = {
 }  # fmt: skip
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not judged": "–"}
 #: What a check says in places of its own; whatever else a later version finds out has a section under its name.
-_PLACED = {"outputs", "sites", "accuracy", "source", "problems", "notes"}
+_PLACED = {"outputs", "sites", "accuracy", "source", "problems", "notes", "interface"}
 #: Problems that are shown at once.
 _SHOWN = 8
 
@@ -66,8 +66,9 @@ def judged_sections(check: CheckReport) -> Iterator[Section]:
         ("limits", f"{check.limit:g} times the noise at outputs, {check.site_limit:g} at fold sites"),
     ]  # fmt: skip
     text = (
-        "Truth is the unfolded model in float64. Noise is the error of the unfolded model in its own dtype against it, "
-        "error is that of a candidate, and ratio is error over noise. Errors are relative, medians over the samples."
+        "Truth is the unfolded model in float64. Noise is what rounding every constant once does to an element, and "
+        "for what runs in its own dtype what the unfolded model's own arithmetic is off by. Ratio is error over noise, "
+        "in RMS over the worst sample. Noise and error are relative, medians over the elements."
     )
     heads = ("output", "verdict", "ratio", "candidate", "noise", "error")
     yield section(

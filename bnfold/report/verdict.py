@@ -26,7 +26,10 @@ class SiteResult:
 
 @dataclass(frozen=True)
 class OutputResult:
-    """One output of one candidate: relative RMS errors against float64, medians over samples; ``worst`` informs."""
+    """One output of one candidate against float64: ``noise`` and ``error``, relative, are medians over elements.
+
+    ``ratio`` is the RMS of error over noise in the worst sample, ``worst`` that of the single element furthest off.
+    """
 
     candidate: str
     output: str
