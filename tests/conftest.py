@@ -15,7 +15,9 @@ import torch
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
-hypothesis.settings.register_profile("bnfold", deadline=None)  # no test asserts a time
+# No test asserts a time, and a change is judged by what it changes: new draws are made with --hypothesis-profile=fuzz.
+hypothesis.settings.register_profile("bnfold", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("bnfold")
 torch.manual_seed(0)  # for what test modules draw as they are imported
 
