@@ -15,7 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from bnfold import store
-from bnfold.errors import CaptureError, LowerError, UsageError
+from bnfold.errors import CaptureError, InputError, LowerError, UsageError
 from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
@@ -41,6 +41,7 @@ from bnfold.stages import (
     fold_captured,
     judging,
     keep_baseline,
+    known_inputs,
     make_report,
     metadata,
     opset,
@@ -253,7 +254,8 @@ def inspect(
 
     Args:
         model: a module in any mode, or a program, of which only its graph's normalisations can be known.
-        args: positional example inputs, as for ``torch.export.export``; without any there is no fold plan.
+        args: positional example inputs, as for ``torch.export.export``. Without any the data or the model must say what
+            it takes, or there is no fold plan.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
         options: as for ``export``; with ``data=`` running statistics are compared with those of the data.
@@ -269,16 +271,19 @@ def inspect(
     clock = Clock(options.progress)
     if not isinstance(model, Model):
         return plan_file(model, options)
-    captured, planned, missing, notes = None, None, list[Any](), list[str]()
+    captured, planned, missing, notes = None, None, list[Any](), tuple[str, ...]()
     model = model if isinstance(model, ExportedProgram) else unwrapped(model)
-    if args is not None or kwargs or isinstance(model, ExportedProgram):
+    try:
+        if args is None and not kwargs and not isinstance(model, ExportedProgram):
+            args, kwargs, dynamic_shapes, notes = known_inputs(model, dynamic_shapes, None, options)
+    except (CaptureError, InputError) as error:
+        notes = (f"no fold plan: {error}",)
+    else:
         try:
             folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, replace(options, data=None), clock)
             planned, captured = make_report("plan", model, options, folded, None, clock), folded.captured
         except CaptureError as error:
             missing.append(captured_failure(error))
-    else:
-        notes.append("no example inputs (--input), so no fold plan")
     with clock("health"):
         found = examine(model, args, kwargs, captured=captured, data=options.data, progress=options.progress)
     return Diagnosis(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
@@ -28,6 +28,7 @@ from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
 from bnfold.graph.wrapped import refuse_mixed, unwrapped
 from bnfold.interface import interface
+from bnfold.loading.assumed import assumed, proposed
 from bnfold.loading.inputs import model_inputs, specs_for, specs_of_arrays
 from bnfold.loading.load import Provenance
 from bnfold.loading.onnx_file import specs_of_file
@@ -121,29 +122,38 @@ def read(
 ) -> tuple[Captured, dict[str, Rows] | None, Labels | None]:
     """Captures, and reads the data that the gate will need."""
     with clock("capture"):
-        if args is None and not kwargs:
-            args, kwargs, dynamic_shapes = known_inputs(model, dynamic_shapes, file, options)
+        notes: tuple[str, ...] = ()
+        if args is None and not kwargs and not isinstance(model, ExportedProgram):
+            args, kwargs, dynamic_shapes, notes = known_inputs(unwrapped(model), dynamic_shapes, file, options)
         captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
+        captured = replace(captured, notes=(*notes, *captured.notes))
         return captured, *read_data(options.data, captured, options.progress)
 
 
-def known_inputs(model: Model, dynamic_shapes: Any, file: Path | None, options: Options) -> tuple[Any, Any, Any]:
-    """Example inputs where none are given: as the run's ONNX file says, else as its data do; none where neither does.
+def known_inputs(
+    model: nn.Module, dynamic_shapes: Any, file: Path | None, options: Options
+) -> tuple[Any, Any, Any, tuple[str, ...]]:
+    """Example inputs where none are given: as the run's ONNX file says, else its data, else the model's first layer.
+
+    Returns:
+        ``args``, ``kwargs``, ``dynamic_shapes``, and a note of what was assumed.
 
     Raises:
-        InputError: the file's inputs are more than the model's.
+        InputError: the file's inputs are more than the model's, or nothing says what the model takes.
     """
-    if isinstance(model, ExportedProgram):
-        return None, None, dynamic_shapes
     found = specs_of_file(read_model(file)) if file is not None else []
     data, extra = options.data, not found
     if extra and data is not None:
         found = specs_of_arrays(data if isinstance(data, Mapping) else open_arrays(Path(data)))
-    specs = specs_for(unwrapped(model), found, extra=extra)
+    specs, notes = specs_for(model, found, extra=extra), tuple[str, ...]()
     if not specs:
-        return None, None, dynamic_shapes
-    args, kwargs, shapes = model_inputs(unwrapped(model), None, {}, specs, {}, seed=options.seed)
-    return args, kwargs, None if options.static else dynamic_shapes or shapes
+        if (own := assumed(model)) is None:
+            where = options.provenance.source if options.provenance else type(model).__name__
+            hint = f"Give {proposed(model)} or --data, or set example_inputs on the module or beside its factory"
+            raise InputError("nothing says what the model takes", where=where, hint=hint)
+        specs, notes = [own], (f'assumed, after its first layer: --input "{own}"; give your own where it is not that',)
+    args, kwargs, shapes = model_inputs(model, None, {}, specs, {}, seed=options.seed)
+    return args, kwargs, None if options.static else dynamic_shapes or shapes, notes
 
 
 def make_report(

@@ -865,10 +865,10 @@ def test_a_program_has_no_layers_to_calibrate(tmp_path):
 
 def test_health_needs_no_inputs(tmp_path):
     source = tmp_path / "net.py"
-    source.write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))\n")
+    source.write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4))\n")
     done = run("inspect", f"{source}:make")
     assert done.exit_code == 0 and "never-trained" in done.stdout and "no fold plan" in done.stdout
-    done = run("inspect", f"{source}:make", "--input", "input:float32[N,1,8,8]", "--strict")
+    done = run("inspect", f"{source}:make", "--input", "input:float32[N,1,8]", "--strict")
     assert done.exit_code == 1 and "1 of 1 BatchNorm" in done.stdout
 
 

@@ -46,10 +46,7 @@ class Mutates(Net):
 
 def make(width=4): return Net(width)
 def training(): return Net().train()
-def bare():
-    net = Net()
-    del net.example_inputs
-    return net
+def bare(): return nn.Conv1d(3, 4, 3)
 def broken():
     net = Net()
     net[1].running_mean[2] = float("nan")

@@ -25,7 +25,6 @@ from torch import nn
 import bnfold
 from bnfold import pipeline
 from bnfold.cli import cli
-from bnfold.loading.inputs import model_inputs
 from bnfold.options import OptionFields, Options, asked
 from bnfold.render import document
 from bnfold.render.advice import next_steps
@@ -89,28 +88,13 @@ def test_export_takes_the_inputs_from_the_data(there: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("layer", "said"),
-    [
-        (nn.Conv2d(5, 1, 1), '--input "input:float32[N,5,224,224]"'),
-        (nn.Conv1d(2, 1, 1), '--input "input:float32[N,2,1000]"'),
-        (nn.Linear(7, 1), '--input "input:float32[N,7]"'),
-        (nn.ReLU(), "--input input:float32[N,...]"),
-    ],
-)
-def test_where_nothing_says_what_a_model_takes_the_option_is_there_to_be_copied(layer: nn.Module, said: str) -> None:
-    with pytest.raises(bnfold.InputError) as caught:
-        model_inputs(layer, None, {}, [], {})
-    assert said in str(caught.value)
-
-
 def test_python_takes_them_from_either_too(there: Path) -> None:
     spec: dict[str, Any] = {}
     exec(NET, spec)
     data = dict(np.load(there / "x.npz"))
     assert bnfold.export(spec["Net"](), there / "python.onnx", data=data, device="cpu").passed
     assert bnfold.check(there / "python.onnx", spec["Net"](), device="cpu").passed
-    with pytest.raises(bnfold.InputError, match="no example inputs"):
+    with pytest.raises(bnfold.InputError, match="nothing says what the model takes"):
         bnfold.export(spec["Net"](), there / "python.onnx")
 
 

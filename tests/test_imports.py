@@ -32,8 +32,8 @@ ALLOWED: dict[str, str] = {
     "pipeline": "batches bisection calibrated_file calibration diagnose errors file_graph gate interface lower program"
     " model_file onnx_flow options parts program_file report runtime schemes stages store structure user_code wrapped",
     "sharding": "batches calibration errors gate options parts report runtime schemes stages",
-    "stages": "_version baseline capture data decisions drawing equalize errors folding graph inputs interface load"
-    " lower merge model_file names onnx_file options ranges report runner runtime specs store stored wrapped",
+    "stages": "_version assumed baseline capture data decisions drawing equalize errors folding graph inputs interface"
+    " load lower merge model_file names onnx_file options ranges report runner runtime specs store stored wrapped",
     "drawing": "capture functional report",
     "interface": "capture errors names options report",
     "options": "capture eager errors gate load report runner wrapped",
@@ -72,6 +72,7 @@ ALLOWED: dict[str, str] = {
     "wrapped": "copies errors",
     "checkpoint": "errors files inert",
     "inputs": "errors scripted specs",
+    "assumed": "copies inputs scripted specs",
     "specs": "errors",
     "capture": "asking copies dimensions errors functional names program regions scripted stale tracing",
     "asking": "dimensions errors failures tracing",

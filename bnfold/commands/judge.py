@@ -56,7 +56,7 @@ def check(named: tuple[str, ...], **given: Any) -> int:
         from bnfold import pipeline
         from bnfold.stages import source_facts
 
-        loaded, inputs = load_model(job, judged=file)
+        loaded, inputs = load_model(job)
         with sharded(job, partial(looker, job, file), progress, "accuracy") as (data, spread):
             options = replace(pipeline_options(job, loaded, progress), data=data)
             report = pipeline.check(file, loaded.model, **inputs, options=options, spread=spread)

@@ -50,7 +50,7 @@ def bisect(file: Path, source: str, **given: Any) -> int:
     with working(job) as progress:
         from bnfold import pipeline
 
-        loaded, inputs = load_model(job, files=False, judged=file)
+        loaded, inputs = load_model(job, files=False)
         report = pipeline.bisect(file, loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
 
     def render(page: Page, verbose: bool) -> None:

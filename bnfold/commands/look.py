@@ -45,7 +45,7 @@ def inspect(source: str, **given: Any) -> int:
     with working(job) as progress:
         from bnfold import pipeline
 
-        loaded, inputs = load_model(job, optional=True)
+        loaded, inputs = load_model(job)
         report = pipeline.inspect(loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
 
     def render(page: Page, verbose: bool) -> None:

@@ -34,13 +34,10 @@ _OWN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "keep_fail
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
 
-def load_model(
-    job: Job, *, optional: bool = False, files: bool = True, judged: Path | None = None
-) -> tuple[Loaded, dict[str, Any]]:
-    """The model that the source names, and its example inputs as the pipeline takes them; ``optional``: if any.
+def load_model(job: Job, *, files: bool = True) -> tuple[Loaded, dict[str, Any]]:
+    """The model that the source names, and its example inputs as the pipeline takes them, where any are given.
 
-    ``files``: whether it may be an ONNX file, which has its inputs in it; ``judged``: the ONNX file of the run, which
-    says what the model takes where nothing else does, as the data do.
+    ``files``: whether it may be an ONNX file, which has its inputs in it.
     """
     import torch
 
@@ -57,12 +54,9 @@ def load_model(
         return loaded, {}
     if given["static"] and not isinstance(loaded.model, torch.nn.Module):
         raise UsageError("--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file")
-    if optional and not specs and not ranges and loaded.args is None and not loaded.kwargs:
-        return loaded, {}
     args, kwargs, shapes = model_inputs(
-        loaded.model, loaded.args, loaded.kwargs, specs, ranges, where=job.source, seed=given.get("seed", 0),
-        elsewhere=judged is not None or given.get("data") is not None,
-    )  # fmt: skip
+        loaded.model, loaded.args, loaded.kwargs, specs, ranges, seed=given.get("seed", 0)
+    )
     return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
 
 

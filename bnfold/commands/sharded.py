@@ -68,7 +68,7 @@ def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
     from bnfold.options import silent
 
     with quiet(debug=False):
-        loaded, inputs = load_model(job, judged=file)
+        loaded, inputs = load_model(job)
         return sharding.looker(file, loaded.model, **inputs, options=pipeline_options(job, loaded, silent))
 
 

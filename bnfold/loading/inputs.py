@@ -26,11 +26,9 @@ def model_inputs(
     specs: Sequence[InputSpec],
     ranges: Mapping[str, Range],
     *,
-    where: str | None = None,
     seed: int = 0,
-    elsewhere: bool = False,
 ) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
-    """Example inputs of a loaded source: those that the user specified, else the source's own.
+    """Example inputs of a loaded source: those that the user specified, else the source's own, if it has any.
 
     Args:
         model: what takes them.
@@ -38,15 +36,13 @@ def model_inputs(
         kwargs: the source's own keyword example inputs.
         specs: the user's.
         ranges: of the dynamic dimensions in ``specs``.
-        where: the source, for messages.
         seed: of the random values.
-        elsewhere: whether an ONNX file or data may say what nothing else does.
 
     Returns:
         ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
 
     Raises:
-        InputError: nothing says what the model takes; see ``example`` as well.
+        InputError: see ``example``.
         UsageError: ranges without specifications, or specifications for a program, whose inputs are fixed.
     """
     if specs:
@@ -57,22 +53,7 @@ def model_inputs(
         return example(specs, [p.name for p in parameters], ranges=ranges, seed=seed, keywords=keywords)
     if ranges:
         raise UsageError("--dynamic names a dimension of --input, and there is no --input")
-    if args is None and not kwargs and isinstance(model, torch.nn.Module) and not elsewhere:
-        hint = f"Give {_proposed(model)} or --data, or set example_inputs on the module or beside its factory"
-        raise InputError("nothing says what the model takes", where=where, hint=hint)
     return args, dict(kwargs), None
-
-
-def _proposed(model: torch.nn.Module) -> str:
-    """The option that says what the model takes, to be copied: its own names, the channels of its first layer."""
-    empty = inspect.Parameter.empty
-    names = [name for name, parameter in signature(model).parameters.items() if parameter.default is empty]
-    sizes: dict[type, str] = {torch.nn.Conv1d: ",1000", torch.nn.Conv2d: ",224,224", torch.nn.Conv3d: ",32,64,64"}
-    first = next((layer for layer in model.modules() if type(layer) in (*sizes, torch.nn.Linear)), None)
-    if len(names) != 1 or first is None:
-        return " ".join(f"--input {name}:float32[N,...]" for name in names or ["NAME"])
-    channels = first.in_features if isinstance(first, torch.nn.Linear) else first.in_channels
-    return f'--input "{names[0]}:float32[N,{channels}{sizes.get(type(first), "")}]" (with your sizes)'
 
 
 def specs_of_arrays(arrays: Mapping[str, Any]) -> list[InputSpec]:
@@ -96,14 +77,20 @@ def specs_for(model: torch.nn.Module, found: Sequence[InputSpec], *, extra: bool
     parameters = list(signature(model).parameters)
     if extra and not (len(found) == 1 and found[0].name not in parameters):
         found = [spec for spec in found if spec.name in parameters]
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    own = own_dtype(model)
     return [
         InputSpec(
             spec.name if spec.name in parameters else None,
-            str(own).removeprefix("torch.") if spec.dtype.startswith(("float", "bfloat")) else spec.dtype, spec.dims,
+            own if spec.dtype.startswith(("float", "bfloat")) else spec.dtype, spec.dims,
         )
         for spec in found
     ]  # fmt: skip
+
+
+def own_dtype(model: torch.nn.Module) -> str:
+    """The floating-point dtype of a model's weights, by name."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return str(own).removeprefix("torch.")
 
 
 def example(

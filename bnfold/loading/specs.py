@@ -36,6 +36,10 @@ class InputSpec:
     dtype: str
     dims: tuple[int | str, ...]
 
+    def __str__(self) -> str:
+        """As ``--input`` takes it."""
+        return f"{self.name or ''}{':' if self.name else ''}{self.dtype}[{','.join(map(str, self.dims))}]"
+
 
 def parse_input(text: str) -> InputSpec:
     """Read one input specification.
