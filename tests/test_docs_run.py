@@ -1,8 +1,9 @@
 """What the documentation shows is run: commands and Python, and what they print is compared but for its numbers.
 
-Blocks marked ``console`` are run in order, a page in a folder of its own; ``[1]`` below a command is its exit code, and
-``...`` stands for any words. ``python`` blocks with a title are files, the others are executed. Of ``sh`` blocks, which
-need a network, a cluster or minutes, every bnfold command is parsed.
+Blocks marked ``console`` and ``sh`` are run in order, and what a ``console`` block prints is compared; ``[1]`` below a
+command is its exit code, and ``...`` stands for any words. Lines of ``sh`` blocks that need a network, a cluster or
+another package are in ``ELSEWHERE`` with the reason, and their options are parsed. ``python`` blocks with a title are
+files, the others are executed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import ast
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
+from torch import nn
 
 import bnfold
 from bnfold.cli import cli
@@ -38,10 +44,32 @@ def blocks(page: Path, *kinds: str) -> list[tuple[str, str, str]]:
     return [found for found in _BLOCK.findall(page.read_text()) if found[0] in kinds]
 
 
-def shown(text: str) -> Iterator[tuple[list[str], str, int]]:
-    """Every command of a console block, what it prints, and its exit code."""
+#: How lines of ``sh`` blocks begin that are not run here, and why.
+ELSEWHERE = {
+    "make ": "installs from an index of packages; CI runs check, of which docs and test are parts",
+    "python3 -m venv ": "installs from an index of packages; CI's recipes begin like this",
+    ".venv/bin/pip ": "installs from an index of packages; CI's recipes begin like this",
+    "pip install ": "installs from an index of packages",
+    ".venv/bin/python -m pytest ": "runs these very tests",
+    "python -m bnfold check net.onnx net.py:make --device openvino ": "OpenVINO's own wheel: tests/test_openvino.py",
+    "python -m bnfold check net.onnx net.py:make --runner ": "OpenVINO's own package: tests/test_openvino.py",
+    "PYTHONPATH=openvino ": "OpenVINO's own wheel: tests/test_openvino.py",
+    "python -m bnfold fleet models.toml ": "a cluster, or minutes: tests/test_fleet.py",
+    "python -m bnfold check net.onnx SOURCE ": "a cluster: tests/test_fleet_shards.py",
+    "python -m bnfold calibrate SOURCE ": "workers and shards: tests/test_fleet_shards.py",
+}
+
+
+def shown(kind: str, text: str) -> Iterator[tuple[list[str], str, int]]:
+    """Every command of a block that is run here, what it prints, and its exit code."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    if kind == "sh":
+        for line in filter(None, text.splitlines()):
+            if not line.startswith(tuple(ELSEWHERE)):
+                yield shlex.split(line, comments=True), "", 0
+        return
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        command, _, printed = re.sub(r"\\\n\s*", " ", part).partition("\n")
+        command, _, printed = part.partition("\n")
         code = re.search(r"^\[(\d+)\]$", printed, re.MULTILINE)
         yield shlex.split(command), re.sub(r"^\[\d+\]$", "", printed, flags=re.MULTILINE), int(code[1]) if code else 0
 
@@ -58,51 +86,71 @@ def matches(printed: str, expected: str) -> bool:
 
 
 def ran(page: Path, folder: Path) -> int:
-    """Runs the console blocks of a page; how many commands there were."""
-    count = 0
-    for _, _, text in blocks(page, "console"):
-        for command, expected, code in shown(text):
-            if command[:2] == ["python", "-m"] and command[2] == "bnfold":
-                found = CliRunner().invoke(cli, command[3:])
-                printed = found.stdout if found.stdout or code == 0 else found.stderr
-                assert found.exit_code == code, (command, found.stdout, found.stderr)
-                assert not expected.strip() or matches(printed, expected), f"{shlex.join(command)}\n{printed}"
-                count += 1
-            else:
-                assert command[0] in {"pytest"}, f"not known how to run {command}"
-    return count
+    """Runs the commands of a page; how many there were."""
+    found = [each for kind, _, text in blocks(page, "console", "sh") for each in shown(kind, text)]
+    for command, expected, code in found:
+        if command[0] == "pytest":
+            done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True)
+            assert done.returncode == code, (command, done.stdout, done.stderr)
+            continue
+        assert command[:3] == ["python", "-m", "bnfold"], f"not known how to run {command}"
+        result = CliRunner().invoke(cli, command[3:])
+        printed = result.stdout if result.stdout or code == 0 else result.stderr
+        assert result.exit_code == code, (command, result.stdout, result.stderr)
+        assert not expected.strip() or matches(printed, expected), f"{shlex.join(command)}\n{printed}"
+    return len(found)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every file that the pages name, the models' among them."""
+    """A folder with every file that the pages name, the models' and their data among them."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(ROOT / "models", folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
     for page in PAGES:
         for _, title, text in blocks(page, "python", "toml"):
             if title:
                 (folder / title).write_text(text)
+    first, net = made(folder / "first.py"), made(folder / "net.py")
+    state = {f"model.{key}": value for key, value in first.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer_states": [{"state": {}}]}, folder / "last.ckpt")
+    for name in ("net.safetensors", "weights.safetensors"):
+        save_file(net.state_dict(), folder / name)
+    np.savez(folder / "heldout.npz", image=torch.randn(4, 3, 32, 32).numpy(), labels=np.arange(4))
     return folder
 
 
-#: Pages whose console blocks go on from net.onnx, which the second of these writes.
-CHAIN = [
-    "guides/first.md",
-    "guides/export.md",
-    "guides/regressions.md",
-    "guides/fail.md",
-    "guides/onnx.md",
-    "guides/sizes.md",
-]
-
-
-def test_the_commands_of_the_guides_do_what_is_shown(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def made(file: Path) -> nn.Module:
+    """The ``Net`` of a file."""
     own: dict[str, Any] = {}
-    exec((place / "first.py").read_text(), own)
-    state = {f"model.{key}": value for key, value in own["Net"]().state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": state, "optimizer_states": [{"state": {}}]}, "last.ckpt")
-    assert [ran(ROOT / "docs" / name, place) for name in CHAIN] == [3, 4, 2, 2, 3, 1]
+    exec(file.read_text(), own)
+    net: nn.Module = own["Net"]()
+    return net
+
+
+#: Pages whose commands go on from net.onnx, which the second of these writes, and how many of them are run.
+CHAIN = {
+    "guides/first.md": 3, "guides/export.md": 4, "guides/regressions.md": 2, "guides/fail.md": 2, "guides/onnx.md": 3,
+    "guides/sizes.md": 1, "guides/weights.md": 1, "guides/fleet.md": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_the_commands_of_the_guides_do_what_is_shown(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    if name != "guides/export.md" and not Path("net.onnx").exists():
+        ran(ROOT / "docs/guides/export.md", place)
+    assert ran(ROOT / "docs" / name, place) == CHAIN[name]
+
+
+def test_the_job_of_the_recipes_passes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with the option that writes its baseline, then as it stands; both servers run the same."""
+    monkeypatch.chdir(place)
+    found = [[*commands(re.sub(r"\n\s+-o", " -o", text))] for _, _, text in blocks(ROOT / "docs/ci.md", "yaml")]
+    assert found[0] == found[1] and len(found[0]) == 1
+    for more in (["--update-baseline"], []):
+        done = CliRunner().invoke(cli, [*found[0][0], *more])
+        assert done.exit_code == 0, done.stderr
+    assert Path("baseline.json").exists() and Path("report.xml").exists() and Path("report.html").exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/guides/health.md"])
@@ -121,21 +169,23 @@ def test_examples_do_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_no_page_with_commands_is_left_out() -> None:
     run = {ROOT / "README.md", ROOT / "docs/guides/health.md", *(ROOT / "docs" / name for name in CHAIN)}
-    assert {page for page in PAGES if any([*shown(text)] for _, _, text in blocks(page, "console"))} == run
+    assert {
+        page for page in PAGES if any([*shown(kind, text)] for kind, _, text in blocks(page, "console", "sh"))
+    } == run
+    lines = [line for page in PAGES for _, _, text in blocks(page, "sh") for line in text.splitlines()]
+    assert [each for each in ELSEWHERE if not any(line.startswith(each) for line in lines)] == [], (
+        "no such line is left"
+    )
 
 
 def test_python_on_the_pages_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each page with a model of its own, and what else a reader is expected to have."""
     monkeypatch.chdir(place)
-    net: dict[str, Any] = {}
-    exec((place / "net.py").read_text(), net)
-    x = torch.randn(4, 3, 32, 32)
-    np.savez("heldout.npz", image=x.numpy(), labels=np.arange(4))
+    net, x = partial(made, place / "net.py"), torch.randn(4, 3, 32, 32)
     gate = OnnxGate(place / "test_it.py", "docs", place, update=True)
     for page in PAGES:
         own = {
-            "bnfold": bnfold, "model": net["Net"](), "x": x, "batches": [x], "net": net["Net"], "make": net["Net"],
-            "onnx_gate": gate,
+            "bnfold": bnfold, "model": net(), "x": x, "batches": [x], "net": net, "make": net, "onnx_gate": gate,
         }  # fmt: skip
         for _, title, text in blocks(page, "python"):
             if title or text.lstrip().startswith(ROWS):  # a file, or a row of a table
@@ -170,4 +220,5 @@ def test_the_comparison_sees_another_word() -> None:
     """The twin of the tests above."""
     assert matches("error 1.3e-07 times\n  17.2%", "error 9 times 3%") and matches("a 1 b c", "a ... c")
     assert not matches("error 1.3e-07 times", "error 1.3e-07 time") and not matches("a b", "a")
-    assert [*shown("$ a b \\\n   c\nout\n[3]\n")] == [(["a", "b", "c"], "out\n\n", 3)]
+    assert [*shown("console", "$ a b \\\n   c\nout\n[3]\n")] == [(["a", "b", "c"], "out\n\n", 3)]
+    assert [*shown("sh", "make demo\n\na b  # c\n")] == [(["a", "b"], "", 0)]
