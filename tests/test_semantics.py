@@ -7,6 +7,7 @@ is checked with those that it is rewritten to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ from bnfold.semantics import (
     Unknown,
 )
 from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN
+from bnfold.semantics.moving import reshaped
 from bnfold.semantics.system import Floats, Ints, given
 
 
@@ -136,6 +138,47 @@ def test_what_is_stored_of_the_result_is_made_of_what_is_stored_of_the_operands(
     scales, shifts = (np.concatenate([each.ravel() for each in parts]) for parts in zip(
         *((numbers[0][g.scale] != 1, numbers[1][g.shift] != 0) for g in gauges.values())))  # fmt: skip
     assert (bool(scales.any()), bool(shifts.any())) == kind.free
+
+
+def padded_windows() -> tuple[Equations, Gauge, Gauge, Callable[[Tensor], Tensor]]:
+    """A gauge per channel, and what it becomes where windows of a padded value are laid beside the samples."""
+    shapes = [(2, 4, 6), (2, 4, 8), (2, 4, 3, 4), (8, 3, 4)]
+    steps = [lambda x: F.pad(x, (1, 1)), lambda x: x.unfold(2, 4, 2), lambda x: reshaped(x, (8, 3, 4))]
+    equations = Equations()
+    given = found = fresh(equations, (1, 4, 1))
+    for step, before, after in zip(steps, shapes, shapes[1:]):
+        kept = (0, 1) if len(before) == len(after) == 3 and before[:2] == after[:2] else ()
+        movement = Movement(("x",), (before,), lambda parts, step=step: step(parts[0]), kept=kept)
+        found = movement.relate({"x": found}, equations, after)
+    return equations, given, found, lambda x: steps[2](steps[1](steps[0](x)))
+
+
+def test_zeros_that_are_made_up_are_kept_apart():
+    equations, given, found, run = padded_windows()
+    assert (found.base.shape, found.made.shape) == ((8, 1, 1), (1, 3, 4))
+    numbers, x = solved(equations), noise(2, 4, 6)
+    assert numbers[1][given.shift].all()
+    assert torch.allclose(affine(found, numbers)(run(x)), run(affine(given, numbers)(x)))
+
+
+@pytest.mark.parametrize(("axis", "free"), [(0, True), (1, False), (2, False)])
+def test_no_shift_is_one_along_an_axis_with_zeros_that_are_made_up(axis, free):
+    equations, given, found, _ = padded_windows()
+    Average("x", (axis,), 3).relate({"x": found}, equations, (8, 3, 4))
+    assert bool(solved(equations)[1][given.shift].any()) == free
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kept"),
+    [((7, 8, 3), (56, 3), 56 * 3), ((1, 5, 6), (5, 2, 3), 5 * 6), ((4, 1), (2, 2, 1, 1), 4), ((), (1, 1), 1)],
+)
+def test_reshaping_copies_no_more_than_it_mixes(old, new, kept):
+    x = torch.arange(float(math.prod(old))).reshape(old)
+    assert torch.equal(reshaped(x, new), x.reshape(new))
+    wide = x[..., None, None].expand(*old, 50, 40)
+    found = reshaped(wide, (*new, 40, 50))
+    assert torch.equal(found, wide.reshape(*new, 40, 50))
+    assert found.untyped_storage().nbytes() == 4 * kept
 
 
 def contraction(bias: bool = True, no_shift: str | None = None) -> Contraction:

@@ -19,6 +19,7 @@ from bnfold.semantics import (
     Same,
     Semantics,
 )
+from bnfold.semantics.moving import reshaped
 
 if TYPE_CHECKING:
     from bnfold.graph.call import Call
@@ -146,10 +147,16 @@ def move(call: Call) -> Semantics:
         return OPAQUE  # an integer that is joined to the rest is no position
     joins = call.arguments.get("dim", 0) % len(call.out_shape) if call.operator == "aten.cat" else None
     loose = _loose(call, len(shapes[0]), shapes[0])
-    apply = lambda parts: call.run(dict(zip(slots, parts)))  # noqa: E731
-    return Movement(slots, shapes, apply, ignored, joins, loose, get=call.constant)
+    if call.operator.removeprefix("aten.") in _RESHAPES:
+        apply = lambda parts: reshaped(parts[0], call.out_shape)  # noqa: E731
+    else:
+        apply = lambda parts: call.run(dict(zip(slots, parts)))  # noqa: E731
+    kept = () if joins is None else tuple(axis for axis in range(len(call.out_shape)) if axis != joins)
+    return Movement(slots, shapes, apply, ignored, joins, kept, loose, get=call.constant)
 
 
+#: Operators that keep elements in their order.
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel"}
 #: Operators whose numbers are sizes of the result: where elements go then follows from the shapes.
 _SIZES = {"view", "reshape", "_unsafe_view", "unflatten", "flatten", "expand", "broadcast_to"}
 #: Those whose numbers are positions along the axes named by one of these arguments.
@@ -184,8 +191,10 @@ def pad(call: Call) -> Semantics:
     if constant and call.arguments.get("value") not in (None, 0, 0.0):
         return OPAQUE
     found = move(call)
-    may_pad = constant and any(call.is_open(amount) for amount in call["pad"])
-    return replace(found, may_pad=True) if may_pad and isinstance(found, Movement) else found
+    if not constant or not isinstance(found, Movement):
+        return found
+    kept = tuple(range(len(call.out_shape) - len(call["pad"]) // 2))
+    return replace(found, kept=kept, may_pad=any(call.is_open(amount) for amount in call["pad"]))
 
 
 def cast(call: Call) -> Semantics:

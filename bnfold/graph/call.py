@@ -88,8 +88,10 @@ class Call:
     def takes_number(self) -> list[str]:
         """The slots of tensors and factors that hold a symbolic number."""
         assert isinstance(self.node.target, OpOverload)
+        numbers = [slot for slot, value in self.slots() if self.graph.is_number(value)]
+        if not numbers:
+            return []
         kinds = {argument.name: str(argument.type) for argument in self.node.target._schema.arguments}
-        numbers = (slot for slot, value in self.slots() if self.graph.is_number(value))
         return [slot for slot in numbers if any(kind in kinds[slot.split(".")[0]] for kind in ("Tensor", "number"))]
 
     def is_constant(self, slot: str) -> bool:

@@ -122,14 +122,16 @@ class Sizes:
     def _rules(self) -> list[_Rule]:
         """What legal sizes keep: the guards, that no size vanishes, and that a view has as many elements as before."""
         rules: dict[Any, None] = dict.fromkeys(guard.expr for guard in self._environment.guards)
+        sizes = dict[Any, None]()
         for node in self._graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape):
                 shape = [_expression(size) for size in value.shape]
-                rules |= dict.fromkeys(sympy.Ge(size, 1) for size in shape if _at(size, self.example) != 0)
+                sizes |= dict.fromkeys(shape)
                 if getattr(node.target, "_opname", "") in _KEEP_COUNT:
                     before = [_expression(size) for size in node.args[0].meta["val"].shape]
                     rules[sympy.Eq(prod(shape), prod(before), evaluate=False)] = None
+        rules |= dict.fromkeys(sympy.Ge(size, 1) for size in sizes if _at(size, self.example) != 0)
         return [_Rule(rule) for rule in rules if rule not in (sympy.true, True)]
 
 

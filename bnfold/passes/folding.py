@@ -112,8 +112,7 @@ class Folder:
 
     def _mixes(self, gauges: Gauges, value: Node) -> bool:
         """Whether a value's gauge varies along an axis into which a dynamic dimension was mixed."""
-        gauge = gauges.of[value]
-        return any(max(gauge.scale.shape[a], gauge.shift.shape[a]) > 1 for a in self.graph.dynamic_axes(value))
+        return any(map(gauges.of[value].varies, self.graph.dynamic_axes(value)))
 
     def _holds(self, choice: Choice, plan: Plan) -> bool:
         """Whether the edits are the same at other sizes."""

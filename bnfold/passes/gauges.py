@@ -134,7 +134,7 @@ class Gauges:
             return
         self.of[value] = made or pinned(graph.rank(value))
         if value in self._fixed:
-            equations.shift.pin(self.of[value].shift, self._fixed[value])
+            equations.shift.pin(self.of[value].base, self._fixed[value])
             if self._fixed[value] != "dtype":
                 equations.scale.pin(self.of[value].scale, self._fixed[value])
         if isinstance(semantics, Scaling) and self.of[value] is made:

@@ -12,7 +12,6 @@ from bnfold.passes.rewriter import Rewriter
 from bnfold.report import Refusal
 from bnfold.semantics import Average, Homogeneous, Movement, Opaque, Product, Same, Scaling, Sum
 from bnfold.semantics.equations import SHIFT, SIGN
-from bnfold.semantics.pointwise import aligned
 
 #: Operators that a chain names, and values that are looked through for one.
 NAMED, LOOKED = 6, 2000
@@ -115,9 +114,9 @@ class _Reader:
         if not all(map(self._graph.is_sized, (node, *operands))):
             return False
         rank, shape = self._graph.rank(node), self._graph.shape(node)
-        gauges = [aligned(self._gauges.of[n], rank) for n in operands]
+        gauges = [self._gauges.of[n].aligned(rank) for n in operands]
         sizes = [(1,) * (rank - len(own)) + own for own in map(self._graph.shape, operands)]
-        varied = {axis for g in gauges for axis in range(rank) if max(g.scale.shape[axis], g.shift.shape[axis]) > 1}
+        varied = {axis for gauge in gauges for axis in range(rank) if gauge.varies(axis)}
         return any(own[axis] == 1 != shape[axis] for own in sizes for axis in varied)
 
     def _other_reader(self, node: Node) -> Node | None:

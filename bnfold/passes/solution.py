@@ -40,7 +40,7 @@ def _weights(gauges: Gauges, gone: set[Node]) -> tuple[Floats, Floats]:
         if semantics.absorbs and value not in gone:
             sides = [(gauge, 1.0), *((gauges.of[n], 1.5) for _, n in gauges.call(value).slots() if n in gauges.of)]
         for side, weight in sides:
-            for total, indices in zip(found, (side.scale, side.shift)):
+            for total, indices in zip(found, (side.scale, side.base)):
                 np.add.at(total, indices.ravel() if indices.size < 4096 else np.unique(indices), weight)
     return found[0], found[1]
 
@@ -84,7 +84,7 @@ class Solution:
         return value not in self._gauges.of or self._is_kept(self._gauges.of[value])
 
     def _is_kept(self, gauge: Gauge) -> bool:
-        return not self._moved[0][gauge.scale].any() and not self._moved[1][gauge.shift].any()
+        return not self._moved[0][gauge.scale].any() and not self._moved[1][gauge.base].any()
 
     def is_lost(self, value: Node) -> bool:
         """Whether some of a value is not stored: its producer emits zeros there, or its readers leave it out."""
@@ -104,7 +104,8 @@ class Solution:
         return self._affine(self._gauges.of[value], after=True)
 
     def _affine(self, gauge: Gauge, *, after: bool) -> Affine:
-        scale, shift = self._scale[gauge.scale], self._shift[gauge.shift]
+        moves = self._moved[1][gauge.base].any()
+        scale, shift = self._scale[gauge.scale], self._shift[gauge.shift if moves else gauge.base]
         if after:
             inverse, empty = self._inverse[gauge.scale], self._empty[gauge.scale]
             scale, shift = np.where(empty == 1, 0.0, inverse), -shift * inverse + 0.0

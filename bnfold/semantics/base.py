@@ -58,7 +58,7 @@ class Semantics:
 def pin(equations: Equations, gauge: Gauge, reason: str) -> None:
     """A value is stored as it is."""
     equations.scale.pin(gauge.scale, reason)
-    equations.shift.pin(gauge.shift, reason)
+    equations.shift.pin(gauge.base, reason)
 
 
 class Opaque(Semantics):

@@ -67,11 +67,10 @@ class Contraction(Semantics):
     def read(self, data: Gauge, equations: Equations) -> None:
         """What holds of the data."""
         unknown = [axis for axis, letters in enumerate(self.inp) if not letters]
-        scale = equations.scale.uniform(data.scale, unknown, "other-axis")
-        equations.scale.pin(scale, "several-readers", (EMPTY,))
-        shift = equations.shift.uniform(data.shift, unknown, "other-axis")
+        data = equations.uniform(data, unknown, "other-axis")
+        equations.scale.pin(data.scale, "several-readers", (EMPTY,))
         if self.no_shift is not None:
-            equations.shift.pin(shift, self.no_shift)
+            equations.shift.pin(data.base, self.no_shift)
 
     def without_bias(self, data: Gauge, made: Gauge, equations: Equations) -> None:
         """What must hold for no bias to be needed where there is no place for one."""
@@ -136,11 +135,10 @@ class Recurrent(Semantics):
         """Its input varies along its features only; hidden states are pinned."""
         for slot, gauge in given.items():
             if slot == self.data:
-                axes = range(gauge.scale.ndim - 1)
-                equations.scale.pin(equations.scale.uniform(gauge.scale, axes, "other-axis"), "nonlinear", (EMPTY,))
-                shift = equations.shift.uniform(gauge.shift, range(gauge.shift.ndim - 1), "other-axis")
+                gauge = equations.uniform(gauge, range(gauge.scale.ndim - 1), "other-axis")
+                equations.scale.pin(gauge.scale, "nonlinear", (EMPTY,))
                 if any(bias is None for _, bias in self.weights):
-                    equations.shift.pin(shift, "no-saving")
+                    equations.shift.pin(gauge.base, "no-saving")
             else:
                 super().relate({slot: gauge}, equations, shape)
         return pinned(len(shape))

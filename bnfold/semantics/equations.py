@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bnfold.semantics.system import Batch, Floats, Ints, System
 
@@ -28,14 +30,46 @@ Blocks = dict[str, list[tuple[Ints, Floats, Floats, int]]]
 
 @dataclass(frozen=True, eq=False)
 class Gauge:
-    """Which variables the scale and the shift of a value are: indices that broadcast to it, 0 being pinned (1 or 0)."""
+    """Which variables the scale and the shift of a value are: indices that broadcast to it, 0 being pinned (1 or 0).
+
+    Zeros that a movement made up among elements have no shift. They are kept apart, as ``made``: padding rows and
+    columns of every channel is two small arrays, and one with a class for every element otherwise.
+    """
 
     scale: Ints
-    shift: Ints
+    #: The shift of what was not made up. It varies along no axis that ``made`` varies along, so all of it occurs.
+    base: Ints
+    made: NDArray[np.bool_] | None = None
 
-    def alike(self) -> bool:
-        """Whether all elements have one scale and one shift."""
-        return self.scale.size == self.shift.size == 1
+    @classmethod
+    def holed(cls, scale: Ints, base: Ints, made: NDArray[np.bool_]) -> Gauge:
+        """With zeros where ``made`` says so, kept apart if that can be."""
+        scale, base, made = compressed(scale), compressed(base), compressed(made)
+        if made.size == 1 or not base.any():
+            return cls(scale, np.zeros_like(base) if made.all() else base)
+        if any(min(sizes) > 1 for sizes in zip(made.shape, base.shape)):
+            return cls(scale, compressed(np.where(made, 0, base)))
+        return cls(scale, base, made)
+
+    @cached_property
+    def shift(self) -> Ints:
+        """The shift of every element."""
+        return self.base if self.made is None else np.where(self.made, 0, self.base)
+
+    def varies(self, axis: int) -> bool:
+        """Whether it is not one along an axis."""
+        return any(each is not None and each.shape[axis] > 1 for each in (self.scale, self.base, self.made))
+
+    def squeezed(self, axes: tuple[int, ...]) -> Gauge:
+        """Without axes along which it does not vary."""
+        made = None if self.made is None else self.made.squeeze(axes)
+        return Gauge(self.scale.squeeze(axes), self.base.squeeze(axes), made)
+
+    def aligned(self, ndim: int) -> Gauge:
+        """With leading axes, as broadcasting adds them."""
+        axes = tuple(range(ndim - self.scale.ndim))
+        made = None if self.made is None else np.expand_dims(self.made, axes)
+        return Gauge(np.expand_dims(self.scale, axes), np.expand_dims(self.base, axes), made)
 
 
 def pinned(ndim: int) -> Gauge:
@@ -44,7 +78,7 @@ def pinned(ndim: int) -> Gauge:
     return Gauge(zeros, zeros)
 
 
-def compressed(indices: Ints) -> Ints:
+def compressed(indices: NDArray[Any]) -> NDArray[Any]:
     """The same with size 1 on every axis along which all are equal."""
     for axis in range(indices.ndim):
         if indices.shape[axis] > 1:
@@ -52,6 +86,20 @@ def compressed(indices: Ints) -> Ints:
             if (indices == first).all():
                 indices = first
     return indices
+
+
+def numbered(*arrays: Ints) -> tuple[Ints, list[Ints]]:
+    """What occurs in arrays, in order, and the arrays as places in that."""
+    flat = np.concatenate([each.ravel() for each in arrays])
+    low, high = int(flat.min()), int(flat.max())
+    if high - low < 4 * flat.size:  # a table of all that is possible is no larger
+        occurs = np.zeros(high - low + 1, dtype=bool)
+        occurs[flat - low] = True
+        found, places = np.flatnonzero(occurs) + low, (np.cumsum(occurs) - 1)[flat - low]
+    else:
+        found, places = np.unique(flat, return_inverse=True)
+    ends = np.cumsum([each.size for each in arrays])[:-1]
+    return found, [part.reshape(each.shape) for part, each in zip(np.split(places, ends), arrays)]
 
 
 def classes(*arrays: Any) -> tuple[Ints, Ints]:
@@ -98,6 +146,14 @@ class Equations:
             rhs = np.broadcast_to(np.asarray(rhs, dtype=float), len(variables))
             self.origins.append((self.node, reason))
             self._blocks.setdefault(system, []).append((variables, values, rhs, len(self.origins) - 1))
+
+    def uniform(self, gauge: Gauge, axes: Collection[int], reason: str) -> Gauge:
+        """A gauge that is one along ``axes``, which are then of size 1."""
+        scale = self.scale.uniform(gauge.scale, axes, reason)
+        if gauge.made is not None and any(gauge.made.shape[axis] > 1 for axis in axes):
+            self.shift.pin(gauge.base, reason)  # what was made up has no shift, so the rest has none
+            return Gauge(scale, pinned(scale.ndim).base)
+        return Gauge(scale, self.shift.uniform(gauge.base, axes, reason), gauge.made)
 
     def commit(self) -> dict[str, Ints]:
         """Adds what waits; answers which equations contradict, by system, and then it has to be undone."""
@@ -159,18 +215,20 @@ class Variables:
 
     def equate(self, one: Ints, other: Ints, reason: str, only: Collection[str] = ()) -> Ints:
         """Both are the same wherever they meet; answers what they are."""
-        one, other = np.broadcast_arrays(one, other)
-        low, high = np.minimum(one, other), np.maximum(one, other)
+        (firsts, (first,)), (seconds, (second,)) = numbered(one), numbered(other)
+        met, _ = numbered(first * len(seconds) + second)
+        a, b = firsts[met // len(seconds)], seconds[met % len(seconds)]
+        low, high = np.minimum(a, b), np.maximum(a, b)
         differ = low != high
         if differ.any():
             pairs = np.stack(np.divmod(np.unique(high[differ] * self.count + low[differ]), self.count), 1)
             for name in only or self._systems:
                 self._all.require(name, pairs, [1.0, -1.0], 0.0, reason)
-        return compressed(low)
+        return compressed(np.minimum(one, other))
 
     def pin(self, indices: Ints, reason: str, only: Collection[str] = ()) -> None:
         """Stored as it is: all of them are zero."""
-        flat = np.unique(indices)
+        flat = numbered(indices)[0]
         for name in only or self._systems:
             self._all.require(name, flat[flat > 0][:, None], 1.0, 0.0, reason)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.semantics.base import Semantics, Shape, pin
 from bnfold.semantics.contraction import Geometry
-from bnfold.semantics.equations import DEAD, Equations, Gauge, compressed, pinned
+from bnfold.semantics.equations import DEAD, Equations, Gauge, numbered, pinned
 from bnfold.semantics.system import Ints
 
 #: A constant of more elements than this, joined to values, stays as it is.
@@ -38,6 +39,8 @@ class Movement(Semantics):
     ignored: tuple[str, ...] = ()
     #: For a concatenation, the axis it joins along.
     joins: int | None = None
+    #: Axes along which it leaves all elements where they are, however many there are.
+    kept: tuple[int, ...] = ()
     #: Axes of the operands along which a number that is not always the same says where elements come from.
     loose: tuple[int, ...] = ()
     #: How many zeros it makes up is such a number.
@@ -55,36 +58,49 @@ class Movement(Semantics):
         parts = [given[s] if s in given else self._constant(s, n, equations) for s, n in zip(self.slots, self.shapes)]
         if self.may_pad:
             for part in parts:
-                equations.shift.pin(part.shift, "zero-padding")
+                equations.shift.pin(part.base, "zero-padding")
         if self.loose:
-            parts = [Gauge(*(
-                space.uniform(indices, self.loose, "dynamic-size")
-                for space, indices in ((equations.scale, p.scale), (equations.shift, p.shift))
-            )) for p in parts]  # fmt: skip
+            parts = [equations.uniform(part, self.loose, "dynamic-size") for part in parts]
         first = {int(part.scale.flat[0]) for part in parts}
-        if all(p.alike() and not p.shift.any() for p in parts) and len(first) == 1:
-            return Gauge(np.full((1,) * len(shape), first.pop()), pinned(len(shape)).shift)
-        scales, of_scale = _numbered([part.scale for part in parts], equations.scale.count)
-        shifts, of_shift = _numbered([part.shift for part in parts], equations.shift.count)
-        # Few classes: floats hold each exactly, and every movement is implemented for them.
-        few = np.float32 if len(scales) * len(shifts) < 1 << 24 else np.float64
-        codes = ((s * len(shifts) + t + 1).astype(few) for s, t in zip(of_scale, of_shift))
-        wide = [torch.as_tensor(c).expand(n).contiguous() for c, n in zip(codes, self.shapes)]
-        code = _narrowed(self.apply(wide)).to(torch.int64).numpy()
-        zero = code == 0
-        scale, shift = np.divmod(np.maximum(code - 1, 0), len(shifts))
-        scale, shift = scales[scale], shifts[shift]
-        if zero.any():
-            if code.size > LARGEST:
-                for part in parts:
-                    equations.shift.pin(part.shift, "zero-padding")
-                shift = pinned(code.ndim).shift
-            else:
-                shift[zero] = 0
-            scale = _filled(np.where(zero, -1, scale))
-            if (scale < 0).any():
-                scale = np.where(scale < 0, equations.scale.fresh(()), scale)
-        return Gauge(compressed(scale), compressed(shift))
+        if all(p.scale.size == 1 and not p.base.any() for p in parts) and len(first) == 1:
+            return Gauge(np.full((1,) * len(shape), first.pop()), pinned(len(shape)).base)
+        if len(parts) == 1 and self._stays(parts[0]):
+            scale, base = parts[0].scale, parts[0].base
+            zero = made = self._moved([np.ones((1,) * len(shape), np.float32)]) == 0
+        else:
+            scales, of_scale = numbered(*(part.scale for part in parts))
+            shifts, of_shift = numbered(*(part.base for part in parts))
+            # Few classes: floats hold each exactly, and every movement is implemented for them.
+            few = np.float32 if len(scales) * len(shifts) < 1 << 24 else np.float64
+            code = self._moved([(s * len(shifts) + t + 1).astype(few) for s, t in zip(of_scale, of_shift)])
+            zero = made = code == 0
+            scale, base = np.divmod(np.maximum(code - 1, 0), len(shifts))
+            scale, base = scales[scale], shifts[base]
+            if any(part.made is not None for part in parts):
+                held = (np.zeros((1,) * len(n), bool) if p.made is None else p.made for p, n in zip(parts, self.shapes))
+                made = self._moved([(~each).astype(few) for each in held]) == 0
+            if zero.any():
+                base = np.maximum(_filled(np.where(zero, -1, base)), 0)
+                scale = _filled(np.where(zero, -1, scale))
+                if (scale < 0).any():
+                    scale = np.where(scale < 0, equations.scale.fresh(()), scale)
+        if zero.any() and np.broadcast(scale, base, made).size > LARGEST:
+            for part in parts:
+                equations.shift.pin(part.base, "zero-padding")
+            base = pinned(made.ndim).base
+        return Gauge.holed(scale, base, made)
+
+    def _stays(self, part: Gauge) -> bool:
+        """Whether classes differ only along axes along which everything stays where it is."""
+        moves = (axis for axis in range(part.base.ndim) if axis not in self.kept)
+        return bool(self.kept) and part.made is None and not any(map(part.varies, moves))
+
+    def _moved(self, codes: Sequence[Any]) -> Ints:
+        alike = [axis for axis in self.kept if all(code.shape[axis] == 1 for code in codes)]
+        shapes = (tuple(1 if axis in alike else n for axis, n in enumerate(shape)) for shape in self.shapes)
+        wide = [torch.as_tensor(code).expand(shape) for code, shape in zip(codes, shapes)]
+        found: Ints = _narrowed(self.apply(wide)).to(torch.int64).numpy()
+        return found
 
     def _constant(self, slot: str, shape: Shape, equations: Equations) -> Gauge:
         gauge = pinned(len(shape))
@@ -95,17 +111,28 @@ class Movement(Semantics):
         return gauge
 
 
-def _numbered(arrays: Sequence[Ints], count: int) -> tuple[Ints, list[Ints]]:
-    """What occurs in arrays of indices below ``count``, and the arrays as places in that."""
-    used = np.zeros(count, dtype=bool)
-    for each in arrays:
-        used[each] = True
-    places = np.cumsum(used) - 1
-    return np.flatnonzero(used), [places[each] for each in arrays]
+def reshaped(t: Tensor, shape: Shape) -> Tensor:
+    """``t.reshape(shape)``, which leaves expanded what is expanded along all axes that become others together."""
+    small, i, j = list[int](), 0, 0
+    while i < t.ndim or j < len(shape):
+        first, last, before, after = i, j, 1, 1
+        while (i, j) == (first, last) or before != after:
+            if before <= after and i < t.ndim:
+                before, i = before * t.shape[i], i + 1
+            else:
+                after, j = after * shape[j], j + 1
+        alike = all(t.stride(axis) == 0 or t.shape[axis] == 1 for axis in range(first, i))
+        small += [1] * (j - last) if alike else shape[last:j]
+        for axis in range(first, i if alike else first):
+            t = t.narrow(axis, 0, 1)
+    return t.reshape(small).expand(shape)
 
 
 def _narrowed(code: Tensor) -> Tensor:
-    """With size 1 on every axis along which all are equal."""
+    """With size 1 on every axis along which all are equal, as all are that lie in one place."""
+    for axis in range(code.ndim):
+        if code.stride(axis) == 0:
+            code = code.narrow(axis, 0, 1)
     for axis in range(code.ndim):
         if code.shape[axis] > 1:
             first = code.narrow(axis, 0, 1)
@@ -169,11 +196,10 @@ class Average(Semantics):
         for slot, gauge in given.items():
             if slot != self.slot:
                 pin(equations, gauge, self.reason)
-        scale = equations.scale.uniform(given[self.slot].scale, self.axes, "other-axis")
-        shift = equations.shift.uniform(given[self.slot].shift, self.axes, "other-axis")
+        made = equations.uniform(given[self.slot], self.axes, "other-axis")
         if self.no_shift is not None:
-            equations.shift.pin(shift, self.no_shift)
-            shift = pinned(shift.ndim).shift
-        shift = equations.shift.combined([(self.total, shift)], "nonlinear")
-        gone = self.axes if self.drops else ()
-        return Gauge(scale.squeeze(gone), shift.squeeze(gone))
+            equations.shift.pin(made.base, self.no_shift)
+            made = Gauge(made.scale, pinned(made.scale.ndim).base)
+        if self.total != 1:
+            made = Gauge(made.scale, equations.shift.combined([(self.total, made.shift)], "nonlinear"))
+        return made.squeezed(self.axes) if self.drops else made

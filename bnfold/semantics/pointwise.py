@@ -86,8 +86,7 @@ class Scaling(Semantics):
         if self.axes is not None:
             rest = [axis for axis in range(y.scale.ndim) if axis not in self.axes]
             for side in (x, y):
-                equations.scale.uniform(side.scale, rest, "other-axis")
-                equations.shift.uniform(side.shift, rest, "other-axis")
+                equations.uniform(side, rest, "other-axis")
 
     def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
         """See the class."""
@@ -113,12 +112,6 @@ def _pairs(y: Ints, x: Ints, *constants: Any) -> tuple[Any, ...]:
     return np.stack([variables, x.ravel()[at]], 1), *(each.ravel()[at] for each in rest)
 
 
-def aligned(gauge: Gauge, ndim: int) -> Gauge:
-    """With leading axes, as broadcasting adds them."""
-    lead = (1,) * (ndim - gauge.scale.ndim)
-    return Gauge(gauge.scale.reshape(lead + gauge.scale.shape), gauge.shift.reshape(lead + gauge.shift.shape))
-
-
 @dataclass(frozen=True)
 class Sum(Semantics):
     """``z = x + alpha*y`` of two values: ``a_z = a_x = a_y``, ``b_z = b_x + alpha*b_y``."""
@@ -128,7 +121,7 @@ class Sum(Semantics):
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """See the class."""
-        x, y = (aligned(given[slot], len(shape)) for slot in self.slots)
+        x, y = (given[slot].aligned(len(shape)) for slot in self.slots)
         scale = equations.scale.equate(x.scale, y.scale, "unequal-scales") if self.alpha else x.scale
         return Gauge(scale, equations.shift.combined([(1.0, x.shift), (self.alpha, y.shift)], "nonlinear"))
 
@@ -142,15 +135,15 @@ class Product(Semantics):
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """See the class."""
-        factors = [aligned(given[slot], len(shape)) for slot in self.slots]
+        factors = [given[slot].aligned(len(shape)) for slot in self.slots]
         for factor in factors:
-            equations.shift.pin(factor.shift, "shift-through-product")
+            equations.shift.pin(factor.base, "shift-through-product")
             equations.scale.pin(factor.scale, "nonlinear", (DEAD, EMPTY))
         x, y = (self.read(factor.scale, place, equations) for place, factor in enumerate(factors))
         scale = equations.scale.combined([(1.0, x), (-1.0 if self.divides else 1.0, y)], "nonlinear", (LOG, SIGN))
         if scale is not x and scale is not y:
             equations.scale.pin(scale, "nonlinear", (DEAD, EMPTY))
-        return Gauge(scale, pinned(len(shape)).shift)
+        return Gauge(scale, pinned(len(shape)).base)
 
     def read(self, scale: Ints, place: int, equations: Equations) -> Ints:
         """The scale of a factor as the result has it."""
@@ -191,19 +184,17 @@ class Homogeneous(Semantics):
         parts = [given[slot] for slot in self.slots]
         for slot in set(given) - set(self.slots):
             pin(equations, given[slot], self.reason)
-        scale, shift = parts[0].scale, parts[0].shift
+        made = parts[0]
         for part in parts[1:]:
-            scale = equations.scale.equate(scale, part.scale, "unequal-scales")
-            shift = equations.shift.equate(shift, part.shift, "unequal-scales")
-        scale = equations.scale.uniform(scale, self.axes, "other-axis")
-        shift = equations.shift.uniform(shift, self.axes, "other-axis")
+            scale = equations.scale.equate(made.scale, part.scale, "unequal-scales")
+            made = Gauge(scale, equations.shift.equate(made.shift, part.shift, "unequal-scales"))
+        made = equations.uniform(made, self.axes, "other-axis")
         if not self.any_sign:
-            equations.scale.pin(scale, "sign", (SIGN, DEAD))
+            equations.scale.pin(made.scale, "sign", (SIGN, DEAD))
         if not self.shifts:
-            equations.shift.pin(shift, "shift-through-activation")
-            shift = pinned(shift.ndim).shift
-        gone = self.axes if self.drops else ()
-        return Gauge(scale.squeeze(gone), shift.squeeze(gone))
+            equations.shift.pin(made.base, "shift-through-activation")
+            made = Gauge(made.scale, pinned(made.scale.ndim).base)
+        return made.squeezed(self.axes) if self.drops else made
 
 
 @dataclass(frozen=True)
