@@ -38,14 +38,15 @@ from bnfold.report import (
 NASTY = "layer<b>&\"'\x00\ud800]]>{{ 7 * 7 }}ä"
 CHECK = CheckReport(
     "pass", "CPUExecutionProvider", 16, (1, 2, 7),
-    (OutputResult("folded torch", "y", 1e-7, 2e-7, 2.0, 3.0, 16),
-     OutputResult("ONNX Runtime", "y", 1e-7, 1e-7, 1.0, 2.0, 16)),
+    (OutputResult("folded torch", "y", 1e-7, 2e-7, 2.0, 3.0, 16, (90, 60, 10)),
+     OutputResult("ONNX Runtime", "y", 1e-7, 1e-7, 1.0, 2.0, 16, (120, 40))),
     (SiteResult("folded torch", "conv2d", "bn1", 1.5, 2.5), SiteResult("folded torch", "add", "block", 0.5, 0.7)),
     notes=("a note",),
 )  # fmt: skip
 FAILED = replace(
     CHECK, verdict="fail", problems=("ONNX Runtime, output 'y': error is 70 times the noise (limit 4)",),
-    outputs=(CHECK.outputs[0], OutputResult("ONNX Runtime", "y", 1e-7, 7e-6, 70.0, 90.0, 16)),
+    outputs=(CHECK.outputs[0],
+             OutputResult("ONNX Runtime", "y", 1e-7, 7e-6, 70.0, 90.0, 16, (100, 40, 0, 0, 0, 0, 3, 17))),
     sites=(CHECK.sites[0], SiteResult("folded torch", "add", "block", 30.0, float("inf"))),
 )  # fmt: skip
 UNSURE = replace(CHECK, verdict="inconclusive", problems=("only 3 samples could be run",))

@@ -42,6 +42,18 @@ def test_one_wrong_element_is_seen_beside_any_other(large: float) -> None:
     assert compare(wrong, truth, noise, unit=UNIT)[2] == (2, 7, 31)
 
 
+def test_elements_are_counted_by_the_doublings_of_their_noise() -> None:
+    truth, noise = torch.full((1, 64), 1.0, dtype=torch.float64), torch.full((1, 64), 2.0**-10, dtype=torch.float64)
+    off = truth.clone()
+    off[0, :5] += 1.5 * 2.0**-10
+    off[0, 5:7] += 3 * 2.0**-10
+    off[0, 7] += 1e30
+    off[0, 8] = torch.nan
+    *_, counts = compare(off, truth, noise, unit=UNIT)
+    assert counts[:3] == (55, 5, 2) and counts[-1] == 1 and len(counts) == 65 and sum(counts) == 63
+    assert compare(truth, truth, noise, unit=UNIT)[-1] == (64,)
+
+
 def test_closed_elements_have_the_noise_of_closed_ones() -> None:
     """A sigmoid from 1 down to 1e-20: one that is zero where it should be 1e-9 is a fault."""
     truth = torch.sigmoid(torch.linspace(-46, 10, 4000, dtype=torch.float64))[None]

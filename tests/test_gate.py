@@ -87,6 +87,8 @@ def test_a_correct_file_passes_at_every_scale(scale: float, tmp_path: Path) -> N
         "the file in float64", "ONNX Runtime, optimisations off", "ONNX Runtime"
     }  # fmt: skip
     assert {o.output for o in report.outputs} == {"output_0", "output_1"}
+    assert len({sum(o.doublings) for o in report.outputs if o.output == "output_0"}) == 1, "all elements are counted"
+    assert all(o.doublings[0] and 2 ** (len(o.doublings) - 2) <= o.worst for o in report.outputs if o.worst > 1)
 
 
 @pytest.mark.parametrize("name", RIGHT)

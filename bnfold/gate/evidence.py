@@ -23,6 +23,8 @@ ELEMENT = 1.5
 EXACT = 2.0**-46
 #: The smallest number of each dtype, by its unit roundoff: what is less is nothing there.
 SUBNORMAL = {2.0**-24: 2.0**-149, 2.0**-11: 2.0**-24, 2.0**-8: 2.0**-133}
+#: Errors are counted by how often noise doubles in them, up to so often.
+MOST = 63
 #: The middle of each of many blocks, NaN where there is nothing.
 Middle = Callable[[Tensor], Tensor]
 TINY = float(torch.finfo(torch.float64).tiny)
@@ -40,6 +42,7 @@ class Row:
         worst: the largest error over noise of any one element.
         element: which one that is.
         error, noise: medians over elements, relative to them.
+        doublings: how many elements are off by at most their noise, by less than 2 times it, 4 times, and so on.
         elements: how many there are.
         samples: how many samples the input holds.
         inside: whether it is a value inside, no output.
@@ -54,6 +57,7 @@ class Row:
     element: tuple[int, ...] = ()
     error: float = 0.0
     noise: float = 0.0
+    doublings: tuple[int, ...] = ()
     elements: int = 0
     samples: int = 0
     inside: bool = False
@@ -77,8 +81,8 @@ class Table:
 
 def compare(
     given: Tensor, truth: Tensor, noise: Tensor, *, unit: float, batched: bool = False, coarser: float = 1.0
-) -> tuple[float, float, tuple[int, ...], float, float]:
-    """``ratio``, ``worst``, ``element``, ``error`` and ``noise`` of a ``Row``.
+) -> tuple[float, float, tuple[int, ...], float, float, tuple[int, ...]]:
+    """``ratio``, ``worst``, ``element``, ``error``, ``noise`` and ``doublings`` of a ``Row``.
 
     Args:
         given: what a witness computed, of any floating-point dtype.
@@ -90,7 +94,7 @@ def compare(
     """
     good = truth.isfinite() & given.isfinite()
     if not given.numel() or not bool(good.any()):
-        return 0.0, 0.0, (), 0.0, 0.0
+        return 0.0, 0.0, (), 0.0, 0.0, ()
     off = torch.where(good, given.double() - truth, 0.0).abs()
     right = torch.where(good, truth, 0.0)
     size = torch.maximum(right.abs(), torch.where(good, given.double(), 0.0).abs())
@@ -106,7 +110,8 @@ def compare(
     shown = size > 0
     error, own = (float((x / size)[shown].median()) if bool(shown.any()) else 0.0 for x in (off, bar))
     ratio = float(rows.square().mean(1).sqrt().max())
-    return ratio, float(ratios.reshape(-1)[worst]), element, error, own
+    above = ratios[ratios > 1].log2().clamp(max=MOST).long().bincount().tolist()
+    return ratio, float(ratios.reshape(-1)[worst]), element, error, own, (int(good.sum()) - sum(above), *above)
 
 
 def floor(truth: Tensor, unit: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -261,7 +262,9 @@ class Judge:
             rows = self.table.of(witness, output)
             noise, error = (sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error"))
             ratio, worst = (max(getattr(row, key) for row in rows) for key in ("ratio", "worst"))
-            found.append(OutputResult(witness, output, noise, error, ratio, worst, sum(row.samples for row in rows)))
+            counts = tuple(map(sum, zip_longest(*(row.doublings for row in rows), fillvalue=0)))
+            samples = sum(row.samples for row in rows)
+            found.append(OutputResult(witness, output, noise, error, ratio, worst, samples, counts))
         return found
 
     def wild(self, witness: str) -> None:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import ProviderError, printable
@@ -93,37 +94,31 @@ def site_plot(check: CheckReport) -> str:
 
 
 def histogram_plot(check: CheckReport) -> str:
-    """How many of the values that were compared, outputs and fold sites, have which error over noise."""
-    found = [(o.candidate, o.ratio) for o in check.outputs]
-    found += [(s.candidate, max(s.ratio, s.channel_ratio)) for s in check.sites]
-    # A bin per doubling; what is infinite or no number is in the last, what is next to exact in the first.
-    low, top = -6, 1 + max((math.ceil(math.log2(r)) for _, r in found if 1 < r < math.inf), default=0)
-    top = max(top, math.ceil(math.log2(check.site_limit)) + 1)
-
-    def bin_of(ratio: float) -> int:
-        return top if not ratio < math.inf else max(low, math.floor(math.log2(ratio)) if ratio > 0 else low)
-
-    counts = {name: Counter(bin_of(r) for c, r in found if c == name) for name in dict.fromkeys(c for c, _ in found)}
+    """How many elements of the outputs are off by how many times their noise; empty where nothing was counted."""
+    counts: dict[str, list[int]] = {}
+    for each in check.outputs:
+        if each.doublings:
+            known = counts.get(each.candidate, [])
+            counts[each.candidate] = [*map(sum, zip_longest(known, each.doublings, fillvalue=0))]
+    if not counts:
+        return ""
+    top, most = max(map(len, counts.values())) - 1, max(map(max, counts.values()))
+    last = max(top, math.ceil(math.log2(check.site_limit)))
 
     def draw(axes: Axes, ticks: int) -> None:
-        from matplotlib.ticker import MaxNLocator
+        width = 0.9 / len(counts)
+        axes.set_yscale("log")
+        axes.set_ylim(0.5, 2 * most)
+        for i, ((name, count), colour) in enumerate(zip(counts.items(), (_AFTER, _BEFORE, _THIRD, _MUTED))):
+            axes.bar([k - 0.95 + (i + 0.5) * width for k in range(len(count))], count, width, color=colour, label=name)
+        axes.axvline(math.log2(check.site_limit), color=_FAIL, linewidth=1, linestyle=(0, (4, 2)))
+        axes.set_xlim(-1, last)
+        places = range(0, last + 1, max(1, math.ceil(last / ticks)))
+        axes.set_xticks([*places], [f"{2.0**place:.3g}" for place in places])
+        axes.grid(axis="y")
+        axes.set_xlabel(f"error over noise of one element (dashed: the limit, {check.site_limit:g})", loc="right")
 
-        below = Counter[int]()
-        for (name, count), colour in zip(counts.items(), (_AFTER, _BEFORE, _THIRD, _MUTED)):
-            bins = sorted(count)
-            axes.bar([b + 0.5 for b in bins], [count[b] for b in bins], 0.9, [below[b] for b in bins], color=colour,
-                     label=name)  # fmt: skip
-            below += count
-        axes.axvline(math.log2(check.limit), color=_FAIL, linewidth=1, linestyle=(0, (4, 2)))
-        axes.set_xlim(low, top + 1)
-        axes.set_ylim(0, 1.1 * max(below.values(), default=1))
-        step = max(1, math.ceil((top - low) / ticks))
-        places = range(low, top + 1, step)
-        axes.set_xticks([*places], [f"{2.0**place:g}" if place < 20 else f"{2.0**place:.0e}" for place in places])
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(f"error over noise (dashed: the limit of an output, {check.limit:g})", loc="right")
-
-    return _svg("histogram", "How many values have which error over noise", draw, None, legend=True)
+    return _svg("histogram", "How many elements are off by how many times their noise", draw, None, legend=True)
 
 
 def latency_plot(report: LatencyReport) -> str:

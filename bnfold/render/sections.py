@@ -45,10 +45,10 @@ def problem_section(report: ExportReport | CheckReport, check: CheckReport) -> I
     if not check.passed:
         steps = [(f"To {what}:", command) for what, command in next_steps(report)]
         shown, more = list(check.problems[:_SHOWN]), list(check.problems[_SHOWN:])
-        drawn = histogram_plot(check) if check.outputs else None
+        drawn = histogram_plot(check)
         yield section(
             "problems", "Problems", ("alert", shown), ("more", more), ("steps", steps),
-            ("text", drawn and "How many of the values that were compared, outputs and folds, have which error:"),
+            ("text", drawn and "How many elements are off by how many times their noise, on all inputs:"),
             ("plot", drawn),
         )  # fmt: skip
 

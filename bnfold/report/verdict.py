@@ -29,6 +29,7 @@ class OutputResult:
     """One output of one candidate against float64: ``noise`` and ``error``, relative, are medians over elements.
 
     ``ratio`` is the RMS of error over noise in the worst sample, ``worst`` that of the single element furthest off.
+    ``doublings`` counts elements: off by at most their noise, by less than 2 times it, less than 4 times, and so on.
     """
 
     candidate: str
@@ -38,6 +39,7 @@ class OutputResult:
     ratio: float
     worst: float
     samples: int
+    doublings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
