@@ -18,15 +18,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_samples import CHECK, EXPORT, FAILED, NASTY, real, reports
+from report_samples import CHECK, EXPORT, FAILED, LATENCY, NASTY, diagnosis, real, reports
 
 from bnfold.render import document, graph, plots
 from bnfold.report import (
     Accuracy,
+    Diagnosis,
     Entry,
     ExportReport,
+    Finding,
     LayerRange,
     Ledger,
+    NormHealth,
     NormRange,
     Operator,
     SiteResult,
@@ -231,11 +234,24 @@ def test_every_operator_is_in_the_picture_with_what_became_of_it(monkeypatch: py
     ]  # fmt: skip
     assert text.count('class="edge"') == sum(len(operator.reads) for operator in EXPORT.graph)
     assert "block.a: took something in" in text and "<b>" not in text
+    assert text.rindex("<text") > text.rindex('class="edge"'), "names of boxes lie over the lines"
     many = [Operator("conv2d", f"stage{i // 99}.{i // 3 % 33}.conv", (i - 1,) if i else (), "kept") for i in range(990)]
     text = str(graph.picture(many))
     assert len(re.findall('class="node"', text)) == 330 // 33 and "stage3" in text and "99 operators" in text
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert graph.picture(many) is None and "graphviz draws" in page(EXPORT).words
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="no graphviz here: apt-get install graphviz")
+def test_the_picture_of_a_failure_marks_the_operators_whose_folds_are_wrong() -> None:
+    failed = document(replace(EXPORT, check=FAILED), ".html")
+    assert ">✗ add<" in failed and ">− batch_norm<" in failed and "✗ bold: not what the model computes" in failed
+    passed = document(EXPORT, ".html")
+    assert ">= add<" in passed and "✗ add" not in passed and "✗ bold" not in passed
+    many = [
+        Operator("batch_norm", f"stage{i // 99}.{i // 3 % 33}.bn", (i - 1,) if i else (), "folded") for i in range(990)
+    ]
+    assert str(graph.picture(many, {"stage3.7.bn"})).count("✗ 3 wrong") == 1, "also where a box is a module"
 
 
 def test_kinds_of_operators_are_counted_before_and_after() -> None:
@@ -252,6 +268,19 @@ def test_the_page_of_a_failure_has_the_histogram_of_its_errors_and_that_of_bench
     assert plots.histogram_plot(replace(FAILED, outputs=unknown)) == "", "integers alone have no noise"
     bars = written("bench")
     assert bars.count("Time per call</title>") == 2 and ">net.py:make</text>" in bars
+    assert bars.count(" ms</text>") == 2 * len(LATENCY.contestants), "each bar has its median beside it"
+
+
+def test_what_all_batchnorms_have_in_common_is_said_once() -> None:
+    def said(*norms: NormHealth, modules: tuple[str, ...]) -> str:
+        return " ".join(page(Diagnosis({}, norms, (Finding("train-mode", modules, "so it is"),))).words.split())
+
+    norm = diagnosis().norms[0]
+    two = said(replace(norm, module="a"), replace(norm, module="b", eps=0.5), modules=("a", "b"))
+    assert f"The same for all: kind {norm.layer}" in two and "all of them note train-mode so it is" in two
+    assert f"a {norm.eps:g}" in two and "b 0.5" in two, "what differs has a column"
+    one = said(replace(norm, module="a"), modules=("a",))
+    assert "The same for all" not in one and "all of them" not in one and "a note train-mode" in one
 
 
 # -- a real browser ----------------------------------------------------------------------------------------------------

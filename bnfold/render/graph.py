@@ -10,7 +10,8 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Literal
 
 from bnfold.errors import printable
 from bnfold.render.plots import STAND_INS, at_home
@@ -24,7 +25,8 @@ _PATIENCE = 60
 MISSING = "graphviz draws the operators here, and its dot is not installed: apt-get install graphviz, or its like."
 _INK, _MUTED, _LINE, _FAIL, _BEFORE, _AFTER, _THIRD = STAND_INS
 #: Sign, colour and line of each fate, the most telling first: a box of many operators has that of the first it holds.
-LOOKS: dict[Fate, tuple[str, str, str, str]] = {
+LOOKS: dict[Fate | Literal["wrong"], tuple[str, str, str, str]] = {
+    "wrong": ("✗", _FAIL, "bold", "not what the model computes there"),
     "left": ("!", _FAIL, "bold", "an affine that stays"),
     "folded": ("−", _BEFORE, "dashed", "folded: no longer there"),
     "merged": ("=", _THIRD, "dashed", "merged: no longer there"),
@@ -34,20 +36,25 @@ LOOKS: dict[Fate, tuple[str, str, str, str]] = {
 }
 
 
-def legend(graph: Sequence[Operator]) -> str:
+def legend(graph: Sequence[Operator], wrong: Collection[str] = ()) -> str:
     """The signs and lines of a picture of this graph in words."""
-    there = {operator.fate for operator in graph}
+    there = {_look(operator, wrong) for operator in graph}
     return "; ".join(
         f"{sign} {line}: {words}" for fate, (sign, _, line, words) in LOOKS.items() if sign and fate in there
     )
 
 
-def picture(graph: Sequence[Operator]) -> str | None:
-    """An SVG element; None where dot is not installed, fails or takes too long."""
+def picture(graph: Sequence[Operator], wrong: Collection[str] = ()) -> str | None:
+    """An SVG element; None where dot is not installed, fails or takes too long.
+
+    Args:
+        graph: every operator, in order.
+        wrong: modules whose folds are.
+    """
     dot = shutil.which("dot")
     if dot is None or not graph:
         return None
-    text = "\n".join(_each(graph) if len(graph) <= OPERATORS else _boxes(graph))
+    text = "\n".join(_each(graph, wrong) if len(graph) <= OPERATORS else _boxes(graph, wrong))
     try:
         done = subprocess.run(
             [dot, "-Tsvg"], input=text, capture_output=True, text=True, timeout=_PATIENCE, check=True, encoding="utf-8"
@@ -56,6 +63,10 @@ def picture(graph: Sequence[Operator]) -> str | None:
         return None
     svg = re.sub(r"<title>.*?</title>\s*", "", done.stdout, flags=re.DOTALL)  # dot's own are the numbers of its nodes
     svg = re.sub(r'<a xlink:title="([^"]*)">', r"<title>\1</title>", svg).replace("</a>", "")
+    # Names of boxes over the lines that enter there: what is drawn last lies on top.
+    parts = re.split(r'(?<=class="cluster">)(.*?)(<text.*?</text>)', svg, flags=re.DOTALL)
+    names = "".join(parts[2::3])
+    svg = "".join(part for i, part in enumerate(parts) if i % 3 != 2).replace("</g>\n</svg>", f"{names}</g>\n</svg>")
     svg = svg.replace('font-family="Courier,monospace"', 'font-family="ui-monospace, monospace"')
     return at_home(svg, "graph", "The operators before and after folding", natural=True)
 
@@ -70,7 +81,12 @@ def operator_types(graph: Iterable[Operator]) -> list[tuple[str, str, str]]:
 # -- what dot reads ----------------------------------------------------------------------------------------------------
 
 
-def _each(graph: Sequence[Operator]) -> Iterator[str]:
+def _look(operator: Operator, wrong: Collection[str]) -> Fate | Literal["wrong"]:
+    """How an operator is drawn: by its fate, unless it is one whose fold is wrong."""
+    return "wrong" if operator.module in wrong and operator.fate in ("folded", "merged") else operator.fate
+
+
+def _each(graph: Sequence[Operator], wrong: Collection[str]) -> Iterator[str]:
     """A node per operator, a box per module that has several."""
     above = {operator.module.rpartition(".")[0] for operator in graph}  # what such a module does itself is in its box
     homes = [o.module if o.module in above else o.module.rpartition(".")[0] for o in graph]
@@ -82,7 +98,7 @@ def _each(graph: Sequence[Operator]) -> Iterator[str]:
             yield f"subgraph cluster_{number} {{ label={_quoted(home)}; tooltip={_quoted(home)};"
         for i, operator in enumerate(graph):
             if homes[i] == home:
-                sign, colour, style, words = LOOKS[operator.fate]
+                sign, colour, style, words = LOOKS[_look(operator, wrong)]
                 own = operator.module[len(home) + 1 :] if boxed else operator.module
                 lines = [f"{sign} {operator.kind}".strip(), *([own] if own and own != operator.kind else [])]
                 yield _node(i, lines, colour, style, f"{operator.module or operator.kind}: {words}", operator.kind)
@@ -93,7 +109,7 @@ def _each(graph: Sequence[Operator]) -> Iterator[str]:
     yield "}"
 
 
-def _boxes(graph: Sequence[Operator]) -> Iterator[str]:
+def _boxes(graph: Sequence[Operator], wrong: Collection[str]) -> Iterator[str]:
     """A node per module, at the greatest depth at which they are few enough, in a box per module above them."""
     depths = range(max(operator.module.count(".") for operator in graph) + 1, 0, -1)
     homes = next(
@@ -109,7 +125,7 @@ def _boxes(graph: Sequence[Operator]) -> Iterator[str]:
             yield f"subgraph cluster_{number} {{ label={_quoted(parent)}; tooltip={_quoted(parent)};"
         for i, name in enumerate(names):
             if parents[name] == parent:
-                fates = Counter(operator.fate for operator, home in zip(graph, homes) if home == name)
+                fates = Counter(_look(operator, wrong) for operator, home in zip(graph, homes) if home == name)
                 _, colour, style, _ = LOOKS[next(fate for fate in LOOKS if fates[fate])]
                 told = [f"{LOOKS[fate][0]} {count} {fate}" for fate, count in fates.items() if fate != "kept"]
                 own = name[len(parent) + 1 :] if parent else name

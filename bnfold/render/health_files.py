@@ -18,7 +18,11 @@ Case = tuple[str, str, str, str]
 def health_sections(report: Diagnosis) -> Iterator[Section]:
     """What is wrong with which BatchNorm, all of them, and a picture of their scales and shifts."""
     heads = ("module", "severity", "code", "detail")
-    rows = [(", ".join(finding.modules), finding.severity, finding.code, finding.detail) for finding in report.findings]
+    everyone = len(report.norms) if len(report.norms) > 1 else 0
+    rows = [
+        ("all of them" if len(f.modules) == everyone else ", ".join(f.modules), f.severity, f.code, f.detail)
+        for f in report.findings
+    ]
     codes = dict.fromkeys(finding.code for finding in report.findings)
     if rows or report.notes:
         yield section(
@@ -28,8 +32,12 @@ def health_sections(report: Diagnosis) -> Iterator[Section]:
         )  # fmt: skip
     about = ("module", "kind", "channels", "eps", "momentum", "affine", "mode", "statistics", "calls", "scale", "shift")
     if report.norms:
-        cells = [[COLUMNS[head](norm) for head in about] for norm in report.norms]
-        yield section("layers", "BatchNorms", ("table", Table("All of them", about, cells)))
+        columns = {head: [COLUMNS[head](norm) for norm in report.norms] for head in about}
+        same = [head for head in about[1:] if everyone and len(set(columns[head])) == 1]
+        text = f"The same for all: {', '.join(f'{head} {columns[head][0]}' for head in same)}." if same else ""
+        shown = [head for head in about if head not in same]
+        rows = [*zip(*(columns[head] for head in shown))]
+        yield section("layers", "BatchNorms", ("text", text), ("table", Table("All of them", shown, rows)))
     pictured = [(n.module, _five(n.scale), _five(n.shift)) for n in report.norms if n.scale and n.shift]
     if pictured:
         yield norm_section(pictured)

@@ -134,7 +134,7 @@ def _latency(report: LatencyReport) -> Content:
     ]  # fmt: skip
     text = (
         "In every round each had a turn, in random order; ratios are medians over the rounds with their 95 % interval. "
-        "A bar is a median, the line at its end that interval, the tick what 95 % of the turns stay below."
+        "A bar is the median beside it, the line at its end that interval, the tick what 95 % of the turns stay below."
     )
     side_by_side = section(
         "latency", "Side by side", ("text", text), ("plot", latency_plot(report)),

@@ -22,6 +22,7 @@ from bnfold.report import CheckReport, LatencyReport, LayerRange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 #: Draws on axes, with about so many ticks along x.
 _Draw = Callable[["Axes", int], None]
@@ -84,7 +85,7 @@ def site_plot(check: CheckReport) -> str:
             for x, i in points:
                 if x >= high:
                     axes.annotate("infinite", (x, i), (-5, 0), textcoords="offset points", ha="right", va="center")
-        _decades(axes, ticks)
+        _decades(axes.xaxis, ticks)
         axes.set_xlabel(f"error over noise (dashed: the limit, {check.site_limit:g})", loc="right")
 
     return _svg(
@@ -102,19 +103,20 @@ def histogram_plot(check: CheckReport) -> str:
             counts[each.candidate] = [*map(sum, zip_longest(known, each.doublings, fillvalue=0))]
     if not counts:
         return ""
-    top, most = max(map(len, counts.values())) - 1, max(map(max, counts.values()))
-    last = max(top, math.ceil(math.log2(check.site_limit)))
+    highest, most = max(2.0 ** max(map(len, counts.values())), 2 * check.site_limit), max(map(max, counts.values()))
 
     def draw(axes: Axes, ticks: int) -> None:
-        width = 0.9 / len(counts)
+        axes.set_xscale("log")
+        axes.set_xlim(0.4, highest)
         axes.set_yscale("log")
         axes.set_ylim(0.5, 2 * most)
         for i, ((name, count), colour) in enumerate(zip(counts.items(), (_AFTER, _BEFORE, _THIRD, _MUTED))):
-            axes.bar([k - 0.95 + (i + 0.5) * width for k in range(len(count))], count, width, color=colour, label=name)
-        axes.axvline(math.log2(check.site_limit), color=_FAIL, linewidth=1, linestyle=(0, (4, 2)))
-        axes.set_xlim(-1, last)
-        places = range(0, last + 1, max(1, math.ceil(last / ticks)))
-        axes.set_xticks([*places], [f"{2.0**place:.3g}" for place in places])
+            edges = [2 ** (k - 0.95 + 0.9 * (i + end) / len(counts)) for k in range(len(count)) for end in (0, 1)]
+            widths = [right - left for left, right in zip(edges[::2], edges[1::2])]
+            axes.bar(edges[::2], count, widths, align="edge", color=colour, label=name)
+        axes.axvline(check.site_limit, color=_FAIL, linewidth=1, linestyle=(0, (4, 2)))
+        _decades(axes.xaxis, ticks)
+        _decades(axes.yaxis, 4)
         axes.grid(axis="y")
         axes.set_xlabel(f"error over noise of one element (dashed: the limit, {check.site_limit:g})", loc="right")
 
@@ -132,7 +134,10 @@ def latency_plot(report: LatencyReport) -> str:
             if high > low:
                 axes.errorbar(middle, i, xerr=[[middle - low], [high - middle]], color=_INK, capsize=3, linewidth=1.2)
             axes.plot([1e3 * each.p95], [i], linestyle="", marker="|", markersize=9, color=_MUTED)
-        axes.set_xlim(0, None)
+            end = 1e3 * max(each.median, each.p95, first * each.interval[1])
+            axes.annotate(f"{1e3 * each.median:.3g} ms", (end, i), (5, 0), textcoords="offset points", va="center")
+        # Room for the words behind the longest.
+        axes.set_xlim(0, (1.5 if ticks < 10 else 1.2) * axes.get_xlim()[1])
         axes.locator_params(axis="x", nbins=ticks)
         axes.set_xlabel("milliseconds per call", loc="right")
 
@@ -158,7 +163,7 @@ def weight_plot(layers: Sequence[LayerRange]) -> str:
             axes.plot([w.median for _, w in known], [i for i, _ in known], linestyle="", marker=mark, markersize=4.5,
                       color=colour, label=label)  # fmt: skip
         axes.margins(x=0.06)
-        _decades(axes, ticks)
+        _decades(axes.xaxis, ticks)
         axes.set_xlabel("largest |weight| per channel: smallest, median, largest", loc="right")
 
     return _svg(
@@ -234,7 +239,7 @@ def _svg(
     for kind, (width, letters) in _WIDTHS.items():
         labels = _short([printable(name) for name in names or []], letters, between)
         labels = [f"✗ {label}" if wrong else label for label, wrong in zip(labels, bad or [False] * len(labels))]
-        top, bottom, left, right = 38 if legend else 20, 34, 12 + 5.3 * max(map(len, labels), default=3), 14
+        top, bottom, left, right = 38 if legend else 20, 34, 12 + 5.3 * max(map(len, labels), default=4), 14
         tall = (max(len(labels), 1) * _ROW * height if names is not None else 110) + top + bottom
         with rc_context(_STYLE):
             figure = Figure(figsize=(width / 72, tall / 72))
@@ -282,19 +287,19 @@ def at_home(svg: str, name: str, title: str, *, natural: bool = False) -> str:
     return f'{opening}><title id="{name}-title">{escape(title)}</title>{rest}'
 
 
-def _decades(axes: Axes, ticks: int) -> None:
+def _decades(axis: Axis, ticks: int) -> None:
     """Plain numbers along a logarithmic axis, more of them where it covers little, none that touch."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    low, high = axes.get_xlim()
+    low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     subs = next(
         (subs for subs in ((1.0, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0, 3.0)) if len(subs) * decades < ticks),
         (1.0,),
     )
-    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=ticks + 2))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.0e}" if value > 9999 else f"{value:g}"))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=ticks + 2))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.0e}" if value > 9999 else f"{value:g}"))
 
 
 def _standing_out(items: Sequence[Any], sizes: Sequence[float]) -> list[Any]:

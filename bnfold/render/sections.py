@@ -120,9 +120,11 @@ def graph_sections(report: ExportReport) -> Iterator[Section]:
     """The operators in a picture, and of which kinds there are how many."""
     if not report.graph:
         return
-    drawn, count = picture(report.graph), sum(operator.before for operator in report.graph)
+    check, count = report.check, sum(operator.before for operator in report.graph)
+    wrong = {s.module for s in check.sites if s.module and not site_is_right(s, check)} if check else set[str]()
+    drawn = picture(report.graph, wrong)
     boxes = f" Of {count} operators, a box is a module; the page can be made larger." if count > OPERATORS else ""
-    text = f"Each operator over its module's name; {legend(report.graph)}.{boxes}" if drawn else MISSING
+    text = f"Each operator over its module's name; {legend(report.graph, wrong)}.{boxes}" if drawn else MISSING
     rows = operator_types(report.graph)
     yield section(
         "graph", "Operators before and after",

@@ -96,4 +96,6 @@ def _value(name: str, value: Any) -> str:
         return "not known" if math.isnan(value) else f"{value:.2%}" if share else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_value("", item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_value('', item)}" for key, item in value.items()) or "none"
     return str(value)
