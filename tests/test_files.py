@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from onnx_nets import (
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import InputError
+from bnfold.graph import onnx_inference
 from bnfold.graph.onnx_inference import infer
 from bnfold.loading.onnx_file import read_onnx
 
@@ -254,6 +257,17 @@ def test_ifs_in_ifs_without_end_are_one_line(path: Path) -> None:
 
 def test_what_onnx_asserts_of_a_file_ends_its_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx.shape_inference, "infer_shapes", lambda *args, **more: os._exit(1))
+    with pytest.raises(ValueError, match="fails on the file"):
+        infer(small(), strict=True)
+
+
+def test_inference_collects_nothing_of_this_process_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for a thread when it is collected waits without end in a process that has no such thread."""
+    kept = onnx.shape_inference
+    monkeypatch.setattr(kept, "infer_shapes", lambda model, **more: os._exit(1) if gc.isenabled() else model)
+    assert gc.isenabled() and infer(small(), strict=True) == small()
+    monkeypatch.setattr(onnx_inference, "SECONDS", 1)
+    monkeypatch.setattr(kept, "infer_shapes", lambda *args, **more: time.sleep(1000))
     with pytest.raises(ValueError, match="fails on the file"):
         infer(small(), strict=True)
 

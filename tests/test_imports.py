@@ -41,11 +41,11 @@ ALLOWED: dict[str, str] = {
     # One ONNX file against another
     "onnx_flow": "data diagnose drawing equalize errors file_gate file_layers folding lower merge onnx_file onnx_graph"
     " options report stages store",
-    "onnx_graph": "affine call errors evaluator graph names onnx_call onnx_operator onnx_ops onnx_shapes report"
-    " semantics",
+    "onnx_graph": "affine call errors graph names onnx_call onnx_operator onnx_ops onnx_shapes report semantics"
+    " weights",
     "onnx_operator": "evaluator",
     "onnx_call": "call onnx_graph",  # onnx_graph only as a type
-    "onnx_shapes": "errors evaluator onnx_inference subject",
+    "onnx_shapes": "errors evaluator onnx_inference subject weights",
     "onnx_inference": "",
     "onnx_ops": "affine onnx_call semantics",
     "file_gate": "candidates claims deployed engines errors evaluator evidence judge models report runtime samples"
@@ -132,13 +132,15 @@ ALLOWED: dict[str, str] = {
     "draw": "",
     "store": "errors files",
     "claims": "evaluator model_file models samples subject",
-    "deployed": "candidates claims by_operator errors evidence judge model_file models optimizers outside subject",
+    "deployed": "candidates claims by_operator errors evaluator evidence judge model_file models optimizers outside "
+    "subject",
     "evidence": "",
     "models": "aten capture decisions errors evaluator evidence functional interpret names runtime samples subject",
     "outside": "candidates evidence judge models runners",
     "effort": "capture interpret samples threads",
     # ONNX files in float64
-    "evaluator": "aten attributes deciding errors limits model_file nodes subject",
+    "evaluator": "aten attributes deciding errors limits model_file nodes subject weights",
+    "weights": "errors subject",
     "limits": "",
     "nodes": "attributes operators subject",
     "by_operator": "attributes errors evaluator evidence operator_bounds runtime subject",
@@ -199,6 +201,7 @@ KNOWS_ONNX = {
     "by_operator",
     "gate",
     "evaluator",
+    "weights",
     "nodes",
     "deciding",
     "onnx_file",

@@ -6,6 +6,7 @@ narrower floats keep float64. Values go as soon as nobody reads them any more, w
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,9 +29,11 @@ from bnfold.evaluate.deciding import deciding
 from bnfold.evaluate.limits import MAX_ELEMENTS, asked
 from bnfold.evaluate.nodes import OPERATORS, raised, tensor
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
+from bnfold.evaluate.weights import Weight
 from bnfold.runtime.model_file import read_model
 
 _EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+_FLOATS = {onnx.TensorProto.DataType.Value(n) for n in ("FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE")}
 #: Operators whose operands beside the first say how large a result is.
 _SIZING = {"Resize", "Upsample", "Range"}
 #: Operators that move elements alone: their weights are raised after the move, not before it.
@@ -100,6 +103,14 @@ class File64:
         self.outputs = tuple(_value_info(v) for v in model.graph.output)
         if weights is None:
             weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
+        #: Whether the inputs are all that rounding can disturb.
+        self._bare = not any(
+            t.data_type in _FLOATS and math.prod(t.dims) > 1
+            for t in (
+                *model.graph.initializer,
+                *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
+            )
+        )
         self._evaluator = _Evaluator(_weightless(model), where=self._where)
         self._evaluator.rt_inits_.update(weights)  # type: ignore[arg-type]
 
@@ -123,6 +134,7 @@ class File64:
             decide: return every decision on floats in ``decided``.
             jitter: disturbs every floating-point constant and attribute by up to half of this epsilon, relative, or
                 where it is None by half of that of its own dtype: what rounding it once does. With the seed of that.
+                The inputs of a file without weights are disturbed as weights are.
 
         Raises:
             InputError: an input is missing, or an operator fails on these, which is named.
@@ -130,6 +142,8 @@ class File64:
         """
         if missing := [value.name for value in self.inputs if value.name not in inputs]:
             raise InputError(f"nothing is given for input {', '.join(missing)}", where=self._where)
+        if jitter is not None and self._bare:
+            inputs = {name: _disturbed(name, x, *jitter) for name, x in inputs.items()}
         watch = _Watch(set(keep), follow or {}, decide, jitter, rounds=self.rounds)
         with np.errstate(all="ignore"), torch.no_grad():
             outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
@@ -169,40 +183,6 @@ def _rounded(value: Any, to: int, dtypes: Collection[str]) -> Any:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(to)
     halved = dtype.name in dtypes and isinstance(value, np.ndarray) and value.dtype == np.float64
     return value.astype(dtype).astype(np.float64) if halved else value
-
-
-class Weight:
-    """An initializer, read and raised where it is used: there is never a second model in memory."""
-
-    def __init__(self, tensor: onnx.TensorProto, beside: Path | None) -> None:
-        self._beside, self._tensor, self._array = beside, None, None
-        if onnx.external_data_helper.uses_external_data(tensor):
-            self._tensor = tensor
-        else:
-            self._array = onnx.numpy_helper.to_array(tensor)
-
-    @property
-    def dtype(self) -> str:
-        """The name of its dtype."""
-        if self._array is not None:
-            return self._array.dtype.name
-        assert self._tensor is not None
-        return str(onnx.helper.tensor_dtype_to_np_dtype(self._tensor.data_type).name)
-
-    def array(self) -> Array:
-        """Its value, as it is stored."""
-        if self._array is not None:
-            return self._array
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(self._tensor)
-        try:  # refuses what lies outside of the folder
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, os.fspath(self._beside or os.devnull))
-            return onnx.numpy_helper.to_array(tensor)
-        except Exception as error:
-            raise InputError(
-                f"the external data of '{tensor.name}' cannot be read: {' '.join(str(error).split())[:200]}",
-                hint="Keep the model's own .data file beside it, in the same folder",
-            ) from error
 
 
 def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -9,6 +9,12 @@ from typing import Any
 
 import numpy as np
 
+#: Operators whose operands broadcast to the shape of the result.
+_OF_ALIKE = (
+    "Add Sub Mul Div Pow Mod And Or Xor BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less "
+    "LessOrEqual Max Min Mean Sum Where PRelu MatMul"
+)
+_BROADCASTS = frozenset(_OF_ALIKE.split())
 #: What a single result may take: a quarter of this machine's memory, in float64.
 MAX_ELEMENTS = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 32
 
@@ -45,9 +51,11 @@ def asked(operator: str, given: Sequence[Any]) -> float:
         return float(first.size // max(first.shape[-1], 1) * last.shape[-1])
     if operator in ("Gather", "GatherND"):
         return 0.0 if operator != "Gather" else float(last.size) * first.size / max(max(first.shape, default=1), 1)
+    if operator not in _BROADCASTS:
+        return 0.0
     try:
         return float(math.prod(np.broadcast_shapes(*(x.shape for x in arrays))))
-    except ValueError:  # no operator that broadcasts
+    except ValueError:  # they do not, which is told where it is computed
         return 0.0
 
 

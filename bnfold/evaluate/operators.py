@@ -133,6 +133,14 @@ def lp_norm(at: Attributes, x: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.zeros_like(x), x / norm)
 
 
+def dropout(at: Attributes, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None) -> Any:
+    """Dropout, which drops nothing unless it trains; up to opset 9 runtimes give zeros for a mask."""
+    part = 0.5 if ratio is None else float(ratio)
+    trains = training is not None and bool(training) and part > 0
+    keep = torch.rand(x.shape) >= part if trains else torch.ones(x.shape, dtype=torch.bool)
+    return (x * keep / (1 - part) if trains else x), (keep if at.opset > 9 else torch.zeros_like(x))
+
+
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +308,7 @@ _STANDARD: dict[str, Row] = {
     "MeanVarianceNormalization": mean_variance_norm,
     "LpNormalization": lp_norm,
     "LRN": lrn,
+    "Dropout": dropout,
     # activations
     "Softmax": _flattened(torch.softmax),
     "LogSoftmax": _flattened(torch.log_softmax),

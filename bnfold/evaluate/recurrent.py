@@ -81,7 +81,7 @@ def _run(
             now = [torch.where(live, new, old) for new, old in zip(after, now)]
             seen[place, torch.arange(batch)] = torch.where(live, now[0], seen[place, torch.arange(batch)])
         outputs.append(seen)
-        ends.append(now)
+        ends.append([torch.where((counts > 0)[:, None], s, 0.0) for s in now])  # runtimes end no steps in zeros
     y = torch.stack(outputs, 1)
     last = [torch.stack([end[i] for end in ends]) for i in range(len(states))]
     if at.layout:

@@ -51,6 +51,8 @@ _EXACT = {
     "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Hardmax", "IsNaN", "IsInf", "Size", "NonZero",
     "ReverseSequence", "Cast", "CastLike",
 }  # fmt: skip
+#: Sums of cosines of angles that are computed in the dtype: up to 2πN in a transform of N terms, 4π in a window.
+_TRANSFORMS, _COSINES = {"DFT", "STFT"}, {"HannWindow", "HammingWindow", "BlackmanWindow"}
 _STEPS = {"LSTM", "GRU", "RNN"}
 #: What decides by itself what comes out, and random numbers.
 _SKIPPED = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -172,6 +174,13 @@ def _bound(
             # Equal terms are all rounded the same way: there the error grows with how many a lane adds up.
             grown = SUMS * math.sqrt(terms) + terms / 16
             return grown * unit * size + unit * np.abs(true) + smallest, True
+        if op in _TRANSFORMS:
+            size = np.abs(_magnitude(node, opsets, operands)).sum(-1, keepdims=True)
+            size = size.max(tuple(range(1, size.ndim)), keepdims=True)  # at frequency 0 stands the sum of all
+            terms = max(read[0].shape)  # type: ignore[union-attr]
+            return np.broadcast_to(SUMS * math.sqrt(terms) * (1 + math.tau * terms) * unit * size, true.shape), True
+        if op in _COSINES:
+            return np.full(true.shape, SUMS * (1 + 2 * math.tau) * unit), True
         if (item == 0 or op in _STEPS) and not node.domain.startswith("unknown"):
             attributes = Attributes(
                 {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.type != a.GRAPH},
@@ -290,7 +299,8 @@ def alone(
                 results = session.run(feeds)
             except BnfoldError:
                 continue  # a size that it does not take
-            found = ask([node], opsets, {**held, **feeds, **dict(zip([n for n in node.output if n], results))})
+            named = zip([n for n in node.output if n], results)  # of a file's values ``given`` has those that are read
+            found = ask([node], opsets, {**held, **feeds, **{n: x for n, x in named if n in given}})
             count += found.count
             unbounded |= dict.fromkeys(found.unbounded)
             faults += found.faults

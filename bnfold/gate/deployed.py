@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfold.errors import BnfoldError, InputError
+from bnfold.evaluate.evaluator import outer_names
 from bnfold.evaluate.subject import Run
 from bnfold.gate.by_operator import Asked, alone, ask
 from bnfold.gate.candidates import OnnxCandidate
@@ -182,13 +183,16 @@ class Sessions:
         chunk: list[Any] = []
         held = 0
         nodes = list(model.graph.node)
+        # What nobody reads is nobody's fault: the mask of a Dropout, the running statistics of a BatchNormalization.
+        read_by = {name for node in nodes for name in (*node.input, *outer_names(node))}
+        read_by.update(value.name for value in model.graph.output)
         for i, node in enumerate(nodes):
             chunk.append(node)
             held += sum(math.prod(shapes.get(name, ())) for name in node.output if name)
             if held < ELEMENTS and i + 1 < len(nodes):
                 continue
             inside = {name for each in chunk for name in (*each.input, *each.output) if name}
-            wanted = [name for name in shapes if name in inside]
+            wanted = [name for name in shapes if name in inside & read_by]
             outputs, values = candidate.also(case.batch.flat, wanted)
             if self._exact and not all(map(_equal, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")

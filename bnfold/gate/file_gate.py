@@ -174,7 +174,7 @@ class FileGate:
         for value in inputs:
             shape: list[int] = []
             for axis, size in enumerate(value.shape):
-                if not isinstance(size, int) or size <= 0:
+                if not isinstance(size, int) or size < 0:
                     key = size or f"{value.name}.{axis}"
                     made = count if axis == 0 else sizes[(turn + len(named)) % len(sizes)]
                     dynamic |= axis == 0
@@ -189,8 +189,9 @@ class FileGate:
             elif value.dtype.kind in "iub":
                 flat.append(as_tensor(np.asarray(rng.random(shape) > 0.5).astype(value.dtype)))
             else:
-                drawn = torch.from_numpy(np.asarray(rng.standard_normal(shape)))
-                values = provoke(drawn, drawn, (kind,), generator, batched=False)
+                values = torch.from_numpy(np.asarray(rng.standard_normal(shape)))
+                if values.numel() > 1:  # a number alone is a parameter, as a scale is one
+                    values = provoke(values, values, (kind,), generator, batched=False)
                 flat.append(as_tensor(values.numpy().astype(value.dtype)))
         if count > 3 and not dynamic:
             return None

@@ -380,20 +380,23 @@ def run_cases(
     for i, batch in enumerate(batches):
         progress("truth", i, len(batches))
         own: list[Tensor] | Exception
+        truth: Run | None = None
         try:
+            if accept is None and any(isinstance(x, Tensor) and not x.is_floating_point() for x in batch.flat):
+                truth = reference.run(batch)  # first: on sizes that make no sense a runtime may end this process
             own = reference.own(batch)
         except Exception as error:
             own, reason = error, first_line(error)
             if accept is None:
                 findings.notes.append(f"the original does not run at {words(batch)}: {reason}")
-        truth: Run | None = None
-        if not isinstance(own, Exception):
+        if not isinstance(own, Exception) and truth is None:
             try:
                 truth = reference.run(batch)
             except Exception as error:
-                findings.doubts.append(
+                reason = (
                     f"the graph does not run in float64 ({first_line(error)}), so there is no truth to compare with"
                 )
+                findings.doubts.append(reason)
         if accept is not None and not accept(batch, own, truth):
             continue
         if isinstance(own, Exception) or truth is None:
@@ -402,7 +405,8 @@ def run_cases(
         if over is not None and "adversarial" in batch.origin:
             findings.problems.append(f"in its own dtype the model itself overflows at {words(batch)}: {over}")
         elif over is not None and (batch.origin or accept is None):
-            findings.notes.append(f"the model itself overflows at {words(batch)}: not judged there")
+            reason = f"the model itself overflows at {words(batch)}: not judged there"
+            findings.notes.append(reason)
             continue
         cases.append(Case(batch, truth, own, words=words(batch)))
     return cases, reason

@@ -382,6 +382,7 @@ def as_tensor(value: Any) -> Any:
         return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
     if value.dtype.kind not in "fiubc":
         return value
+    value = value.view(value.dtype.name)  # numpy has two types of 64 bits without a sign, torch one
     shared = value.flags.writeable and value.ndim and all(step >= 0 for step in value.strides)
     return torch.from_numpy(value if shared else np.array(value))
 

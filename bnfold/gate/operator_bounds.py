@@ -174,6 +174,8 @@ def _group_norm(at: Attributes, y: Array, x: Array, scale: Array, bias: Array) -
 
 
 def _batch_norm(at: Attributes, y: Array, x: Array, scale: Array, bias: Array, mean: Array, var: Array) -> Array:
+    if at.training_mode:
+        return _normalised(at, y, x, (0, *range(2, x.ndim)), _per_channel(x, scale), _per_channel(x, bias))
     factor = scale / np.sqrt(var + (1e-5 if at.epsilon is None else at.epsilon))
     factor, bias, mean = (c if at.spatial == 0 else _per_channel(x, c) for c in (factor, bias, mean))
     return np.asarray(np.abs(factor) * (np.abs(x) + np.abs(mean)) + np.abs(bias))

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
-from bnfold.evaluate.evaluator import Weight
+from bnfold.evaluate.weights import Weight
 from bnfold.graph.call import Call
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name

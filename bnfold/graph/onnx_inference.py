@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +34,8 @@ def infer(model: onnx.ModelProto, *, strict: bool) -> onnx.ModelProto:
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: none of them is needed below
         child = os.fork()
     if not child:
+        # Nothing of the parent's is collected here: a session would wait for threads that this process has not.
+        gc.disable()
         with contextlib.suppress(BaseException):
             os.close(reading)
             _limit()
@@ -66,6 +70,8 @@ def _limit() -> None:
     """No more memory and time than shapes can need, no core and no word of a failed assertion."""
     import resource
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(SECONDS)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))

@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError
-from bnfold.evaluate.evaluator import File64, MissingOperatorError, Weight, node_evaluator
+from bnfold.evaluate.evaluator import File64, MissingOperatorError, node_evaluator
 from bnfold.evaluate.subject import Array
+from bnfold.evaluate.weights import Weight
 from bnfold.graph.onnx_inference import infer
 
 #: What computes a node: values by name -> one result per output.

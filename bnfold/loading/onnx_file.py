@@ -60,7 +60,7 @@ def read_onnx(path: Path) -> OnnxFile:
     if not model.graph.node or not model.opset_import:
         raise InputError("this is no ONNX file, or one without operators", where=where, hint=_AGAIN)
     newest = onnx.defs.onnx_opset_version()
-    if not 7 <= file.opset <= newest:
+    if any(o.domain in ("", "ai.onnx") for o in model.opset_import) and not 7 <= file.opset <= newest:
         raise InputError(
             f"its operator set is {file.opset}, and those from 7 to {newest} can be read", where=where,
             hint="Convert it: onnx.version_converter.convert_version",

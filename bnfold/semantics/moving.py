@@ -163,8 +163,8 @@ class Same(Semantics):
     size: Tensor | None = None
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
-        """Its operand's."""
-        return given[self.slot]
+        """Its operand's; a constant is stored as it is."""
+        return given.get(self.slot, pinned(len(shape)))
 
     def rounds(self, after: Affine) -> bool:
         """Whether storing ``after(x)`` in place of its operand x would round a shift that is too large."""
@@ -196,7 +196,7 @@ class Average(Semantics):
         for slot, gauge in given.items():
             if slot != self.slot:
                 pin(equations, gauge, self.reason)
-        made = equations.uniform(given[self.slot], self.axes, "other-axis")
+        made = equations.uniform(given.get(self.slot, pinned(self.ndim)), self.axes, "other-axis")
         if self.no_shift is not None:
             equations.shift.pin(made.base, self.no_shift)
             made = Gauge(made.scale, pinned(made.scale.ndim).base)
