@@ -12,9 +12,11 @@ import onnx
 import onnx_ir as ir
 
 from bnfold import store
+from bnfold.affine import Meaning
 from bnfold.drawing import of_files
 from bnfold.errors import BnfoldError, InputError, LowerError, ResourceError, UsageError
 from bnfold.gate.data import load_data
+from bnfold.gate.file_bisection import FileBisector
 from bnfold.gate.file_gate import FileGate
 from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.loading.onnx_file import OnnxFile, read_onnx
@@ -23,7 +25,8 @@ from bnfold.options import Clock, Options
 from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
-from bnfold.report import CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
+from bnfold.report import Bisection, CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
+from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import (
     committed,
     compared,
@@ -41,12 +44,16 @@ from bnfold.statistics.file_layers import file_layers, findings_of
 
 @dataclass(frozen=True)
 class FoldedFile:
-    """A folded file: ``model`` is its whole content, ``ledger`` says where every affine went."""
+    """A folded file: ``model`` is its whole content, ``ledger`` says where every affine went.
+
+    ``meanings`` has what its values stand for, by name, where that is not the value of the file that has their name.
+    """
 
     model: onnx.ModelProto
     ledger: Ledger
     operators: tuple[int, int]
     graph: tuple[Operator, ...]
+    meanings: Mapping[str, Meaning | None]
 
 
 def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
@@ -61,17 +68,19 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
             raise LowerError(what, where="--opset") from error
     if options.simplify:
         model = simplified(model)
-    ledger = Ledger()
+    ledger, meant = Ledger(), dict[str, Meaning | None]()
     before = len(model.graph.node)
     if options.fold:
-        model, ledger = _folded(model, source.path, options)
+        model, ledger, meant = _folded(model, source.path, options)
     if not options.allow_nonfinite:
         refuse_nonfinite(ledger)
-    return FoldedFile(model, ledger, (before, len(model.graph.node)), of_files(source.model, model, ledger))
+    return FoldedFile(model, ledger, (before, len(model.graph.node)), of_files(source.model, model, ledger), meant)
 
 
-def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[onnx.ModelProto, Ledger]:
-    """The model with what folds folded, and where every affine went."""
+def _folded(
+    model: onnx.ModelProto, path: Path, options: Options
+) -> tuple[onnx.ModelProto, Ledger, dict[str, Meaning | None]]:
+    """The model with what folds folded, where every affine went, and what values stand for."""
     try:
         graph = OnnxGraph(model, path.parent)
         ledger = graph.with_unseen(fold_graph(graph))
@@ -79,7 +88,7 @@ def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[onnx.
             ledger = merge_graph(graph, ledger)
         if options.equalize:
             ledger = equalize_graph(graph, ledger)
-        return graph.finish(), ledger
+        return graph.finish(), ledger, graph.meanings()
     except BnfoldError as error:
         error.where = error.where or str(path)
         raise
@@ -171,6 +180,30 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
     keep_baseline(verdict, options)
     facts = provenance_facts(options.provenance, source.path.name, source.elements)
     return replace(verdict, source=facts, file=str(path))
+
+
+def bisect_file(path: Path, source: OnnxFile | str | Path, options: Options) -> Bisection:
+    """The first value of a file that is off from another file that it claims to equal.
+
+    Raises:
+        UsageError: an option does not apply to a file.
+        InputError: a file is not what it claims to be, they have other inputs or outputs, or run on none made for them.
+    """
+    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
+    _refuse(options)
+    read_onnx(path)
+    clock = Clock(options.progress)
+    with clock("fold"):
+        folded = fold_file(source, options)
+    with clock("bisect"):
+        found = FileBisector(
+            path=path, original=source.path, ledger=folded.ledger, meanings=folded.meanings,
+            folded={name for node in folded.model.graph.node for name in node.output if name},
+            device=resolve_device(options.device, options.provider_options), seed=options.seed, limit=options.limit,
+            data=_data(options.data, source), progress=options.progress,
+        ).find()  # fmt: skip
+    facts = provenance_facts(options.provenance, source.path.name, source.elements)
+    return replace(found, source=facts, file=str(path))
 
 
 def _refuse(options: Options) -> None:

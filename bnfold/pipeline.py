@@ -28,7 +28,7 @@ from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
 from bnfold.loading.user_code import unended
 from bnfold.lowering.lower import lower
-from bnfold.onnx_flow import check_file, export_file, plan_file
+from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
 from bnfold.options import Clock, Folded, Model, OptionFields, Options, asked
 from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FileReport, Ledger
 from bnfold.runtime.model_file import read_model
@@ -342,7 +342,7 @@ def save_calibrated(
 @unended()
 def bisect(
     path: str | Path,
-    model: Model,
+    model: Model | str | Path,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -356,7 +356,7 @@ def bisect(
 
     Args:
         path: the ONNX file; every value of one that ``export`` wrote is compared with the model's own.
-        model: the unfolded model.
+        model: the unfolded model; or an ONNX file, with which the other is compared.
         args: positional example inputs, as for ``torch.export.export``.
         kwargs: keyword example inputs.
         dynamic_shapes: as for ``torch.onnx.export``.
@@ -371,11 +371,13 @@ def bisect(
     made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
     if made:
         options = replace(options, fold=made != "no", merge="merged" in made, equalize="equalised" in made)
+    if not isinstance(model, Model):
+        return bisect_file(path, model, options)
     folded, data, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock, path)
     with clock("bisect"):
         found = Bisector(
-            folded.captured, path, folded.ledger, meanings(folded.program), device, options.samples, options.seed,
-            data=data, progress=options.progress,
+            captured=folded.captured, path=path, ledger=folded.ledger, meanings=meanings(folded.program), device=device,
+            samples=options.samples, seed=options.seed, data=data, progress=options.progress,
         ).find()  # fmt: skip
     return replace(found, source=source_facts(options.provenance, model), file=str(path))
 

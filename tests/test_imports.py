@@ -39,8 +39,8 @@ ALLOWED: dict[str, str] = {
     "options": "capture eager errors gate load report runner wrapped",
     # the stages, each with the parts that are its own
     # One ONNX file against another
-    "onnx_flow": "data diagnose drawing equalize errors file_gate file_layers folding lower merge onnx_file onnx_graph"
-    " options report stages store",
+    "onnx_flow": "affine data diagnose drawing equalize errors file_bisection file_gate file_layers folding lower merge"
+    " onnx_file onnx_graph options report runtime stages store",
     "onnx_graph": "affine call errors graph names onnx_call onnx_operator onnx_ops onnx_shapes report semantics"
     " weights",
     "onnx_operator": "evaluator",
@@ -107,6 +107,7 @@ ALLOWED: dict[str, str] = {
     "gate": "accuracy adversarial affine candidates capture claims data deployed devices effort engines errors"
     " evaluator evidence interpret judge matching models outside parts program report runner runners runtime samples"
     " sites stored",
+    "file_bisection": "bisection candidates errors file_gate file_graph judge models",
     "bisection": "affine candidates capture claims deployed engines errors evidence file_graph functional gate judge"
     " matching models report runtime samples sites stored",
     "file_graph": "model_file",

@@ -37,11 +37,14 @@ if TYPE_CHECKING:
 def bisect(file: Path, source: str, **given: Any) -> int:
     """Name the first module of an ONNX file that leaves the noise, and what was folded into it.
 
+    The file is held against a torch model, or against another file.
+
     Where ONNX Runtime's optimisations make a right file wrong, name the one to disable. The exit code is 0 where
     nothing leaves the noise, and 1 where something does.
 
     \b
     bnfold bisect net.failed.onnx net.py:make --weights net.safetensors
+    bnfold bisect simplified.onnx net.onnx
     """
     job = Job.of(source, given, reads=[file])
     for path in job.given["report"]:
@@ -50,7 +53,7 @@ def bisect(file: Path, source: str, **given: Any) -> int:
     with working(job) as progress:
         from bnfold import pipeline
 
-        loaded, inputs = load_model(job, files=False)
+        loaded, inputs = load_model(job)
         report = pipeline.bisect(file, loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
 
     def render(page: Page, verbose: bool) -> None:

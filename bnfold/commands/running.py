@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from bnfold.commands.arguments import Job
 from bnfold.commands.terminal import Unfailing, fail, show, write
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import UsageError
 
 if TYPE_CHECKING:
     from bnfold.loading.load import Loaded
@@ -34,11 +34,8 @@ _OWN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "keep_fail
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 7}
 
 
-def load_model(job: Job, *, files: bool = True) -> tuple[Loaded, dict[str, Any]]:
-    """The model that the source names, and its example inputs as the pipeline takes them, where any are given.
-
-    ``files``: whether it may be an ONNX file, which has its inputs in it.
-    """
+def load_model(job: Job) -> tuple[Loaded, dict[str, Any]]:
+    """The model that the source names, and its example inputs as the pipeline takes them, where any are given."""
     import torch
 
     from bnfold.loading.inputs import model_inputs
@@ -46,9 +43,6 @@ def load_model(job: Job, *, files: bool = True) -> tuple[Loaded, dict[str, Any]]
     given, specs, ranges = job.given, job.specs, job.ranges
     loaded = load_source(job)
     if is_onnx(job.source):
-        if not files:
-            hint = "Give the PyTorch model that it was made from; export folds it, check compares one with another"
-            raise InputError("this is an ONNX file, not a PyTorch model or checkpoint", where=job.source, hint=hint)
         if specs or ranges:
             raise UsageError("--input and --dynamic do not apply to an ONNX file", hint="Its inputs are in the file")
         return loaded, {}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from bnfold.errors import InputError
 from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
 from bnfold.gate.claims import FileClaim
 from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
-from bnfold.gate.engines import Setting, settings
+from bnfold.gate.engines import settings
 from bnfold.gate.evidence import Draws, Row, compare
 from bnfold.gate.file_graph import FileGraph, FileValue
 from bnfold.gate.gate import LIMIT
@@ -30,7 +31,6 @@ from bnfold.gate.matching import match
 from bnfold.gate.models import Findings, Model, Progress, batched
 from bnfold.gate.samples import MIN_SAMPLES, batches
 from bnfold.gate.sites import compared
-from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
@@ -40,23 +40,24 @@ from bnfold.runtime.runtime import Device, pip_problem, resolve_device
 CHUNK = 32_000_000
 
 
-@dataclass
-class Bisector:
+@dataclass(kw_only=True)
+class Search:
     """One search. Build it, then ``find``.
 
-    ``meanings`` says of the values of the folded program, by name, which captured value they equal (None: none) where
+    A subclass says in what: its ``_open`` makes the judge with its cases, and the claim, and says what the model
+    computes and returns.
+
+    ``meanings`` says of the values of what was folded, by name, which value of the model they equal (None: none) where
     that is not the one of their own name.
     """
 
-    captured: Captured
     path: Path
     ledger: Ledger = field(default_factory=Ledger)
     meanings: Mapping[str, Meaning | None] = field(default_factory=dict)
     device: Device | str = "cpu"
-    samples: int = MIN_SAMPLES
     seed: int = 0
     limit: float = LIMIT
-    data: Mapping[str, Rows] | None = None
+    data: Mapping[str, Any] | None = None
     progress: Progress = lambda stage, done, total: None
 
     def find(self) -> Bisection:
@@ -68,27 +69,11 @@ class Bisector:
         """
         self._file = FileGraph.read(self.path)
         self._ours = "bnfold.version" in self._file.metadata
-        # Where the device rounds more coarsely than the model's dtype, that would hide the file's fault.
-        self._setting = settings(resolve_device(self.device), self.captured.program)[0]
-        self._widen = needs_widening(self.path, self._setting.device)
-        probe = probe_session(self.path, device=self._setting.device, widen=self._widen)
-        self._matched = match(self.captured, probe, widened=self._widen)
-        del probe
-        made = batches(
-            self.captured.program, self.captured.names, self.captured.flat, samples=self.samples, seed=self.seed,
-            data=self.data, sizes=self.captured.sizes, pinned=self._matched.pinned,
-        )  # fmt: skip
-        findings, model = Findings(), Model(self.captured)
-        cases, reason = run_cases(model, made, findings, self.progress)
-        if not cases:
-            raise InputError(f"the unfolded model runs on none of the inputs made for it: {reason}")
-        self._judge = Judge(model, cases, findings, self.limit)
-        self._nodes = {node.name: node for node in self.captured.program.graph.nodes}
-        self._claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, None, model.epsilon,
-                                model.halves)  # fmt: skip
-        self._judge.claim(self._claim)
-        if len(self._judge.unrun) == len(cases):
-            raise InputError(f"the file does not run: {next(iter(self._judge.unrun.values()))}", where=str(self.path))
+        noted = self._open()
+        judge = self._judge
+        judge.claim(self._claim)
+        if len(judge.unrun) == len(judge.cases):
+            raise InputError(f"the file does not run: {next(iter(judge.unrun.values()))}", where=str(self.path))
         worst, optimized, optimizers = self._outputs()
         self._ratios: dict[str, float] = {}
         self._agree, self._notes = "", list[str]()
@@ -98,17 +83,36 @@ class Bisector:
             self._notes.append("every value that could be compared agrees, and the outputs do not: see check")
         return Bisection(
             culprit, optimizers, self._agree, len(self._ratios), len(self._file.values), worst, optimized, self.limit,
-            tuple(dict.fromkeys(filter(None, (
-                pip_problem(), *self._matched.notes, *findings.doubts, *self._notes
-            )))),
+            tuple(dict.fromkeys(filter(None, (pip_problem(), *noted, *judge.findings.doubts, *self._notes)))),
         )  # fmt: skip
+
+    # -- what a subclass says --------------------------------------------------------------------------------------
+
+    _judge: Judge = field(init=False, repr=False)
+    _claim: FileClaim = field(init=False, repr=False)
+    #: The tensors that the model computes, by name: which operator does.
+    _computed: Mapping[str, Any] = field(init=False, repr=False)
+    #: By name of an output of the file the value of the model that it must equal.
+    _returned: Mapping[str, str] = field(init=False, repr=False)
+
+    def _open(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
+        raise NotImplementedError
+
+    def _elements(self, name: str, case: Case) -> int:
+        raise NotImplementedError
+
+    def _module_of(self, name: str) -> str:
+        raise NotImplementedError
 
     # -- outputs -------------------------------------------------------------------------------------------------------
 
     def _outputs(self) -> tuple[float, float, tuple[str, ...]]:
         """The largest misfits at the outputs, in limits' units: of the file by itself, and optimised."""
         judge = self._judge
-        sessions = Sessions(judge, self.path, self._claim, self._onnx, self._setting.device)
+        sessions = Sessions(judge, self.path, self._claim, self._onnx, resolve_device(self.device))
         sessions.run_plain()
         sessions.run_deployed(self._onnx(optimized=True))
         optimizers = sessions.guilty()
@@ -118,12 +122,6 @@ class Bisector:
             return math.inf if any(name in names for name, _ in judge.said) else max(ratios, default=math.inf)
 
         return worst(self._claim.name, PLAIN), worst(self._claim.name, DEPLOYED), optimizers
-
-    def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
-        return OnnxCandidate(
-            self.path, setting=setting or self._setting, optimized=optimized, inputs=self._matched.inputs,
-            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
-        )  # fmt: skip
 
     def _case(self) -> Case:
         """The one that is furthest off, or the largest of the first sizes."""
@@ -145,7 +143,7 @@ class Bisector:
     def _scan(self, case: Case) -> Culprit | None:
         partners, judge = self._partners(), self._judge
         by_name = {value.name: value for value in self._file.values}
-        outputs, done = self._matched.outputs or self._file.outputs, 0
+        done = 0
         turned = self._turned(case)
         for chunk in self._chunks(partners, case):
             self.progress("bisect", done, len(partners))
@@ -154,7 +152,7 @@ class Bisector:
             for name in (name for name in chunk if name in rows):
                 ratio = max(_ratio(rows[name], self.limit), turned.get(name, 0.0))
                 if not ratio <= self.limit:
-                    if name not in outputs and self._is_another(name, partners[name], case):
+                    if name not in self._returned and self._is_another(name, partners[name], case):
                         continue
                     return self._culprit(by_name[name], partners[name], ratio)
                 self._ratios[name] = ratio
@@ -179,39 +177,29 @@ class Bisector:
         return found
 
     def _partners(self) -> dict[str, str]:
-        """For the values of the file, in its order, the captured values that they must equal."""
-        specs = self.captured.program.graph_signature.output_specs
-        returned = [getattr(spec.arg, "name", "") for spec in specs]
-        outputs = self._matched.outputs or self._file.outputs
-        ours = dict(zip(outputs, returned)) if len(outputs) == len(returned) else {}
+        """For the values of the file, in its order, the values of the model that they must equal."""
         found: dict[str, str] = {}
         for value in self._file.values:
-            name = ours.get(value.name) or self._captured_name(value.name)
-            if name is not None and isinstance(self._val(name), Tensor):
+            name = self._returned.get(value.name) or self._meant(value.name)
+            if name in self._computed:
                 found[value.name] = name
         if not found:
             self._notes.append("the file and the model have no names in common: values are compared by what they hold")
         return found
 
-    def _captured_name(self, name: str) -> str | None:
+    def _meant(self, name: str) -> str:
         base = self._base(name)
         held = self.meanings.get(base, Meaning(base)) if self._ours else Meaning(base)
-        return held.value if held is not None and self._is_captured(held.value) else None
+        return "" if held is None else held.value
 
     def _base(self, name: str) -> str:
         """The value of the program that a value of the file is, whose name may have been taken."""
         bases = (name, name.removesuffix("_value"), name.removesuffix(":0"))
-        return next((b for b in bases if b in self.meanings or self._is_captured(b)), name)
-
-    def _is_captured(self, name: str) -> bool:
-        return name in self._nodes and self._nodes[name].op == "call_function"
+        return next((b for b in bases if b in self.meanings or b in self._computed), name)
 
     def _meaning(self, name: str, partner: str) -> Meaning:
         """What the value of the file stands for."""
         return (self.meanings.get(self._base(name)) if self._ours else None) or Meaning(partner)
-
-    def _val(self, name: str) -> object:
-        return self._nodes[name].meta.get("val")
 
     def _chunks(self, partners: Mapping[str, str], case: Case) -> Iterator[list[str]]:
         chunk: list[str] = []
@@ -226,25 +214,12 @@ class Bisector:
         if chunk:
             yield chunk
 
-    def _elements(self, name: str, case: Case) -> int:
-        """About how many elements a captured value has on a case."""
-        value = self._val(name)
-        if not isinstance(value, Tensor):
-            return 0
-        sizes = [n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in value.shape]
-        example = next((x for x in self.captured.flat if isinstance(x, Tensor) and x.ndim), None)
-        shown = example.shape[0] if example is not None and case.batch.size else 1
-        return int(math.prod(sizes) * (case.batch.size or 1) / max(shown, 1)) + 1
-
     def _is_another(self, name: str, partner: str, case: Case) -> bool:
         """Whether a value has its name by chance: torch.onnx numbers those that it makes itself in the same way.
 
         It then has another shape, or equals another captured value of the same operator.
         """
-        node = self._nodes[partner]
-        alike = [
-            n.name for n in self._nodes.values() if n.target is node.target and isinstance(self._val(n.name), Tensor)
-        ]
+        alike = [name for name, operator in self._computed.items() if operator == self._computed[partner]]
         value = self._claim.run(case.batch, [name]).kept[name]
         truth = self._judge.reference.run(case.batch, alike).kept
         if value.shape != truth[partner].shape:
@@ -254,7 +229,7 @@ class Bisector:
         return any(_ratio(row[name], self.limit) <= self.limit for row in rows if name in row)
 
     def _module(self, value: FileValue, partner: str | None) -> str:
-        return value.module or (module_of(self._nodes[partner]) if partner else "")
+        return value.module or (self._module_of(partner) if partner else "")
 
     def _culprit(self, value: FileValue, partner: str | None, ratio: float, *, sure: bool = True) -> Culprit:
         module = self._module(value, partner)
@@ -280,14 +255,12 @@ class Bisector:
 
     def _scan_contents(self, case: Case) -> Culprit | None:
         """The first value after the last ones that agree, on the way to an output that does not."""
-        names = [
-            n.name for n in self._nodes.values() if n.op == "call_function" and isinstance(self._val(n.name), Tensor)
-        ]
+        names = list(self._computed)
         if sum(self._elements(name, case) for name in names) > CHUNK:
             case = min((c for c in self._judge.cases if c.claimed is not None), key=lambda c: c.batch.samples)
         truth = self._truth(case, names)
         values = {value.name: value for value in self._file.values}
-        partners, outputs = self._partners(), self._matched.outputs or self._file.outputs
+        partners = self._partners()
         given = self._claim.run(case.batch, list(values)).kept
         wrong: dict[str, float] = {}
         floats = {n for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
@@ -299,7 +272,7 @@ class Bisector:
             if partner:
                 self._ratios[name] = ratio
                 self._agree = self._module(values[name], partner) or self._agree
-            elif name in outputs:
+            elif name in self._returned:
                 wrong[name] = self._against(given[name], *truth[hoped[0]], case) if hoped else math.inf
         if not wrong:
             return None
@@ -334,6 +307,61 @@ class Bisector:
         unit = max(self._judge.reference.units.values(), default=2.0**-24)
         ratio, worst, *_ = compare(value, truth, noise, unit=unit, batched=batched(case.batch, truth))
         return _ratio(Row("", "", "", ratio, worst), self.limit)
+
+
+@dataclass(kw_only=True)
+class Bisector(Search):
+    """A search in a captured model."""
+
+    captured: Captured
+    samples: int = MIN_SAMPLES
+
+    def _open(self) -> Sequence[str]:
+        program = self.captured.program
+        # Where the device rounds more coarsely than the model's dtype, that would hide the file's fault.
+        self._setting = settings(resolve_device(self.device), program)[0]
+        self._widen = needs_widening(self.path, self._setting.device)
+        probe = probe_session(self.path, device=self._setting.device, widen=self._widen)
+        self._matched = match(self.captured, probe, widened=self._widen)
+        del probe
+        made = batches(
+            program, self.captured.names, self.captured.flat, samples=self.samples, seed=self.seed,
+            data=self.data, sizes=self.captured.sizes, pinned=self._matched.pinned,
+        )  # fmt: skip
+        findings, model = Findings(), Model(self.captured)
+        cases, reason = run_cases(model, made, findings, self.progress)
+        if not cases:
+            raise InputError(f"the unfolded model runs on none of the inputs made for it: {reason}")
+        self._judge = Judge(model, cases, findings, self.limit)
+        self._nodes = {node.name: node for node in program.graph.nodes}
+        self._computed = {
+            name: node.target for name, node in self._nodes.items()
+            if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+        }  # fmt: skip
+        self._claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, None, model.epsilon,
+                                model.halves)  # fmt: skip
+        outputs = self._matched.outputs or self._file.outputs
+        returned = [getattr(spec.arg, "name", "") for spec in program.graph_signature.output_specs]
+        known = len(outputs) == len(returned)
+        self._returned = dict(zip(outputs, returned if known else [""] * len(outputs)))
+        return self._matched.notes
+
+    def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
+        return OnnxCandidate(
+            self.path, setting=self._setting, optimized=optimized, inputs=self._matched.inputs,
+            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
+        )  # fmt: skip
+
+    def _module_of(self, name: str) -> str:
+        return module_of(self._nodes[name])
+
+    def _elements(self, name: str, case: Case) -> int:
+        """About how many elements a captured value has on a case."""
+        value = self._nodes[name].meta["val"]
+        sizes = [n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in value.shape]
+        example = next((x for x in self.captured.flat if isinstance(x, Tensor) and x.ndim), None)
+        shown = example.shape[0] if example is not None and case.batch.size else 1
+        return int(math.prod(sizes) * (case.batch.size or 1) / max(shown, 1)) + 1
 
 
 def _ratio(row: Row, limit: float) -> float:

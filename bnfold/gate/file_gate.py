@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class FileGate:
     limit: float = 4.0
     data: Mapping[str, Array] | None = None
     progress: Progress = lambda stage, done, total: None
-    _findings: Findings = field(default_factory=Findings)
+    findings: Findings = field(default_factory=Findings)
 
     def judge(self) -> CheckReport:
         """The verdict.
@@ -61,37 +62,25 @@ class FileGate:
         Raises:
             BnfoldError: a file cannot be opened, or the original runs on none of the inputs made for it.
         """
-        findings = self._findings
-        reference = Original(self.original, self.device)
+        findings = self.findings
         claim: FileClaim | None = None
-        names = [value.name for value in reference.inputs]
-        inputs = [(i, name) for i, name in enumerate(names)]
         try:
-            claim = FileClaim(self.path, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
-            self._compare_signatures(reference, claim)
+            reference, claim = self.opened()
         except MissingOperatorError as error:
+            reference = Original(self.original, self.device)
             findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
         if findings.problems:
             return self._report(None, [], [])
-        reference.open()
-        cases = self._cases(reference)
+        cases = self.cases(reference)
         first = cases[0]
         if not all(map(_same, first.own, reference.own(first.batch))):
             raise InputError("it answers otherwise from run to run on the same inputs", where=str(self.original))
         judge = Judge(reference, cases, findings, self.limit)
         if claim is not None:
-            claim.knows = True
             judge.claim(claim)
             judge.report(claim.name)
-        device = resolve_device(self.device)
-
-        def make(*, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
-            return OnnxCandidate(
-                self.path, setting=Setting(device), optimized=optimized, inputs=inputs, outputs=reference.outputs,
-                disabled=disabled,
-            )  # fmt: skip
-
-        sessions = Sessions(judge, self.path, claim, make, device)
+        make = partial(self.candidate, reference)
+        sessions = Sessions(judge, self.path, claim, make, resolve_device(self.device))
         provider = "none"
         try:
             sessions.run_plain()
@@ -111,7 +100,7 @@ class FileGate:
     def _report(
         self, judge: Judge | None, cases: Sequence[Case], sites: Sequence[SiteResult], provider: str = "none"
     ) -> CheckReport:
-        found = self._findings
+        found = self.findings
         found.once()
         verdict: Verdict = "fail" if found.problems else "inconclusive" if found.doubts else "pass"
         witnesses = dict.fromkeys(row.witness for row in judge.table.rows) if judge else {}
@@ -122,24 +111,55 @@ class FileGate:
             ELEMENT * self.limit,
         )  # fmt: skip
 
+    # -- witnesses -------------------------------------------------------------------------------------------------
+
+    def opened(self) -> tuple[Original, FileClaim]:
+        """Both files in float64; what tells their inputs and outputs apart is a problem.
+
+        Raises:
+            BnfoldError: a file cannot be opened.
+            MissingOperatorError: an operator of one has no implementation.
+        """
+        reference = Original(self.original, self.device)
+        inputs = self._inputs(reference)
+        claim = FileClaim(self.path, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
+        self._compare_signatures(reference, claim)
+        return reference, claim
+
+    def candidate(self, reference: Original, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
+        """The file in ONNX Runtime."""
+        return OnnxCandidate(
+            self.path, setting=Setting(resolve_device(self.device)), optimized=optimized,
+            inputs=self._inputs(reference), outputs=reference.outputs, disabled=disabled,
+        )  # fmt: skip
+
+    @staticmethod
+    def _inputs(reference: Original) -> list[tuple[int, str]]:
+        return [(i, value.name) for i, value in enumerate(reference.inputs)]
+
     def _compare_signatures(self, original: Original, claim: FileClaim) -> None:
         ours, theirs = claim.file, original.file
         for kind, mine, wanted in (("input", ours.inputs, theirs.inputs), ("output", ours.outputs, theirs.outputs)):
             if {v.name for v in mine} != {v.name for v in wanted}:
-                self._findings.problems.append(
+                self.findings.problems.append(
                     f"its {kind}s are {', '.join(v.name for v in mine)} and not {', '.join(v.name for v in wanted)}"
                 )
             for value in mine:
                 other = next((v for v in wanted if v.name == value.name), value)
                 if value.dtype != other.dtype:
-                    self._findings.problems.append(
+                    self.findings.problems.append(
                         f"{kind} '{value.name}' is {value.dtype.name} and not {other.dtype.name}"
                     )
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
-    def _cases(self, original: Original) -> list[Case]:
-        """Cases that the original runs on: every kind of values, batch and size in turn."""
+    def cases(self, original: Original) -> list[Case]:
+        """Cases that the original runs on: every kind of values, batch and size in turn.
+
+        Raises:
+            InputError: ONNX Runtime does not take it, or it runs on none of the inputs made for it.
+        """
+        original.open()
         cases: list[Case] = []
         known, reason = SIZES[0], ""
         for turn, (count, kind) in enumerate(PLAN):
@@ -154,7 +174,7 @@ class FileGate:
                     known, notes = sizes, Findings()
                     cases += found
                     break
-            self._findings.notes += notes.notes[:1]
+            self.findings.notes += notes.notes[:1]
         if not cases:
             raise InputError(
                 f"it runs on none of the inputs made for it: {reason}", where=str(self.original),

@@ -234,6 +234,11 @@ class OnnxGraph(Graph):
         """The value of the file as it was that ``value`` stands for."""
         return self.stands_for[value] if value in self.stands_for else Meaning(self.name(value))
 
+    def meanings(self) -> dict[str, Meaning | None]:
+        """What values stand for, by name, where a pass has said so."""
+        alive = set(self.graph.nodes)
+        return {self.name(node): meaning for node, meaning in self.stands_for.items() if node in alive}
+
     def materialise(self) -> None:
         """Nothing: constants that a file computes stay computed where no fold changes them."""
 
