@@ -91,7 +91,7 @@ def _expressible(captured: Captured) -> tuple[Graph, Ledger, Expression]:
         graph.materialise()
         folder = Folder(graph, excluded)
         ledger = folder.run()
-        found = express(blueprint, graph, folder.journal, held)
+        found = express(blueprint, graph, folder.journal(), held)
         if not isinstance(found, Expression):
             if found.keys() <= excluded.keys():  # whichever way they go
                 found = {(site, way): refusal for (site, _), refusal in found.items() for way in DIRECTIONS}

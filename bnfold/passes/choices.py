@@ -62,7 +62,8 @@ class Choices:
         """The most affines that can go, BatchNorms first; the systems then hold their equations."""
         affines = [site for site in self._gauges.sites if isinstance(self._gauges.at(site), Scaling)]
         able = [s for s in affines if self._gauges.at(s).stays is None and len(self._excluded(s)) < 2]  # type: ignore
-        terms = Terms(stay=tuple(site for site in affines if site not in set(able)))
+        asked = set(able)
+        terms = Terms(stay=tuple(site for site in affines if site not in asked))
         best = self._run(able, terms)
         gone = set(best.gone) - best.dead
         if emptied := {n for why in best.why.values() if why.system == EMPTY for n in why.nodes & gone}:
@@ -164,7 +165,7 @@ class Choices:
         return list(found)
 
     def _take(self, items: Sequence[Node], choice: Choice, add: Callable[[Node], None] | None = None) -> None:
-        """Accepts one after the other, in halves as long as those contradict."""
+        """Accepts one after the other, as many at once as do not contradict."""
         waiting = [list(items)] if items else []
         while waiting:
             chunk = waiting.pop()
@@ -175,12 +176,14 @@ class Choices:
             if not wrong:
                 self._accept(chunk, choice)
                 continue
-            why = self._gauges.contradiction(*next(iter(wrong.items()))) if len(chunk) == 1 else None
-            self._equations.undo(mark)
-            if why is None:
-                half = len(chunk) // 2
-                waiting += [chunk[half:], chunk[:half]]
+            (found,) = wrong.items()
+            if len(chunk) > 1:
+                blamed = self._gauges.latest(*found)
+                self._equations.undo(mark)
+                waiting += _parts(chunk, max(i for i, item in enumerate(chunk) if item in blamed))
                 continue
+            why = self._gauges.contradiction(*found)
+            self._equations.undo(mark)
             (item,) = chunk
             semantics = self._gauges.at(item)
             if add is None and isinstance(semantics, Scaling) and bool((semantics.affine.scale == 0).any()):
@@ -216,3 +219,16 @@ class Choices:
         for way in self._excluded(site):
             held = self._gauges.operand(site) if way == "backward" else site
             pin(self._equations, self._gauges.of[held], "inexpressible")
+
+
+def _parts(items: list[Node], last: int) -> list[list[Node]]:
+    """In parts, the last one first, where the first up to ``last`` contradict one another: those before it, it alone,
+
+    and of the rest ever more, so that what is tried in vain is no more than what is accepted.
+    """
+    found = [items[:last]] * (last > 0) + [items[last : last + 1]]
+    at, size = last + 1, 2 * last + 2
+    while at < len(items):
+        found.append(items[at : at + size])
+        at, size = at + size, 2 * size
+    return found[::-1]

@@ -47,14 +47,13 @@ class Folder:
     """The state of one pass.
 
     Args:
-        graph: edited by ``run``; ``journal`` then lists the edits.
+        graph: edited by ``run``; ``journal`` then tells the edits.
         excluded: what must stay, beyond what algebra says.
     """
 
     def __init__(self, graph: Graph, excluded: Excluded | None = None) -> None:
         self.graph = graph
         self.rewriter = Rewriter(graph)
-        self.journal: list[Edit] = []
         self._excluded = excluded or {}
         self._banned: dict[Node, Refusal] = {}
 
@@ -72,7 +71,7 @@ class Folder:
             names = tuple(dict.fromkeys(map(self.rewriter.where, into)))
             entries[site] = Entry(*info[site], direction, names, path.through)
         by = self._apply(gauges, plan, solution, gone)
-        self._note(told, plan, by)
+        self._noted = told, plan, by
         self.graph.refresh()
         where = {s: (by[s],) if direction == "backward" else path.into for s, (direction, path) in told.items()}
         return Ledger(tuple(self._with_sites(entries[site], where.get(site, ())) for site in gauges.sites))
@@ -186,9 +185,10 @@ class Folder:
             return Meaning(name)
         return None if solution.is_lost(value) else Meaning(name, solution.after(value))
 
-    def _note(self, told: dict[Node, tuple[Outcome, Path]], plan: Plan, by: dict[Node, Node]) -> None:
+    def journal(self) -> list[Edit]:
         """Which constants were touched for which affine, for who writes the fold into a class."""
-        at: dict[Node, list[str]] = {}
+        told, plan, by = self._noted
+        edits, at = list[Edit](), dict[Node, list[str]]()
         for value, slot in plan.constants:
             at.setdefault(value, []).append(slot)
         named = {node for _, path in told.values() for node in path.into}
@@ -196,7 +196,8 @@ class Folder:
         for site, (direction, path) in told.items():
             constants = (*((node.name, slot) for node in path.into for slot in at.get(node, ())), *rest)
             adds = tuple(node.name for node in path.into if node in plan.adds)
-            self.journal.append(Edit(site.name, direction, constants, adds, ((site.name, by[site].name),)))
+            edits.append(Edit(site.name, direction, constants, adds, ((site.name, by[site].name),)))
+        return edits
 
     # -- telling ---------------------------------------------------------------------------------------------------
 

@@ -215,11 +215,17 @@ class Gauges:
             self._recorded[key] = self.equations.recorded(add)
         self.equations.again(self._recorded[key])
 
+    def latest(self, system: str, wrong: Ints) -> set[Node]:
+        """What adds the equations of the latest batch that contradict together: with all of these they do."""
+        held = self.equations.systems[system]
+        numbers = held.why(int(wrong[0]), latest=True)
+        return {self.equations.origins[held.equation(number)[3]][0] for number in numbers}
+
     def contradiction(self, system: str, wrong: Ints) -> Contradiction:
         """Why equations of the latest batch contradict."""
         held = self.equations.systems[system]
         found = []
-        for number in dict.fromkeys([*held.why(int(wrong[0])), *held.why(int(wrong[-1]))]):
+        for number in held.why(int(wrong[0]), int(wrong[-1])):
             var, val, rhs, origin = held.equation(number)
             node, reason = self.equations.origins[origin]
             total = Counter[int]()

@@ -215,6 +215,9 @@ class Variables:
 
     def equate(self, one: Ints, other: Ints, reason: str, only: Collection[str] = ()) -> Ints:
         """Both are the same wherever they meet; answers what they are."""
+        if one.size > 1 < other.size and not any(min(sizes) > 1 for sizes in zip(one.shape, other.shape)):
+            every, _ = numbered(one, other)  # all meet all: as many equations as there are variables say so
+            return self.equate(every, every[:1], reason, only).reshape((1,) * one.ndim)
         (firsts, (first,)), (seconds, (second,)) = numbered(one), numbered(other)
         met, _ = numbered(first * len(seconds) + second)
         a, b = firsts[met // len(seconds)], seconds[met % len(seconds)]

@@ -7,9 +7,11 @@ known is never changed by what comes later, so taking back is forgetting the lat
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,11 @@ class Batch:
     val: Floats
     rhs: Floats
     origin: Ints
+
+    @cached_property
+    def starts(self) -> Ints:
+        """Where the entries of every equation start."""
+        return np.searchsorted(self.equation, np.arange(len(self.rhs) + 1))
 
     @classmethod
     def joined(cls, blocks: Iterable[tuple[Ints, Floats, Floats, int]]) -> Batch:
@@ -147,30 +154,33 @@ class System:
         base = self._ends[-1]
         self._batches.append(batch)
         self._ends.append(base + len(batch.rhs))
-        open_ = np.ones(len(batch.rhs), dtype=bool)
+        left, marked = np.arange(len(batch.rhs)), np.zeros(len(batch.rhs), dtype=bool)
         right = given(batch.rhs, self.logs)
         equation, var, val = self._merged(batch.equation, batch.var, batch.val)
         fresh: list[Ints] = []
         while True:
             equation, var, val = self._reduced(equation, var, val, right, base)
-            empty = open_ & (np.bincount(equation, minlength=len(right)) == 0)
-            wrong = empty & (np.abs(right[:, _RHS]) > (0.0 if self.binary else ROUNDING * right[:, _SIZE]))
+            marked[equation] = True
+            empty = left[~marked[left]]
+            left = left[marked[left]]
+            marked[equation] = False
+            wrong = np.abs(right[empty, _RHS]) > (0.0 if self.binary else ROUNDING * right[empty, _SIZE])
             if wrong.any():
-                return np.flatnonzero(wrong)
-            open_ &= ~empty
+                return np.asarray(empty[wrong], dtype=np.int64)
             if not len(equation):
                 break
             order = np.lexsort((self._rank.now[var], equation))
             equation, var, val = equation[order], var[order], val[order]
             last = np.append(equation[1:] != equation[:-1], True)
             _, first = np.unique(var[last], return_index=True)
-            chosen = np.zeros(len(right), dtype=np.int64)
-            chosen[equation[last][first]] = 1
-            mine = chosen[equation] == 1
+            chosen = equation[last][first]
+            marked[chosen] = True
+            mine, left = marked[equation], left[~marked[left]]
             fresh.append(self._rows_of(equation[mine], var[mine], val[mine], last[mine], right, base))
-            open_ &= chosen == 0
+            self._compress(fresh[-1])  # so that the rest goes along a whole chain of them at once
+            marked[chosen] = False
             equation, var, val = equation[~mine], var[~mine], val[~mine]
-        if fresh:
+        if len(fresh) > 1:
             self._compress(np.concatenate(fresh))
         return np.zeros(0, dtype=np.int64)
 
@@ -210,7 +220,7 @@ class System:
         if self.logs:
             np.multiply.at(right[:, _NUMERATOR:], at, moved[:, _NUMERATOR:])
         if self.binary:
-            right[:, _RHS] %= 2
+            right[at, _RHS] %= 2
         found = self._merged(
             np.concatenate([equation[~hit], at[owner]]), np.concatenate([var[~hit], cols]),
             np.concatenate([val[~hit], vals * by[owner]]),
@@ -311,33 +321,43 @@ class System:
 
     def equation(self, number: int) -> tuple[Ints, Floats, float, int]:
         """An equation as it was added: variables, coefficients, right-hand side, origin."""
-        which = int(np.searchsorted(self._ends, number, side="right")) - 1
+        which = bisect_right(self._ends, number) - 1
         batch, index = self._batches[which], number - self._ends[which]
-        low, high = np.searchsorted(batch.equation, [index, index + 1])
-        rhs = float(given(batch.rhs[index : index + 1], self.logs)[0, _RHS])
+        low, high = batch.starts[index], batch.starts[index + 1]
+        rhs = float(batch.rhs[index])
+        if self.logs:
+            rhs = 0.0 if rhs in (0, 1) else float(given(batch.rhs[index : index + 1], True)[0, _RHS])
         return batch.var[low:high], batch.val[low:high], rhs, int(batch.origin[index])
 
     def latest(self, index: int) -> int:
         """The number of an equation of the latest batch."""
         return self._ends[-2] + index
 
-    def why(self, index: int) -> list[int]:
-        """The equations that an equation of the latest batch contradicts or follows from, itself the first."""
+    def why(self, *indices: int, latest: bool = False) -> list[int]:
+        """The equations that some of the latest batch contradict or follow from, themselves among them.
+
+        ``latest``: of those only what is of that batch too.
+        """
+        base = self.latest(0) if latest else 0
         self._index(self._used, self._uses[self._read : self._settled])
         self._read = max(self._read, self._settled)
-        latest: dict[int, list[int]] = {}
-        self._index(latest, self._uses[self._settled :])
-        start = self.latest(index)
-        found, waiting = {start: None}, [start]
-        while waiting:
-            each = waiting.pop()
-            for source in (*self._used.get(each, ()), *latest.get(each, ())):
-                if source not in found:
-                    found[source] = None
-                    waiting.append(source)
+        new: dict[int, list[int]] = {}
+        self._index(new, self._uses[self._settled :], base)
+        found: dict[int, None] = {}
+        for start in map(self.latest, indices):
+            waiting = [] if start in found else [start]
+            found[start] = None
+            while waiting:
+                each = waiting.pop()
+                for source in (*self._used.get(each, ()), *new.get(each, ())):
+                    if source not in found:
+                        found[source] = None
+                        waiting.append(source)
         return list(found)
 
-    def _index(self, into: dict[int, list[int]], uses: Iterable[tuple[Ints, Ints]]) -> None:
+    def _index(self, into: dict[int, list[int]], uses: Iterable[tuple[Ints, Ints]], base: int = 0) -> None:
         for equations, rows in uses:
-            for equation, source in zip(equations.tolist(), self._source.now[rows].tolist()):
+            sources = self._source.now[rows]
+            late = sources >= base
+            for equation, source in zip(equations[late].tolist(), sources[late].tolist()):
                 into.setdefault(equation, []).append(source)
