@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -21,10 +21,12 @@ from bnfold.gate.gate import LIMIT
 from bnfold.graph.capture import Captured
 from bnfold.graph.wrapped import unwrapped
 from bnfold.loading.load import Provenance
+from bnfold.loading.user_code import unended
 from bnfold.report import Ledger
 from bnfold.runtime.runner import TIME_LIMIT
 
 Model = nn.Module | ExportedProgram
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
@@ -189,6 +191,13 @@ class OptionFields(TypedDict, total=False):
     provenance: Provenance | None
     sources: Sequence[Path]
     progress: Progress
+
+
+def public(function: _Function) -> _Function:
+    """A function for users: the model's code does not end its run, its docstring lists the options that it takes."""
+    if "OptionFields" in str(function.__annotations__.get("more")) and function.__doc__ and Options.__doc__:
+        function.__doc__ += f"\n    Options:{Options.__doc__.partition('Attributes:')[2]}"
+    return unended()(function)
 
 
 #: What ``torch.onnx.export`` takes besides, and why bnfold does not.

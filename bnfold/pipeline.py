@@ -26,10 +26,9 @@ from bnfold.interface import interface, renamed
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
-from bnfold.loading.user_code import unended
 from bnfold.lowering.lower import lower
 from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
-from bnfold.options import Clock, Folded, Model, OptionFields, Options, asked
+from bnfold.options import Clock, Folded, Model, OptionFields, Options, asked, public
 from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FileReport, Ledger
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
@@ -60,7 +59,7 @@ from bnfold.statistics.diagnose import captured_failure, examine, worst_first
 from bnfold.statistics.schemes import Spread
 
 
-@unended()
+@public
 def fold(
     model: Model,
     args: tuple[Any, ...] | None = None,
@@ -98,7 +97,7 @@ def fold(
     return folded
 
 
-@unended()
+@public
 def export(
     model: Model | str | Path,
     path: str | Path,
@@ -158,7 +157,7 @@ def export(
         )
 
 
-@unended()
+@public
 def save_folded(
     model: Model,
     path: str | Path,
@@ -215,7 +214,7 @@ def save_folded(
     return replace(report, file=FileReport(str(path), size, report.operators[1], None, total - gone, None, sha256))
 
 
-@unended()
+@public
 def plan(
     model: Model,
     args: tuple[Any, ...] | None = None,
@@ -240,7 +239,7 @@ def plan(
     return make_report("plan", model, options, folded, None, clock)
 
 
-@unended()
+@public
 def inspect(
     model: Model | str | Path,
     args: tuple[Any, ...] | None = None,
@@ -292,7 +291,7 @@ def inspect(
     )  # fmt: skip
 
 
-@unended()
+@public
 def save_calibrated(
     model: Model,
     path: str | Path,
@@ -339,7 +338,7 @@ def save_calibrated(
     )  # fmt: skip
 
 
-@unended()
+@public
 def bisect(
     path: str | Path,
     model: Model | str | Path,
@@ -382,7 +381,7 @@ def bisect(
     return replace(found, source=source_facts(options.provenance, model), file=str(path))
 
 
-@unended()
+@public
 def check(
     path: str | Path | None,
     model: Model | str | Path,

@@ -5,6 +5,7 @@ What has a file of its own (sizes, checkpoints, installing, pytest, pages) is te
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -157,6 +158,24 @@ def test_every_option_is_typed() -> None:
     assert [each.name for each in fields(Options) if each.name not in described] == []
     for function in (bnfold.export, bnfold.check, bnfold.inspect, bnfold.bisect, pipeline.plan, pipeline.save_folded):
         assert "Unpack[OptionFields]" in str(function.__wrapped__.__annotations__["more"])
+        listed = (inspect.getdoc(function) or "").partition("\nOptions:\n")[2]
+        assert [each.name for each in fields(Options) if each.name not in listed] == [], "help() shows them"
+    assert "\nOptions:" not in (inspect.getdoc(bnfold.fold) or ""), "which takes none of them"
+
+
+def test_a_type_checker_catches_a_wrong_option(tmp_path: Path) -> None:
+    """With the modules that say what there is; what they import is of no account here."""
+    mypy = pytest.importorskip("mypy.api", reason="mypy is not installed: pip install 'bnfold[dev]'")
+    user = tmp_path / "user.py"
+    call = 'import bnfold\nimport torch\nbnfold.export(torch.nn.Linear(2, 2), "n.onnx", {}=20)\n'
+    own = [Path(bnfold.__file__).parent / name for name in ("__init__.py", "pipeline.py", "options.py")]
+    for name, complaints in (("opset", 0), ("optset", 1)):
+        user.write_text(call.format(name))
+        found, _, _ = mypy.run([
+            "--strict", "--follow-imports=skip", f"--cache-dir={tmp_path}", "--config-file=", *map(str, [user, *own])
+        ])  # fmt: skip
+        lines = [line for line in found.splitlines() if line.startswith(str(user)) and "error:" in line]
+        assert len(lines) == complaints and all('argument "optset"' in line for line in lines), found
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ ALLOWED: dict[str, str] = {
     " load lower merge model_file names onnx_file options ranges report runner runtime specs store stored wrapped",
     "drawing": "capture functional report",
     "interface": "capture errors names options report",
-    "options": "capture eager errors gate load report runner wrapped",
+    "options": "capture eager errors gate load report runner user_code wrapped",
     # the stages, each with the parts that are its own
     # One ONNX file against another
     "onnx_flow": "affine data diagnose drawing equalize errors file_bisection file_gate file_layers folding lower merge"
