@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnfold.gate.evidence import ELEMENT, Draws, Row, compare, pooled, specials, typical
+from bnfold.gate.evidence import ELEMENT, STEPS, Draws, Row, Source, compare, pooled, specials, typical
 
 UNIT = 2.0**-24
 
@@ -85,9 +85,18 @@ def test_what_is_seen_once_is_pooled_wider_than_what_is_drawn() -> None:
 
 def test_noise_is_the_sum_of_what_all_sources_do() -> None:
     truth = torch.zeros(3, dtype=torch.float64)
-    draws = Draws([([truth], lambda seed: [truth + 3]), ([truth], lambda seed: [truth + 4])])
-    draws.more(2)
-    assert draws.noise(0).tolist() == [5.0, 5.0, 5.0] and draws.count == 2
+    seeds: dict[str, list[int]] = {"reference": [], "claim": []}
+
+    def source(name: str, off: float) -> Source:
+        return [truth], lambda seed: seeds[name].append(seed) or [truth + off]  # type: ignore[func-returns-value]
+
+    draws = Draws([source("reference", 3), source("claim", 4)])
+    for step, (expected, counts) in enumerate(zip((3.0, 5.0, 5.0, 5.0), STEPS)):
+        draws.more(step)
+        assert draws.noise(0).tolist() == [expected] * 3
+        assert tuple(map(len, seeds.values())) == counts
+    assert seeds["reference"] == list(range(16))  # none twice
+    assert Draws([source("reference", 3), ([], lambda seed: [])]).noise(0).tolist() == [0.0] * 3  # an output too few
 
 
 @pytest.mark.parametrize(

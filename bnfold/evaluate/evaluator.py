@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from bnfold.evaluate.limits import MAX_ELEMENTS, asked
 from bnfold.evaluate.nodes import OPERATORS, raised, tensor
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
 from bnfold.evaluate.weights import Weight
+from bnfold.rounding import disturb
 from bnfold.runtime.model_file import read_model
 
 _EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -60,11 +60,11 @@ class _Watch:
     follow: Mapping[str, Array] = field(default_factory=dict)
     decide: bool = False
     jitter: tuple[float | None, int] | None = None
-    shapes: dict[str, tuple[int, ...]] | None = None
     rounds: Collection[str] = ()
     kept: dict[str, Array] = field(default_factory=dict)
     decided: dict[str, Array] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class File64:
@@ -74,6 +74,7 @@ class File64:
         model: path of an ONNX file, or a model; it is not changed.
         beside: the folder of a model's external data.
         weights: its initializers, where they have been read already.
+        where: what errors call a model.
 
     Attributes:
         rounds: names of dtypes to which casts round; to all others they let a float64 be.
@@ -91,10 +92,11 @@ class File64:
         *,
         beside: Path | None = None,
         weights: Mapping[str, Weight] | None = None,
+        where: str = "the model",
     ) -> None:
         self.name = "the file in float64"
         self.rounds: Collection[str] = ()
-        self._where = "the model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
+        self._where = where if isinstance(model, onnx.ModelProto) else os.fspath(model)
         if not isinstance(model, onnx.ModelProto):
             path, beside = Path(model), Path(model).parent
             model = read_model(path)
@@ -147,7 +149,7 @@ class File64:
         watch = _Watch(set(keep), follow or {}, decide, jitter, rounds=self.rounds)
         with np.errstate(all="ignore"), torch.no_grad():
             outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
-        return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns))
+        return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns), watch.shapes)
 
     def epsilon(self) -> float:
         """The epsilon of the finest dtype that an initializer is stored in; that of float32 where there is none."""
@@ -171,11 +173,7 @@ class File64:
         Raises:
             BnfoldError: as for ``run``.
         """
-        watch = _Watch(shapes={})
-        with np.errstate(all="ignore"), torch.no_grad():
-            self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
-        assert watch.shapes is not None
-        return watch.shapes
+        return dict(self.run(inputs).shapes)
 
 
 def _rounded(value: Any, to: int, dtypes: Collection[str]) -> Any:
@@ -266,7 +264,7 @@ class _Evaluator(ReferenceEvaluator):
             if watch.follow or watch.decide:
                 results = _decided(node, values, results, watch)
             for name, value in zip(node.output, results):
-                if watch.shapes is not None and isinstance(value, np.ndarray):
+                if isinstance(value, np.ndarray):
                     watch.shapes[name] = value.shape
                 if name in self._read or name in watch.keep:
                     values[name] = value
@@ -329,9 +327,9 @@ def _disturbed(name: str, weight: Any, epsilon: float | None, seed: int) -> Any:
     dtype = getattr(getattr(array, "dtype", None), "name", "")
     if dtype not in _EPSILONS or (np.size(array) == 1 and _is_short(float(array.reshape(())))):
         return array
-    rng = np.random.default_rng(zlib.crc32(f"{seed} {name}".encode()))
-    size = _EPSILONS[dtype] if epsilon is None else epsilon
-    return array.astype(np.float64) * (1 + size * (rng.random(np.shape(array)) - 0.5))
+    moved = np.array(array, np.float64, order="C")
+    disturb(moved, _EPSILONS[dtype] if epsilon is None else epsilon, name, seed)
+    return moved
 
 
 def _is_short(number: float) -> bool:

@@ -35,12 +35,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the outputs in order, the values that were to be kept and the decisions, by name, and the turns."""
+    """One run: the outputs in order, the values that were to be kept and the decisions, by name, and the turns.
+
+    ``shapes`` are those of all values, by name, where the run has them.
+    """
 
     outputs: tuple[Any, ...]
     kept: Mapping[str, Any] = field(default_factory=dict)
     decided: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Subject(Protocol):

@@ -23,7 +23,7 @@ from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
 from bnfold.gate.claims import FileClaim
 from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
 from bnfold.gate.engines import settings
-from bnfold.gate.evidence import Draws, Row, compare
+from bnfold.gate.evidence import MANY, Draws, Row, compare
 from bnfold.gate.file_graph import FileGraph, FileValue
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Case, Judge, run_cases
@@ -34,6 +34,7 @@ from bnfold.gate.sites import compared
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import Device, pip_problem, resolve_device
 
 #: As many elements are compared at a time: with truth and error they take 1 GB. Each time all is run again.
@@ -112,7 +113,7 @@ class Search:
     def _outputs(self) -> tuple[float, float, tuple[str, ...]]:
         """The largest misfits at the outputs, in limits' units: of the file by itself, and optimised."""
         judge = self._judge
-        sessions = Sessions(judge, self.path, self._claim, self._onnx, resolve_device(self.device))
+        sessions = Sessions(judge, self._claim, self._onnx, resolve_device(self.device))
         sessions.run_plain()
         sessions.run_deployed(self._onnx(optimized=True))
         optimizers = sessions.guilty()
@@ -300,7 +301,7 @@ class Search:
             return [found[n] for n in known]
 
         draws = Draws([(true, draw)])
-        draws.more(4)
+        draws.more(MANY)
         return {name: (value, draws.noise(i)) for i, (name, value) in enumerate(zip(known, true))}
 
     def _against(self, value: Tensor, truth: Tensor, noise: Tensor, case: Case) -> float:
@@ -320,7 +321,7 @@ class Bisector(Search):
         program = self.captured.program
         # Where the device rounds more coarsely than the model's dtype, that would hide the file's fault.
         self._setting = settings(resolve_device(self.device), program)[0]
-        self._widen = needs_widening(self.path, self._setting.device)
+        self._widen = needs_widening(held := read_model(self.path), self._setting.device)
         probe = probe_session(self.path, device=self._setting.device, widen=self._widen)
         self._matched = match(self.captured, probe, widened=self._widen)
         del probe
@@ -338,7 +339,7 @@ class Bisector(Search):
             name: node.target for name, node in self._nodes.items()
             if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
         }  # fmt: skip
-        self._claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, None, model.epsilon,
+        self._claim = FileClaim(self.path, held, self._matched.inputs, self._matched.outputs, None, model.epsilon,
                                 model.halves)  # fmt: skip
         outputs = self._matched.outputs or self._file.outputs
         returned = [getattr(spec.arg, "name", "") for spec in program.graph_signature.output_specs]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 from torch import Tensor
 
 from bnfold.errors import InputError
@@ -17,7 +18,6 @@ from bnfold.gate.engines import Setting
 from bnfold.gate.models import as_tensor, to_numpy
 from bnfold.graph.capture import Captured
 from bnfold.report import Placement
-from bnfold.runtime.model_file import read_model
 from bnfold.runtime.placement import placement
 from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
 
@@ -158,11 +158,8 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[byt
     return content.getvalue(), present, len(already)
 
 
-def needs_widening(path: Path, device: Device) -> bool:
-    """Whether the file holds bfloat16, and ONNX Runtime cannot run that on the device, such as the CPU."""
-    import onnx
-
-    model = read_model(path)
+def needs_widening(model: onnx.ModelProto, device: Device) -> bool:
+    """Whether a file holds bfloat16, and ONNX Runtime cannot run that on the device, such as the CPU."""
     half = onnx.TensorProto.BFLOAT16
     holds = any(t.data_type == half for t in model.graph.initializer) or any(
         v.type.tensor_type.elem_type == half for v in model.graph.input
@@ -170,37 +167,33 @@ def needs_widening(path: Path, device: Device) -> bool:
     return holds and not has_bfloat16(device)
 
 
-def refuse_training(path: Path) -> None:
+def refuse_training(model: onnx.ModelProto, where: str) -> None:
     """Raises InputError where a file was written in training mode, which ONNX Runtime refuses without saying why."""
-    for node in read_model(path).graph.node:
+    for node in model.graph.node:
         mode = any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
         more = node.op_type == "BatchNormalization" and len([name for name in node.output if name]) > 1
         if node.op_type in ("BatchNormalization", "Dropout") and (mode or more):
             raise InputError(
                 f"the file's {node.op_type} '{node.name or node.output[0]}' is in training mode "
                 f"({'training_mode=1' if mode else 'it returns the statistics of the batch'})",
-                where=str(path),
+                where=where,
                 hint="Call model.eval() and write the file anew",
             )
 
 
-def half_inside(path: Path) -> bool:
+def half_inside(model: onnx.ModelProto) -> bool:
     """Whether a file computes in float16, whatever its inputs and outputs are."""
-    import onnx
-
-    graph = read_model(path).graph
-    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
 
 
-def quantised_nodes(path: Path) -> int:
+def quantised_nodes(model: onnx.ModelProto) -> int:
     """How many of a file's nodes compute with integers in place of floats, or convert to them."""
-    graph = read_model(path).graph
-    return sum(re.search(r"[Qq]uantizeLinear|QLinear|Integer$", node.op_type) is not None for node in graph.node)
+    kinds = r"[Qq]uantizeLinear|QLinear|Integer$"
+    return sum(re.search(kinds, node.op_type) is not None for node in model.graph.node)
 
 
 def widened(path: Path) -> bytes:
     """The file with every bfloat16 tensor, cast and value type in float32; float32 holds each bfloat16 exactly."""
-    import onnx
     import onnx_ir as ir
 
     model = ir.load(path)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.evaluate.evaluator import File64
 from bnfold.evaluate.subject import Run
-from bnfold.gate.models import Program64, run_file, to_numpy
+from bnfold.gate.models import Program64, as_tensor, to_numpy
 from bnfold.gate.samples import Batch
-from bnfold.runtime.model_file import read_model
+
+
+def run_file(
+    file: File64, inputs: Mapping[str, Tensor], keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
+    jitter: tuple[float | None, int] | None = None,
+) -> Run:  # fmt: skip
+    """One run of a file in float64, with tensors in and out; what is no array stays as it is."""
+    feeds = {name: to_numpy(x) for name, x in inputs.items()}
+    theirs = {name: to_numpy(x) if isinstance(x, Tensor) else x for name, x in (follow or {}).items()}
+    found = file.run(feeds, keep, follow=theirs, decide=jitter is None, jitter=jitter)
+    return Run(
+        tuple(as_tensor(x) for x in found.outputs), {n: as_tensor(x) for n, x in found.kept.items()},
+        {n: as_tensor(x) for n, x in found.decided.items()},
+        tuple(replace(turn, compared=as_tensor(turn.compared)) for turn in found.turns), found.shapes,
+    )  # fmt: skip
 
 
 class FileClaim:
@@ -21,6 +37,7 @@ class FileClaim:
 
     Args:
         path: the file.
+        model: what was read from it.
         inputs: flat input index and the file's name for it.
         outputs: its outputs that are the model's, in the model's order; None for all as they are.
         names: what the file calls the model's values, where that is known.
@@ -32,19 +49,21 @@ class FileClaim:
     """
 
     def __init__(
-        self, path: Path, inputs: Sequence[tuple[int, str]], outputs: Sequence[str] | None,
+        self, path: Path, model: onnx.ModelProto, inputs: Sequence[tuple[int, str]], outputs: Sequence[str] | None,
         names: Mapping[str, str] | None, epsilon: float, halves: Collection[str],
     ) -> None:  # fmt: skip
-        self.name, self.file = "the file in float64", File64(path)
+        self.name, self.file = "the file in float64", File64(model, beside=path.parent, where=str(path))
         self._inputs, self._outputs, self._names, self._epsilon = inputs, outputs, names or {}, epsilon
         self._halves = bool(halves)
         self.file.rounds = {"float16", "bfloat16"} - set(halves)
-        graph = read_model(path).graph
-        self.values = {name for node in graph.node for name in node.output if name}
+        #: Its operators and their versions without its weights.
+        self.graph = onnx.GraphProto(node=model.graph.node, output=model.graph.output)
+        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self.values = {name for node in self.graph.node for name in node.output if name}
         self.knows = names is not None
         self._taken = {value.name for value in self.file.inputs}
         #: Types as they are declared.
-        self.dtypes = {v.name: v.type.tensor_type.elem_type for v in graph.output}
+        self.dtypes = {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
 
     def called(self, name: str) -> str | None:
         """What the file calls a value of the model; where nobody said so, what torch.onnx calls it."""
@@ -66,7 +85,7 @@ class FileClaim:
         if self._outputs is None:
             return found
         by_name = {v.name: x for v, x in zip(self.file.outputs, found.outputs)}
-        return Run(tuple(by_name[name] for name in self._outputs), found.kept, found.decided, found.turns)
+        return replace(found, outputs=tuple(by_name[name] for name in self._outputs))
 
     def _given(self, batch: Batch) -> dict[str, Any]:
         return {name: batch.flat[index] for index, name in self._inputs if name in self._taken}
@@ -114,9 +133,3 @@ class ProgramClaim(Program64):
         """As ``Claim.unread``."""
         known = {place.value for place in self.places} | {place.twin for place in self.places}
         return [name for name in decisions if name not in known]
-
-
-def operator_types(path: Path) -> dict[str, str]:
-    """The operator that makes each value of a file's main graph."""
-    model: onnx.ModelProto = read_model(path)
-    return {name: node.op_type for node in model.graph.node for name in node.output if name}

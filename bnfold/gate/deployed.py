@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +13,15 @@ from torch import Tensor
 from bnfold.errors import BnfoldError, InputError
 from bnfold.evaluate.evaluator import outer_names
 from bnfold.evaluate.subject import Run
-from bnfold.gate.by_operator import Asked, alone, ask
+from bnfold.gate.alone import alone
+from bnfold.gate.by_operator import Asked, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
-from bnfold.gate.evidence import Row, seen_error
+from bnfold.gate.evidence import STEPS, Row, seen_error
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outside import SLACK
-from bnfold.runtime.model_file import read_model
 
 #: Elements of intermediate values that are held at a time.
 ELEMENTS = 32_000_000
@@ -39,7 +38,6 @@ class Sessions:
     """
 
     judge: Judge
-    path: Path
     claim: FileClaim | None
     make: Callable[..., OnnxCandidate]
     device: Any
@@ -112,8 +110,8 @@ class Sessions:
             return torch.stack(fitting).square().sum(0).sqrt()
 
         found: tuple[list[Row], float] = ([], 0.0)
-        for count in (1, 4, 16):
-            self.judge.drawn(case, count)
+        for step in range(len(STEPS)):
+            self.judge.drawn(case, step)
             found = self.judge.judge(
                 name, case, outputs, truth.outputs, noise, coarser=SLACK * candidate.coarser, wider=candidate.wider,
                 typed=True,
@@ -146,11 +144,10 @@ class Sessions:
             return self._cleared[case.words]
         if len(self._cleared) >= ENOUGH and misfit < CERTAIN and all(self._cleared.values()):
             return True
-        model = read_model(self.path)
-        opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        opsets = self.claim.opsets
         found: list[Asked] = []
         try:
-            for nodes, given, constants in self._pieces(candidate, case, model):
+            for nodes, given, constants in self._pieces(candidate, case):
                 found.append(ask(nodes, opsets, given))
                 if not self._asked:
                     found.append(alone(nodes, opsets, given, constants, self.device))
@@ -174,18 +171,18 @@ class Sessions:
         self._cleared[case.words] = not faults and any(asked.count for asked in found)
         return self._cleared[case.words]
 
-    def _pieces(self, candidate: OnnxCandidate, case: Case, model: Any) -> Iterator[tuple[list[Any], Any, Any]]:
+    def _pieces(self, candidate: OnnxCandidate, case: Case) -> Iterator[tuple[list[Any], Any, Any]]:
         """Runs of nodes, with their operands and results as the runtime has them: so many elements at a time."""
         assert self.claim is not None
-        shapes = self.claim.file.shapes(self.claim.feeds(case.batch))
+        shapes = case.claimed.shapes if case.claimed else self.claim.file.shapes(self.claim.feeds(case.batch))
         weights = self.claim.weights()
         feeds = candidate.feeds(case.batch.flat)
         chunk: list[Any] = []
         held = 0
-        nodes = list(model.graph.node)
+        nodes = list(self.claim.graph.node)
         # What nobody reads is nobody's fault: the mask of a Dropout, the running statistics of a BatchNormalization.
         read_by = {name for node in nodes for name in (*node.input, *outer_names(node))}
-        read_by.update(value.name for value in model.graph.output)
+        read_by.update(value.name for value in self.claim.graph.output)
         for i, node in enumerate(nodes):
             chunk.append(node)
             held += sum(math.prod(shapes.get(name, ())) for name in node.output if name)

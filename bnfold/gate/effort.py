@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import fx
 
 from bnfold.gate.samples import MIN_SAMPLES
 from bnfold.graph.capture import Captured
-from bnfold.graph.interpret import Runner
-from bnfold.graph.threads import torch_threads
-
-#: Seconds that one run of the example takes before a second thread pays.
-LONG_RUN = 0.1
 
 
 def has_summaries(captured: Captured) -> bool:
@@ -36,21 +30,26 @@ def has_summaries(captured: Captured) -> bool:
 
 
 def operations(captured: Captured) -> float:
-    """Floating-point operations of convolutions and products, for one sample of the example."""
+    """Floating-point operations of convolutions and products, for one sample of the example, read off its shapes."""
     rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
-    with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
-        Runner(captured.program)(captured.flat)
-        return float(counter.get_total_flops()) / max(rows, 1)
-    return 0.0
+    return sum(map(_products, captured.program.graph.nodes)) * 2 / max(rows, 1)
 
 
-@contextlib.contextmanager
-def threads_that_pay(captured: Captured) -> Iterator[None]:
-    """One thread for a model that runs in a blink: several save it nothing, and cost much on a busy machine."""
-    with torch_threads(1) as threads:
-        start = time.perf_counter()
-        with contextlib.suppress(Exception):  # whoever runs it next reports that
-            Runner(captured.program)(captured.flat)
-        if time.perf_counter() - start > LONG_RUN:
-            torch.set_num_threads(threads)
-        yield
+def _products(node: fx.Node) -> float:
+    """How many products a convolution, a linear or a matrix product sums in all; 0 of anything else."""
+    name = getattr(node.target, "_opname", "")
+    convolves, transposed = name.startswith("conv"), "transpose" in name
+    if not convolves and name not in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"):
+        return 0.0
+    shapes = [_shape(x) for x in (node, *node.args[: 3 if "add" in name else 2])]
+    out, one, other = (shapes[0], *shapes[-2:])
+    if convolves:  # every element of what the weights are read for, with all of one channel's weights
+        return math.prod(one if transposed else out) * math.prod(other[1:])
+    return math.prod(out) * float(one[-1] if one else 1)
+
+
+def _shape(value: Any) -> list[int]:
+    known = value.meta.get("val") if isinstance(value, fx.Node) else None
+    if not isinstance(known, torch.Tensor):
+        return []
+    return [size if isinstance(size, int) else int(size.node.hint or 1) for size in known.shape]

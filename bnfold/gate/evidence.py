@@ -194,31 +194,37 @@ def _grouped(rows: Tensor, sizes: Tensor, like: Tensor, axis: int | None, width:
 Source = tuple[Sequence[Tensor], Callable[[int], Sequence[Tensor]]]
 
 
+#: How often the constants of each source are drawn, step by step: of the reference once, which says enough of most
+#: right files; of the claim as well; and more where what was seen may be chance.
+STEPS = ((1, 0), (1, 1), (4, 4), (16, 16))
+MANY = 2  # the first step that draws more than once
+
+
 class Draws:
     """The noise of a few values on one input, drawn as often as it takes to be sure.
 
     Args:
-        sources: what rounds constants. Their noises add up as independent ones do.
+        sources: what rounds constants, the reference first. Their noises add up as independent ones do.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources, self.count = sources, 0
+        self._sources, self._counts = sources, [0] * len(sources)
         self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in truth] for truth, _ in sources]
 
-    def more(self, count: int) -> None:
-        """Draws until there are so many."""
-        for seed in range(self.count, count):
-            for squares, (truth, draw) in zip(self._squares, self._sources):
+    def more(self, step: int) -> None:
+        """Draws as often as a step of ``STEPS`` says."""
+        for at, ((truth, draw), squares, count) in enumerate(zip(self._sources, self._squares, STEPS[step])):
+            for seed in range(self._counts[at], count):
                 for square, moved, true in zip(squares, draw(seed), truth):
                     if moved.shape == true.shape and moved.is_floating_point():
                         square += torch.nan_to_num(moved.double() - true.double(), 0.0, 0.0, 0.0).square()
-        self.count = max(self.count, count)
+            self._counts[at] = max(self._counts[at], count)
 
     def noise(self, index: int) -> Tensor:
         """RMS of what all sources together do to a value."""
-        each = [squares[index] for squares in self._squares]
-        same = [square for square in each if square.shape == each[0].shape]
-        return torch.stack(same).sum(0).div(max(self.count, 1)).sqrt()
+        counted = zip(self._squares, self._counts)
+        each = [squares[index] / max(count, 1) for squares, count in counted if index < len(squares)]
+        return torch.stack([square for square in each if square.shape == each[0].shape]).sum(0).sqrt()
 
 
 def seen_error(given: Tensor, truth: Tensor) -> Tensor:

@@ -20,9 +20,11 @@ from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
 from bnfold.gate.engines import Setting
 from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.judge import Case, Judge, run_cases
-from bnfold.gate.models import Findings, Original, Progress, as_tensor
+from bnfold.gate.models import Findings, Progress, as_tensor
+from bnfold.gate.original import Original
 from bnfold.gate.samples import Batch, provoke
 from bnfold.report import CheckReport, SiteResult, Verdict
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 
 #: Batches, each with its kind of values.
@@ -80,7 +82,7 @@ class FileGate:
             judge.claim(claim)
             judge.report(claim.name)
         make = partial(self.candidate, reference)
-        sessions = Sessions(judge, self.path, claim, make, resolve_device(self.device))
+        sessions = Sessions(judge, claim, make, resolve_device(self.device))
         provider = "none"
         try:
             sessions.run_plain()
@@ -122,7 +124,8 @@ class FileGate:
         """
         reference = Original(self.original, self.device)
         inputs = self._inputs(reference)
-        claim = FileClaim(self.path, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
+        model = read_model(self.path)
+        claim = FileClaim(self.path, model, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
         self._compare_signatures(reference, claim)
         return reference, claim
 

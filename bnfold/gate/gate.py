@@ -9,6 +9,7 @@ Whatever cannot be judged is *inconclusive*, which is no pass.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.data import Labels
 from bnfold.gate.deployed import DEPLOYED, Sessions
 from bnfold.gate.devices import judge_device
-from bnfold.gate.effort import has_summaries, operations, threads_that_pay
+from bnfold.gate.effort import has_summaries, operations
 from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.judge import Case, Judge, overflow, run_cases
@@ -53,14 +54,17 @@ from bnfold.gate.stored import Rows
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
+from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, Verdict
+from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import Arithmetic, Device, provider_notes, resolve_device
 
 #: Largest RMS of error over noise, of an output or any of its samples; a single element may be off by ``ELEMENT`` such.
 LIMIT = 4.0
-#: Operations of one sample beyond which the gate runs few of them.
+#: Operations of one sample beyond which the gate runs few of them, on all threads.
 DEAR = 300_000_000
+MANY = 64  # samples of a model that is cheap: a fault in one of twenty shows itself to so many in 96 % of all runs
 ENOUGH = 4  # samples that a verdict rests on at least
 _SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
 
@@ -102,7 +106,10 @@ class Gate:
         Raises:
             BnfoldError: the file cannot be opened, or its inputs do not fit the model's.
         """
-        with threads_that_pay(self.captured):
+        self._cost = operations(self.captured)
+        self._dear = self._cost > DEAR
+        # Several threads save nothing on what runs in a blink, and cost much on a busy machine.
+        with contextlib.nullcontext() if self._dear else torch_threads(1):
             return self._judge()
 
     def look(self, facts: Facts) -> Part:
@@ -123,13 +130,14 @@ class Gate:
         made = batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
             sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if has_summaries(captured) else 1,
-            dear=self.samples <= MIN_SAMPLES and self.data is None and operations(captured) > DEAR,
+            affordable=min(MANY, int(2 * DEAR / max(self._cost, 1.0))),
+            dear=self._dear and self.samples <= MIN_SAMPLES and self.data is None,
         )  # fmt: skip
         found = self._search(made)
         model = self._model = Model(captured)
         cases, reason = run_cases(
             model, [*made, *found.batches], findings, self.progress,
-            lambda batch, own, truth: model.judge_capture(batch, own, truth, findings, self.limit),
+            lambda batch, own, truth: model.accepts(batch, own, truth, findings),
         )  # fmt: skip
         if not cases and not findings.doubts:
             raise InputError(
@@ -158,6 +166,9 @@ class Gate:
                 hint=f"; the first fold that is off is that of '{first}'" if first else "",
             )  # fmt: skip
             judge.wild(claim.name)
+        for case in cases:
+            noise = judge.drawn(case).noise
+            model.judge_capture(case.batch, case.own, case.truth, noise, findings, self.limit)
         self.progress("check", 1, 4)
         engines, placed = self._run_file(claim if isinstance(claim, FileClaim) else None)
         self.progress("check", 3, 4)
@@ -198,9 +209,10 @@ class Gate:
             returned = [str(getattr(spec.arg, "name", "")) for spec in specs]
             outputs = self._matched.outputs or [value.name for value in self._probe.outputs]
             names = dict(zip(returned, outputs)) if len(returned) == len(outputs) else {}
-            claim = FileClaim(self.path, self._matched.inputs, self._matched.outputs, self.file_names or names,
-                              self._model.epsilon, self._model.halves)  # fmt: skip
+            claim = FileClaim(self.path, self._held, self._matched.inputs, self._matched.outputs,
+                              self.file_names or names, self._model.epsilon, self._model.halves)  # fmt: skip
             claim.knows = self.folded is not None
+            del self._held
             return claim
         except MissingOperatorError as error:
             self._findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
@@ -244,7 +256,7 @@ class Gate:
             return [], None
         judge, findings, placed = self._judged, self._findings, None
         findings.notes += provider_notes(self._device)
-        sessions = Sessions(judge, self.path, claim, self._onnx, self._settings[0].device)
+        sessions = Sessions(judge, claim, self._onnx, self._settings[0].device)
         unread = self._unread(claim) if claim is not None else self._hidden
         sessions.run_plain()
         judge.report("ONNX Runtime, optimisations off", unread=unread)
@@ -320,23 +332,24 @@ class Gate:
             return
         self._device = resolve_device(self.device)
         self._settings = settings(self._device, self.captured.program)
-        self._widen = needs_widening(self.path, self._settings[0].device)
+        held = self._held = read_model(self.path)
+        self._widen = needs_widening(held, self._settings[0].device)
         if self._widen:
             self._findings.notes.append(
                 "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
             )
         if self.folded is None:
-            refuse_training(self.path)
+            refuse_training(held, str(self.path))
         probe = self._probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
         self._findings.notes += self._matched.notes
-        held = self.captured.program.state_dict.values()
-        if self.folded is None and half_inside(self.path) and not any(v.dtype == torch.float16 for v in held):
+        weights = self.captured.program.state_dict.values()
+        if self.folded is None and half_inside(held) and not any(v.dtype == torch.float16 for v in weights):
             self._findings.notes.append(
                 "the file computes in float16 and the model does not: judge it against the model in that dtype "
                 "(--dtype float16, dtype=torch.float16)"
             )
-        if self.folded is None and (nodes := quantised_nodes(self.path)):
+        if self.folded is None and (nodes := quantised_nodes(held)):
             self._findings.notes.append(
                 f"the file is quantised ({nodes} nodes): no such file equals a float model; what that costs is "
                 "seen on data (--data)"

@@ -14,13 +14,26 @@ from torch import Tensor
 from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.decisions import NEAR
-from bnfold.gate.evidence import ELEMENT, TINY, Draws, Row, Source, Table, compare, seen_error, specials, unit_roundoff
+from bnfold.gate.evidence import (
+    ELEMENT,
+    MANY,
+    STEPS,
+    TINY,
+    Draws,
+    Row,
+    Source,
+    Table,
+    compare,
+    seen_error,
+    specials,
+    unit_roundoff,
+)  # fmt: skip
 from bnfold.gate.models import Findings, Reference, as_tensor, batched, first_line, kind_of, numbers, words
 from bnfold.gate.samples import Batch
 from bnfold.report import OutputResult
 
-#: How often the constants are drawn: once, and more where what was seen may be chance.
-DRAWS = (1, 4, 16)
+#: How often constants are drawn for what a decision compares.
+DRAWS = 4
 #: A value this many limits off is no chance, whatever else is drawn.
 CERTAIN = 100.0
 #: Where rounding moves an output by this part of itself, almost anything would pass.
@@ -147,10 +160,10 @@ class Judge:
 
         rows: list[Row] = []
         misfit = 0.0
-        for count in DRAWS:
-            case.draws.more(count)
+        for step in range(len(STEPS)):
+            draws.more(step)
             rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise)
-            if misfit <= 1 or (count > 1 and misfit > CERTAIN):
+            if misfit <= 1 or (step >= MANY and misfit > CERTAIN):
                 break
         return rows, misfit
 
@@ -199,14 +212,14 @@ class Judge:
             self.said[witness, case.words] = said
         return rows, torch.inf if said else max((row.misfit(self.limit) for row in rows), default=0.0)
 
-    def drawn(self, case: Case, count: int = 1) -> Draws:
-        """What rounding does to the outputs of a case."""
+    def drawn(self, case: Case, step: int = 0) -> Draws:
+        """What rounding does to the outputs of a case, drawn as often as a step of ``STEPS`` says."""
         if case.draws is None:
             reference, batch, decided = self.reference, case.batch, case.truth.decided
             case.draws = Draws(
                 [(case.truth.outputs, lambda seed: reference.run(batch, follow=decided, seed=seed).outputs)]
             )
-        case.draws.more(count)
+        case.draws.more(step)
         return case.draws
 
     def right(self, witness: str, cases: Iterable[Case]) -> bool:
@@ -295,7 +308,7 @@ class Judge:
         turned = [turn for turn in turns if turn.different]
         if not turned:
             return
-        moved = [again(seed) for seed in range(DRAWS[1])]
+        moved = [again(seed) for seed in range(DRAWS)]
         near, most = 0, 0.0
         for turn in turned:
             noise, scale = _near_noise(turn, moved)
@@ -328,7 +341,7 @@ def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:
         name, run = claim.called(turn.value), case.claimed
         if name is None or run is None or name not in run.decided:
             return 0.0
-        runs = [claim.run(case.batch, follow=run.decided, seed=seed) for seed in (None, *range(DRAWS[1]))]
+        runs = [claim.run(case.batch, follow=run.decided, seed=seed) for seed in (None, *range(DRAWS))]
         own, *moved = ([t for t in each.turns if t.value == name] for each in runs)
         return _near_noise(own[0], moved)[0] if own else 0.0
 
@@ -389,17 +402,19 @@ def run_cases(
             own, reason = error, first_line(error)
             if accept is None:
                 findings.notes.append(f"the original does not run at {words(batch)}: {reason}")
+        failed = ""
         if not isinstance(own, Exception) and truth is None:
             try:
                 truth = reference.run(batch)
             except Exception as error:
-                reason = (
-                    f"the graph does not run in float64 ({first_line(error)}), so there is no truth to compare with"
-                )
-                findings.doubts.append(reason)
+                failed = first_line(error)
         if accept is not None and not accept(batch, own, truth):
             continue
-        if isinstance(own, Exception) or truth is None:
+        if isinstance(own, Exception):
+            continue
+        if truth is None:
+            reason = f"the graph does not run in float64 ({failed}), so there is no truth to compare with"
+            findings.doubts.append(reason)
             continue
         over = overflow(own, truth.outputs)
         if over is not None and "adversarial" in batch.origin:

@@ -1,12 +1,11 @@
-"""What is judged against: the unfolded model, or the original file, in float64 and as it runs by itself."""
+"""What is judged against: the unfolded model, in float64 and as it runs by itself."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from bnfold.aten.deciding import bound
-from bnfold.errors import BnfoldError, InputError, LowerError
-from bnfold.evaluate.evaluator import File64
+from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.decisions import Place, places
 from bnfold.gate.evidence import compare, seen_error, specials, unit_roundoff
@@ -25,7 +23,6 @@ from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.graph.interpret import Runner, Steering, coarsest_epsilon
 from bnfold.graph.names import number_names
-from bnfold.runtime.runtime import Device, open_session
 
 Progress = Callable[[str, int, int], None]
 #: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
@@ -176,13 +173,13 @@ class Model(Program64):
         dtypes += [x.dtype for x in values if isinstance(x, Tensor)]
         self.halves = {str(dtype).removeprefix("torch.") for dtype in dtypes} & {"float16", "bfloat16"}
         self.units: dict[str, float] = {}
-        self._runs: dict[tuple[int, str], bool] = {}
+        self._ran = 0
         self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None
         self.capture_error = 0.0
 
     def own(self, batch: Batch) -> list[Tensor]:
-        """As ``Reference.own``."""
-        found = numbers(self._own(batch.flat))
+        """As ``Reference.own``: by the eager model where there is one."""
+        found = numbers(self._own(batch.flat) if self.captured.eager is None else self.captured.run_eager(batch.flat))
         self.units |= {n: unit_roundoff(x.dtype) for n, x in zip(self.outputs, found) if x.is_floating_point()}
         return found
 
@@ -198,31 +195,57 @@ class Model(Program64):
 
     # -- the eager model -----------------------------------------------------------------------------------------------
 
-    def judge_capture(self, batch: Batch, own: list[Tensor] | Exception, truth: Run | None, found: Findings,
-                      limit: float) -> bool:  # fmt: skip
-        """Whether the eager model runs on a batch, and where its captured graph is another: each size is asked once."""
-        size = batch.size, batch.sizes
-        if self.captured.eager is None or size in self._runs:
-            if isinstance(own, Exception):
-                found.notes.append(f"the unfolded model itself does not run at {words(batch)}: {first_line(own)}")
-            return not isinstance(own, Exception) and self._runs.get(size, True)
-        self._runs[size] = False
-        try:
-            eager = numbers(self.captured.run_eager(batch.flat))
-        except Exception as error:
-            found.notes.append(f"the unfolded model itself does not run at {words(batch)}: {first_line(error)}")
-            return False
+    def accepts(self, batch: Batch, own: list[Tensor] | Exception, truth: Run | None, found: Findings) -> bool:
+        """Whether the model runs on a batch, and its captured graph does too."""
         if isinstance(own, Exception):
-            found.problems.append(
-                f"capture: the model runs at {words(batch)}, its captured graph does not ({first_line(own)}): fix that "
-                "dimension (--static)"
-            )
+            found.notes.append(f"the unfolded model itself does not run at {words(batch)}: {first_line(own)}")
             return False
-        self._runs[size] = True
+        if truth is None and self.captured.eager is not None:
+            try:
+                self._own(batch.flat)
+            except Exception as error:
+                found.problems.append(
+                    f"capture: the model runs at {words(batch)}, its captured graph does not ({first_line(error)}): "
+                    "fix that dimension (--static)"
+                )
+                return False
+        self._ran += 1
         if truth is not None and self._first is None:
-            self._first = batch, eager, [t.double() for t in truth.outputs]
-        if problem := self._differs(batch, eager, own, truth, limit):
-            found.problems.append(problem)
+            self._first = batch, own, [t.double() for t in truth.outputs]
+        return True
+
+    def judge_capture(self, batch: Batch, eager: list[Tensor], truth: Run, noise: Callable[[int], Tensor],
+                      found: Findings, limit: float) -> None:  # fmt: skip
+        """Where the captured graph is another than the eager model: where that is off from the graph in float64 by more
+        than rounding explains, the graph in its own dtypes says whether it is right.
+        """
+        if self.captured.eager is not None and not self._like(eager, truth, noise, batch, limit):
+            try:
+                own = numbers(self._own(batch.flat))
+            except Exception as error:
+                found.problems.append(f"capture: its graph does not run at {words(batch)}: {first_line(error)}")
+                return
+            if problem := self._differs(batch, eager, own, truth, limit):
+                found.problems.append(problem)
+
+    def _like(
+        self, eager: list[Tensor], truth: Run, noise: Callable[[int], Tensor], batch: Batch, limit: float
+    ) -> bool:
+        (outputs,) = self.captured.program.graph.output_node().args
+        values = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in outputs]
+        dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
+        if len(eager) != len(truth.outputs) or [x.dtype for x in eager] != dtypes:
+            return False
+        for i, (theirs, true) in enumerate(zip(eager, truth.outputs)):
+            if theirs.shape != true.shape or specials(theirs, true) is not None:
+                return False
+            if not theirs.is_floating_point():
+                if not torch.equal(theirs, true.to(theirs.dtype)):
+                    return False
+                continue
+            ratio, *_ = compare(theirs, true, noise(i), unit=unit_roundoff(theirs.dtype), batched=batched(batch, true))
+            if not ratio <= SAME * limit:
+                return False
         return True
 
     def _differs(
@@ -258,9 +281,10 @@ class Model(Program64):
         if self._first is None:
             return
         batch, before, truth = self._first
-        halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
-        with contextlib.suppress(Exception):
-            self.captured.run_eager(tuple(halved))
+        if self._ran < 2:  # else other batches ran in between
+            halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
+            with contextlib.suppress(Exception):
+                self.captured.run_eager(tuple(halved))
         try:
             after = numbers(self.captured.run_eager(batch.flat))
         except Exception:
@@ -284,78 +308,6 @@ def _same(before: Tensor, after: Tensor, truth: Tensor) -> bool:
         return torch.equal(both, after.isfinite())
     moved, off = ((a.double() - before.double())[both].abs().max() for a in (after, truth))
     return bool(moved <= off)
-
-
-# ---- a file ---------------------------------------------------------------------------------------------------------
-
-
-class Original:
-    """A file that another one is compared with. Raises what ``File64`` raises."""
-
-    def __init__(self, path: Path, device: Device | str) -> None:
-        self.file, self._path, self._device = File64(path), path, device
-        self.outputs = [value.name for value in self.file.outputs]
-        self.inputs = self.file.inputs
-        kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-        floats = {v.name: kinds.get(v.dtype.name, torch.float64) for v in self.file.outputs
-                  if v.dtype.kind == "f" or v.dtype.name == "bfloat16"}  # fmt: skip
-        self.units = {name: unit_roundoff(dtype) for name, dtype in floats.items()}
-        self.epsilon, self.halves = self.file.epsilon(), self.file.halves()
-        self.decisions: Sequence[str] = ()
-        self._session: Any = None
-
-    def run(
-        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-    ) -> Run:  # fmt: skip
-        """As ``Reference.run``."""
-        found = run_file(self.file, {v.name: x for v, x in zip(self.inputs, batch.flat)}, keep, follow=follow,
-                         jitter=None if seed is None else (None, seed))  # fmt: skip
-        self.decisions = list(found.decided)
-        return found
-
-    def open(self) -> None:
-        """Opens it in ONNX Runtime, without optimisations.
-
-        Raises:
-            InputError: ONNX Runtime does not take it.
-        """
-        try:
-            self._session = open_session(self._path, device=self._device, optimized=False)
-        except LowerError as error:
-            raise InputError(
-                f"ONNX Runtime does not run the original: {error.what}", where=str(self._path),
-                hint="--no-check folds it unproved",
-            ) from error  # fmt: skip
-
-    def own(self, batch: Batch) -> list[Tensor]:
-        """As ``Reference.own``, by ONNX Runtime; it must be open."""
-        feeds = {v.name: to_numpy(x) for v, x in zip(self.inputs, batch.flat)}
-        found = self._session.run(feeds, list(self.outputs))
-        return [as_tensor(x) for x in found]
-
-    def influence(self, value: str) -> frozenset[int] | None:
-        """Not known."""
-        return None
-
-    def complete(self, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each has its own."""
-        return dict(taken)
-
-
-def run_file(
-    file: File64, inputs: Mapping[str, Tensor], keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-    jitter: tuple[float | None, int] | None = None,
-) -> Run:  # fmt: skip
-    """One run of a file in float64, with tensors in and out; what is no array stays as it is."""
-    feeds = {name: to_numpy(x) for name, x in inputs.items()}
-    theirs = {name: to_numpy(x) if isinstance(x, Tensor) else x for name, x in (follow or {}).items()}
-    found = file.run(feeds, keep, follow=theirs, decide=jitter is None, jitter=jitter)
-    return Run(
-        tuple(as_tensor(x) for x in found.outputs), {n: as_tensor(x) for n, x in found.kept.items()},
-        {n: as_tensor(x) for n, x in found.decided.items()},
-        tuple(replace(turn, compared=as_tensor(turn.compared)) for turn in found.turns),
-    )  # fmt: skip
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

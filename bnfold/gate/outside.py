@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnfold.gate.candidates import Candidate
-from bnfold.gate.evidence import Draws, Row, compare, seen_error, specials, unit_roundoff
+from bnfold.gate.evidence import STEPS, Draws, Row, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import batched, first_line, numbers
 from bnfold.gate.runners import RunnerCandidate
@@ -34,8 +34,8 @@ def judge_outside(judge: Judge, candidate: Candidate) -> None:
 
 def _judged(judge: Judge, candidate: Candidate, case: Case, outputs: Sequence[Any]) -> list[Row]:
     rows: list[Row] = []
-    for count in (1, 4, 16):
-        draws = judge.drawn(case, count)
+    for step in range(len(STEPS)):
+        draws = judge.drawn(case, step)
 
         def noise(i: int, draws: Draws = draws) -> Tensor:
             return torch.hypot(draws.noise(i), seen_error(case.own[i], case.truth.outputs[i]))

@@ -31,12 +31,8 @@ PROVOKING: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ("binary",)), (1, ("bytes",)), (1, ("faint",)), (3, ("unit", "sparse", "outlier")),
     (33, ("ordinary", "binary", "unit", "channel", "sparse", "outlier")),
 )  # fmt: skip
-#: The same for a model whose every sample is dear: a few, each of which is several of these.
-DEAR: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (1, ("ordinary",)),
-    (1, ("faint",)),
-    (3, ("outlier", "binary", "bytes")),
-)
+#: The same for a model whose every sample is dear: four, of which the outlier is the ordinary one but for one element.
+DEAR: tuple[tuple[int, tuple[str, ...]], ...] = ((1, ("faint",)), (3, ("outlier", "binary", "bytes")))
 #: Sizes of the other dynamic dimensions, as factors on the example's; two dimensions get different ones at a time, or
 #: swapping height and width would go unseen. A declared range adds its ends, up to FAR times the example.
 FACTORS, FAR = (2.0, 0.5, 1.5), 8
@@ -71,6 +67,7 @@ def batches(
     sizes: Sizes | None = None,
     pinned: Mapping[str, int] | None = None,
     runs: int = 1,
+    affordable: int = 0,
     dear: bool = False,
 ) -> list[Batch]:
     """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
@@ -87,6 +84,7 @@ def batches(
         sizes: those that the program takes.
         pinned: the only size to use, by symbol.
         runs: how many batches to make at least.
+        affordable: how many samples are made in any case where they can be one batch.
         dear: few samples, because each takes long.
     """
     inputs = [n for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)]
@@ -107,7 +105,9 @@ def batches(
         leaders = {str(symbol): symbol for symbol in symbols}
         only = {leaders[leads[symbol]]: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
         others = [dict(each) for each in dict.fromkeys(tuple({**each, **only}.items()) for each in others)]
-    plan = _plan(max(samples, MIN_SAMPLES), limit, only.get(batch_symbol), known=batch_symbol is not None, dear=dear)
+    known_batch, pinned_batch = batch_symbol is not None, only.get(batch_symbol)
+    samples = max(samples, MIN_SAMPLES, affordable if known_batch and pinned_batch is None else 0)
+    plan = _plan(samples, limit, pinned_batch, known=known_batch, dear=dear)
     plan += [(plan[0][0], ("ordinary",))] * (max(len(others), runs) - len(plan))
     for i, (count, kinds) in enumerate(plan):
         provoking = kinds != ("ordinary",)

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
 from bnfold.gate.claims import FileClaim, ProgramClaim
-from bnfold.gate.evidence import ELEMENT, Draws, Row, compare, specials
-from bnfold.gate.judge import CERTAIN, DRAWS, Case, Judge, listed
+from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Draws, Row, compare, specials
+from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import batched, first_line
 from bnfold.report import Ledger, SiteResult
 
@@ -120,8 +120,8 @@ def compared(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meanin
     draws = Draws([(right, own), (given, mine)])
     rows: dict[str, Row] = {}
     unit = max(judge.reference.units.values(), default=2.0**-24)
-    for count in DRAWS:
-        draws.more(count)
+    for step in range(len(STEPS)):
+        draws.more(step)
         for i, name in enumerate(names):
             if given[i].shape != right[i].shape or specials(given[i], right[i]) is not None:
                 rows[name] = Row(case.words, claim.name, name, math.inf, math.inf, inside=True)
@@ -134,6 +134,6 @@ def compared(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meanin
                 wrong = bool((given[i] != right[i]).any())
                 rows[name] = Row(case.words, claim.name, name, *((math.inf,) * 2 if wrong else (0.0, 0.0)), inside=True)
         worst = max((row.misfit(judge.limit) for row in rows.values()), default=0.0)
-        if worst <= 1 or (count > 1 and worst > CERTAIN):
+        if worst <= 1 or (step >= MANY and worst > CERTAIN):
             break
     return rows

@@ -7,7 +7,6 @@ are raised with them, and autocast regions run without autocast.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+
+from bnfold.rounding import disturb
 
 #: What takes the place of a node's value: called with its arguments and with the value that it has by itself.
 Steering = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
@@ -156,13 +157,14 @@ class Runner(fx.Interpreter):
         value = raise_tensor(constant)
         rounded = self._jitter and name not in self._exact
         if rounded and isinstance(value, Tensor) and value.is_floating_point():
-            value = value * (1 + self._epsilon[name] * self._draw(name, value))
+            return self._rounded(name, value if value is not constant else value.clone(), self._epsilon[name])
         return value
 
-    def _draw(self, name: str, like: Tensor) -> Tensor:
-        """Numbers in [-0.5, 0.5] that the name and the seed decide."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        return torch.rand(like.shape, generator=generator, dtype=like.dtype) - 0.5
+    def _rounded(self, name: str, value: Tensor, epsilon: float) -> Tensor:
+        """A float64 value of its own, disturbed."""
+        found = value.detach().contiguous()
+        disturb(found.numpy(), epsilon, name, self.seed)
+        return found
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node; steers it, and keeps its value, where asked to."""
@@ -171,7 +173,7 @@ class Runner(fx.Interpreter):
         else:
             value = super().run_node(n)
         if n.name in self._computed and isinstance(value, Tensor) and value.is_floating_point():
-            value = value * (1 + _epsilon(n.meta.get("val")) * self._draw(n.name, value))
+            value = self._rounded(n.name, value.clone(), _epsilon(n.meta.get("val")))
         if n.name in self._steering:
             value = self._steering[n.name](*self.fetch_args_kwargs_from_env(n), value)
         if n.name in self._keep:

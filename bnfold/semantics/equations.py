@@ -91,7 +91,7 @@ def compressed(indices: NDArray[Any]) -> NDArray[Any]:
 def numbered(*arrays: Ints) -> tuple[Ints, list[Ints]]:
     """What occurs in arrays, in order, and the arrays as places in that."""
     flat = np.concatenate([each.ravel() for each in arrays])
-    low, high = int(flat.min()), int(flat.max())
+    low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
     if high - low < 4 * flat.size:  # a table of all that is possible is no larger
         occurs = np.zeros(high - low + 1, dtype=bool)
         occurs[flat - low] = True

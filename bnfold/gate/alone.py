@@ -1,0 +1,164 @@
+"""Every kind of operator of a file by itself in ONNX Runtime, with operands that its place may never show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bnfold.errors import BnfoldError
+from bnfold.evaluate.evaluator import outer_names
+from bnfold.evaluate.subject import Array
+from bnfold.gate.by_operator import SKIPPED, Asked, Fault, ask
+from bnfold.runtime.runtime import open_session
+
+#: Batches beyond one, and powers of two that operands are scaled by.
+BATCHES, SCALES = (2, 3, 33), (-12, 12)
+#: Spatial sizes of what windows walk over, beyond the window itself: a few places, all channels; fewer of many samples.
+PLACES, FEW = 5, 1
+_WINDOWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
+_ROWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "Gemm", "MatMul", "BatchNormalization"}
+#: Elements of an operand that is asked for in several ways.
+MOST = 200_000
+#: Output channels at either end for which float64 is computed: kernels take them in blocks, and what is left.
+EDGE = 16
+#: The kinds of operators that this process has asked by themselves and found right.
+_right: set[bytes] = set()
+
+
+def alone(
+    nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], given: Mapping[str, Array | None],
+    constants: frozenset[str], device: Any,
+) -> Asked:  # fmt: skip
+    """Asks every kind of operator by itself, once a process, with operands that provoke, on the device."""
+    faults, seen, count, unbounded = list[Fault](), set[bytes](), 0, dict[str, None]()
+    for node in nodes:
+        first = node.input[0] if node.input else ""
+        x = given.get(first)
+        fixed = all(not n or n in constants for n in node.input[1:])
+        if not isinstance(x, np.ndarray) or x.dtype.name not in ("float32", "float16") or first in constants:
+            continue
+        if not fixed or outer_names(node) or node.op_type in SKIPPED or not x.size or not x.ndim:
+            continue
+        shapes = [given[n].shape if n and given.get(n) is not None else () for n in node.input[1:]]  # type: ignore[union-attr]
+        kind = onnx.NodeProto()
+        kind.CopyFrom(node)
+        kind.name = kind.doc_string = ""
+        del kind.input[:], kind.output[:], kind.metadata_props[:]
+        of = shapes, x.ndim, x.dtype.name, sorted(opsets.items()), str(device)
+        key = kind.SerializeToString(deterministic=True) + repr(of).encode()
+        if key in seen or key in _right:
+            continue
+        seen.add(key)
+        held = {n: given[n] for n in node.input[1:] if n}
+        try:
+            session = open_session(one_node(node, opsets, x, held), device=device, optimized=False)
+        except BnfoldError:
+            continue  # what it cannot stand alone with
+        for operand in _provoking(node, x, held):
+            feeds = {first: operand}
+            try:
+                results = session.run(feeds)
+            except BnfoldError:
+                continue  # a size that it does not take
+            named = zip([n for n in node.output if n], results)  # of a file's values ``given`` has those that are read
+            made = {n: x for n, x in named if n in given}
+            thin, few = _thinned(node, held, feeds, made)
+            found = ask([thin], opsets, few)
+            if found.faults:  # told with all channels
+                found = ask([node], opsets, {**held, **feeds, **made})
+            count += found.count
+            unbounded |= dict.fromkeys(found.unbounded)
+            faults += found.faults
+            if found.faults:
+                break
+        else:
+            _right.add(key)
+    return Asked(tuple(faults), count, tuple(unbounded))
+
+
+def _thinned(
+    node: onnx.NodeProto, held: Mapping[str, Any], feeds: Mapping[str, Any], made: Mapping[str, Any]
+) -> tuple[onnx.NodeProto, dict[str, Any]]:
+    """A node and all it reads and makes; of a convolution with many channels the first and the last few."""
+    weight = held.get(node.input[1]) if node.op_type == "Conv" else None
+    if weight is None or weight.shape[0] <= 2 * EDGE:
+        return node, {**held, **feeds, **made}
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    each = weight.shape[0] // groups  # output channels of a group
+    few = min(-(-EDGE // each), groups // 2)
+    some = np.r_[:EDGE, -EDGE:0] if groups == 1 else np.r_[: few * each, -few * each : 0]
+    part = {**{n: x[some] for n, x in held.items()}, **{n: x[:, some] for n, x in made.items()}}
+    if groups == 1:
+        return node, {**feeds, **part}
+    thin, span = onnx.NodeProto(), few * weight.shape[1]
+    thin.CopyFrom(node)
+    next(a for a in thin.attribute if a.name == "group").i = 2 * few
+    return thin, {**part, **{n: x[:, np.r_[:span, -span:0]] for n, x in feeds.items()}}
+
+
+def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Iterator[Array]:
+    """Operands that an operator's place in the net may never show it.
+
+    Where rows are independent they are the rows of a few batches, else one after another.
+    """
+    rng, rows = np.random.default_rng(0), node.op_type in _ROWS
+    small = _part(node, x, held, PLACES) if rows else x
+    if small.size > MOST:
+        return
+    kinds = _kinds(node, small, held, rng)
+    if not rows or small.shape[0] != 1:
+        yield from kinds
+        return
+    yield kinds[0]
+    for count in BATCHES:
+        part = small if count <= len(kinds) else _part(node, x, held, FEW)
+        if part.size * count <= 4 * MOST:
+            some = kinds if part is small else _kinds(node, part, held, rng)
+            yield np.concatenate([some[(count + i) % len(some)] for i in range(count)])
+
+
+def _part(node: onnx.NodeProto, x: Array, held: Mapping[str, Any], places: int) -> Array:
+    """One sample, all channels, as much of its space as windows need to stand at a few places."""
+    if node.op_type not in _WINDOWS or x.ndim <= 2:
+        return x[:1] if x.size > MOST else x
+    window = next((a.ints for a in node.attribute if a.name == "kernel_shape"), None)
+    weight = held.get(node.input[1]) if len(node.input) > 1 else None
+    sizes = list(window) if window else list(weight.shape[2:]) if weight is not None else [1] * (x.ndim - 2)
+    apart = next((a.ints for a in node.attribute if a.name == "dilations"), [1] * len(sizes))
+    spans = [min(n, (k - 1) * d + 1 + places) for n, k, d in zip(x.shape[2:], sizes, apart)]
+    return x[(slice(0, 1), slice(None), *(slice(0, n) for n in spans))]
+
+
+def _kinds(node: onnx.NodeProto, small: Array, held: Mapping[str, Any], rng: np.random.Generator) -> list[Array]:
+    powers = SCALES if small.dtype.name == "float32" else (-4, 4)
+    found = [np.abs(small), -np.abs(small), np.where(rng.random(small.shape) < 0.5, 0, small).astype(small.dtype)]
+    found += [np.ldexp(small, power).astype(small.dtype) for power in powers]
+    for limit in _limits(node, held):
+        near = np.asarray(limit, small.dtype)
+        steps = [np.nextafter(near, -np.inf, dtype=near.dtype), near, np.nextafter(near, np.inf, dtype=near.dtype)]
+        found.append(rng.choice(np.array(steps), small.shape).astype(small.dtype))
+    return found
+
+
+def _limits(node: onnx.NodeProto, held: Mapping[str, Any]) -> list[float]:
+    """The numbers that an operator's attributes and constants name as bounds."""
+    found = [float(a.f) for a in node.attribute if a.name in ("min", "max", "threshold", "lambd")]
+    if node.op_type == "Clip":
+        found += [float(x.reshape(())) for x in held.values() if isinstance(x, np.ndarray) and x.size == 1]
+    return [x for x in found if math.isfinite(x)]
+
+
+def one_node(node: onnx.NodeProto, opsets: Mapping[str, int], x: Array, held: Mapping[str, Any]) -> bytes:
+    """A model of one node, its first operand as the input and the rest as constants."""
+    helper = onnx.helper
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    inputs = [helper.make_tensor_value_info(node.input[0], kind, [None] * x.ndim)]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+    constants = [onnx.numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in held.items()]
+    graph = helper.make_graph([node], "one", inputs, outputs, constants)
+    wanted = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    return bytes(helper.make_model(graph, opset_imports=wanted, ir_version=10).SerializeToString())

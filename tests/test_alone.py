@@ -1,0 +1,77 @@
+"""Operators by themselves: what float64 is computed for, and that a kind is asked once a process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import NodeProto
+from onnx.helper import make_node
+
+from bnfold.evaluate.evaluator import node_evaluator
+from bnfold.gate import alone as module
+from bnfold.gate.alone import EDGE, _thinned, alone
+
+OPSETS = {"": 20}
+
+
+def conv(channels: int, out: int, group: int, **attributes: Any) -> tuple[NodeProto, dict[str, Any], dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    node = make_node("Conv", ["x", "w", "b"], ["y"], group=group, **attributes)
+    held = {
+        "w": rng.standard_normal((out, channels // group, 3, 3)).astype(np.float32),
+        "b": rng.standard_normal(out).astype(np.float32),
+    }
+    return node, held, {"x": rng.standard_normal((3, channels, 7, 5)).astype(np.float32)}
+
+
+def made(node: NodeProto, given: Mapping[str, Any]) -> Any:
+    return node_evaluator(node, OPSETS)({n: given[n] for n in node.input})[0]
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "group"), [(5, 70, 1), (70, 70, 70), (44, 88, 11), (39, 78, 3), (40, 40, 2), (36, 108, 36)]
+)
+def test_a_part_of_a_convolution_is_that_part_of_its_result(channels: int, out: int, group: int) -> None:
+    node, held, feeds = conv(channels, out, group, dilations=[2, 1], strides=[1, 2], pads=[1, 0, 2, 1])
+    whole = made(node, {**held, **feeds})
+    thin, few = _thinned(node, held, feeds, {"y": whole})
+    assert min(2 * EDGE, out) <= few["y"].shape[1] <= (out if group == 2 else out - 1)
+    np.testing.assert_allclose(made(thin, few), few["y"], rtol=1e-13, atol=1e-13 * np.abs(whole).max())
+    assert np.array_equal(few["y"][:, 0], whole[:, 0]) and np.array_equal(few["y"][:, -1], whole[:, -1])
+
+
+def test_what_has_few_channels_or_is_no_convolution_is_whole() -> None:
+    node, held, feeds = conv(4, 2 * EDGE, 1)
+    assert _thinned(node, held, feeds, {}) == (node, {**held, **feeds})
+    product = make_node("MatMul", ["x", "w"], ["y"])
+    held, feeds = {"w": np.ones((3, 99), np.float32)}, {"x": np.ones((2, 3), np.float32)}
+    assert _thinned(product, held, feeds, {}) == (product, {**held, **feeds})
+
+
+def test_a_kind_is_asked_once_and_a_wrong_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, held, feeds = conv(3, 37, 1, auto_pad="SAME_LOWER")
+    monkeypatch.setattr(module, "_right", set())
+
+    def asked() -> Any:
+        return alone([node], OPSETS, {**held, **feeds, "y": None}, frozenset(held), "cpu")
+
+    real = module.open_session
+
+    class Wrong:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def run(self, feeds: Mapping[str, Any]) -> list[Any]:
+            (y,) = self.session.run(feeds)
+            y[-1, -1] *= 1.001
+            return [y]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_session", lambda *args, **options: Wrong(real(*args, **options)))
+        assert [fault.operator for fault in asked().faults] == ["Conv"]
+        assert [fault.operator for fault in asked().faults] == ["Conv"]  # it is not taken for right
+    first = asked()
+    assert first.count and not first.faults and not asked().count
