@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import CaptureError, InputError
+from bnfold.graph import scripted
 from bnfold.graph.scripted import converted
 from bnfold.loading.load import load
 
@@ -124,6 +125,79 @@ def test_what_does_more_than_compute_is_not_run(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match="aten::from_file, which is not run"):
         bnfold.fold(torch.jit.script(Reads()), (torch.zeros(2, 3),))
     assert not list(tmp_path.iterdir())
+
+
+class Resizes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone().resize_([100])
+
+
+class Inside(nn.Module):
+    """A branch that these inputs do not take, in a function that another module's method calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = Reads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reads(x) if x.ndim > 7 else x
+
+
+class Hooked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def hooked() -> nn.Module:
+    def hook(self: Any, input: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + torch.from_file("weights.bin", False, 3)
+
+    module = Hooked()
+    module.register_forward_hook(hook)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(Reads, "aten::from_file"), (Resizes, "aten::resize_"), (Inside, "aten::from_file"), (hooked, "hooks")],
+)
+@pytest.mark.parametrize("command", ["export", "inspect", "bench"])
+def test_an_archive_may_hold_only_what_is_allowed(
+    command: str, make: Callable[[], nn.Module], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(make()).save("net.pt")
+    monkeypatch.setattr(torch.jit.ScriptModule, "__call__", lambda *_: pytest.fail("it was run"))
+    zoo_net = tmp_path / "net.onnx"
+    bnfold.export(nn.Linear(3, 3), zoo_net, (torch.zeros(2, 3),), device="cpu", check=False)
+    more = {"export": ["net.pt", "-o", "out.onnx"], "inspect": ["net.pt"], "bench": ["net.onnx", "--source", "net.pt"]}
+    result = CliRunner().invoke(cli, [command, *more[command], "--input", "x[2,3]"])
+    assert result.exit_code == 3 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "net.onnx"}
+
+
+def test_what_torch_script_says_on_lists_and_texts_is_allowed(tmp_path: Path) -> None:
+    """Lists, their lengths and items, formatted texts, and what a padding in words becomes."""
+    path, module = tmp_path / "net.pt", zoo.randomize(Words()).eval()
+    torch.jit.script(module).save(path)
+    loaded = load(str(path)).model
+    x = torch.randn(2, 3, 9, 9)
+    assert bnfold.fold(loaded, (x,)).ledger.count() == (1, 1)
+    for name in scripted._ON_VALUES:
+        assert torch._C._jit_get_schemas_for_operator(f"aten::{name}"), name
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            raise ValueError(f"{x.ndim} axes")
+        y = self.bn(self.conv(x))
+        parts = [y, y.relu()]
+        return torch.cat(parts, 1) if len(parts) == 2 else parts[0]
 
 
 def test_what_the_converter_does_not_know_is_named_with_ways_out() -> None:

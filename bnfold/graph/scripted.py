@@ -17,9 +17,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from bnfold.errors import CaptureError, InputError
+from bnfold.loading.allowed import is_allowed
 
-#: Arguments of operators that are text and no file: everything else that takes text is refused.
-_TEXT = {"equation", "padding", "pad_mode", "mode", "rounding_mode", "approximate", "indexing", "reduce", "reduction"}
 _WAYS = "Give the Python class that it was made from, with its weights (torch.jit.load(...).state_dict()); or the ONNX "
 _WAYS += "file of it"
 
@@ -89,39 +88,28 @@ def refuse_effects(script: torch.jit.ScriptModule) -> None:
     """Raises InputError where ``forward`` would do more than compute on tensors: read a file, print, call out."""
     from torch._export.converter import TS2FXGraphConverter
 
+    if script._c._get_forward_pre_hooks() or script._c._get_forward_hooks():
+        raise InputError("it has hooks around its forward, which are not run", hint=_WAYS)
     for node in _nodes(script.inlined_graph):
         kind = node.kind()
-        if kind.startswith("prim::"):
+        domain, _, name = kind.partition("::")
+        if domain == "prim":
             # What torch's converter knows of these works on lists, numbers, attributes and branches.
-            known = hasattr(TS2FXGraphConverter, "convert_" + kind.replace("::", "_"))
-            good = (known and kind != "prim::CallMethod") or kind in _PLAIN
+            good = (hasattr(TS2FXGraphConverter, f"convert_prim_{name}") and name != "CallMethod") or name in _PLAIN
         else:
-            text = [a.name for a in torch._C.parse_schema(node.schema()).arguments if str(a.type) in _STRINGS]
-            good = kind.startswith("aten::") and (set(text) <= _TEXT or kind.removeprefix("aten::") in _ON_TEXT)
+            good = is_allowed(f"torch.ops.{domain}.{name}.default") or (domain == "aten" and name in _ON_VALUES)
         if not good:
             raise InputError(f"its forward holds {kind}, which is not run: it may do more than compute", hint=_WAYS)
 
 
-#: What error messages in branches that are not taken are made with.
-_ON_TEXT = {
-    "format",
-    "warn",
-    "eq",
-    "ne",
-    "__contains__",
-    "str",
-    "join",
-    "add",
-    "len",
-    "list",
-    "_set_item",
-    "__getitem__",
-}
-_STRINGS = {"str", "Optional[str]", "List[str]"}
-#: Operators of TorchScript on its own values.
-_PLAIN = {
-    f"prim::{name}" for name in ("max", "min", "TupleIndex", "RaiseException", "unchecked_cast", "dtype", "Return")
-}
+#: Operators of TorchScript's own: on lists, numbers and texts, and those that functions of torch.nn become.
+_WORDS = """Bool Delete Float FloatImplicit Int IntImplicit ScalarImplicit __contains__ __derive_index __getitem__
+    __interpolate __is__ __isnot__ __not__ __range_length __round_to_zero_floordiv __upsample __upsample_bilinear
+    __upsample_nearest _set_item append as_tensor clear cpu dict extend floordiv format get insert
+    is_autocast_enabled is_grad_enabled items join keys len list mathremainder ord pop remove reverse setdefault str
+    strip tensor update values warn"""
+_ON_VALUES = frozenset(_WORDS.split())
+_PLAIN = {"max", "min", "TupleIndex", "RaiseException", "unchecked_cast", "dtype", "Return"}
 
 
 def _nodes(block: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bnfold.errors import InputError
+from bnfold.graph.scripted import refuse_effects
 from bnfold.loading import checkpoint
 
 #: What ``torch.jit.load`` itself runs: the ``__setstate__`` of every class in the archive, and that of C++ classes.
@@ -20,13 +21,14 @@ CODE_BYTES = 64 << 20
 
 
 def load_script(path: Path) -> torch.jit.ScriptModule:
-    """Read what ``torch.jit.save`` wrote. Its ``forward`` is compiled, and not run.
+    """Read what ``torch.jit.save`` wrote. Its ``forward`` is compiled, looked through, and not run.
 
     Args:
         path: a file of kind ``SCRIPT``.
 
     Raises:
-        InputError: damaged, written by a newer torch, or holding code that loading it would run.
+        InputError: damaged, written by a newer torch, or holding code that loading it would run; or its ``forward``
+            holds an operator that is not allowed.
     """
     checkpoint.verify_archive(path, inflated=CODE_BYTES)
     with zipfile.ZipFile(path) as archive:
@@ -44,7 +46,6 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             script: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
-        return script
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(
@@ -52,3 +53,9 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
             where=str(path),
             hint="Save it again with the installed torch, or give the Python class that it was made from",
         ) from error
+    try:
+        refuse_effects(script)
+    except InputError as error:
+        error.where = str(path)
+        raise
+    return script
