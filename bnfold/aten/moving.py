@@ -238,7 +238,7 @@ def embedding(call: Call) -> Semantics:
 
 def relu(call: Call) -> Semantics:
     """relu and leaky_relu: ``f(s*x) = s*f(x)`` for s > 0."""
-    return Homogeneous(("self",))
+    return Homogeneous(("self",), clips=call.operator == "aten.relu")
 
 
 def prelu(call: Call) -> Semantics:

@@ -61,7 +61,7 @@ def _dropout(call: OnnxCall) -> Semantics:
 
 
 def _relu(call: OnnxCall) -> Semantics:
-    return Homogeneous((_first(call),))
+    return Homogeneous((_first(call),), clips=call.operator == "Relu")
 
 
 def _opaque(call: OnnxCall) -> Semantics:

@@ -16,7 +16,7 @@ from bnfold.graph.sizes import UnknownSizeError
 from bnfold.passes.rewriter import Rewriter
 from bnfold.semantics import Contraction, Equations, Gauge, Homogeneous, Opaque, Refused, Scaling, Semantics, ShapeOnly
 from bnfold.semantics.base import pin
-from bnfold.semantics.equations import Blocks, pinned
+from bnfold.semantics.equations import DEAD, EMPTY, Blocks, pinned
 from bnfold.semantics.system import Ints
 
 
@@ -131,6 +131,8 @@ class Gauges:
         if made is None:
             self._pin(() if isinstance(semantics, ShapeOnly) else call.node.all_input_nodes, reason)
         if not graph.is_float(value):
+            if made is not None:  # which elements were chosen, among those of a channel that is not stored
+                equations.scale.pin(made.scale, "nonlinear", (DEAD, EMPTY))
             return
         self.of[value] = made or pinned(graph.rank(value))
         if value in self._fixed:

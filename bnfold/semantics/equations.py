@@ -131,6 +131,10 @@ class Equations:
     zeros: bool = True
     #: Gauges of constants that a movement joins to values, by slot.
     constants: dict[tuple[Any, str], Gauge] = field(default_factory=dict)
+    #: What a channel that an affine multiplies by zero is, by the variable of its shift.
+    lone: dict[int, float] = field(default_factory=dict)
+    #: Those of them that pass an activation, and which: what is left out may be any number.
+    passed: dict[int, Any] = field(default_factory=dict)
     _blocks: Blocks = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,6 +158,14 @@ class Equations:
             self.shift.pin(gauge.base, reason)  # what was made up has no shift, so the rest has none
             return Gauge(scale, pinned(scale.ndim).base)
         return Gauge(scale, self.shift.uniform(gauge.base, axes, reason), gauge.made)
+
+    def hold(self, shifts: Ints) -> None:
+        """Channels that are not left out pass no activation with a shift."""
+        node = self.node
+        for variable in self.passed.keys() & numbered(shifts)[0].tolist() if self.passed else ():
+            self.node = self.passed[variable]
+            self.shift.pin(np.array([variable]), "shift-through-activation")
+        self.node = node
 
     def commit(self) -> dict[str, Ints]:
         """Adds what waits; answers which equations contradict, by system, and then it has to be undone."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.semantics.base import No, Rewritten, Semantics, Shape, pin
-from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, pinned
+from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, compressed, numbered, pinned
 from bnfold.semantics.system import Ints
 
 
@@ -48,6 +48,8 @@ class Scaling(Semantics):
         equations.scale.pin(np.where((scale != 0) & (shift != 0), x.scale, 0), "several-readers", (EMPTY,))
         if "shift" in self.free:
             b = equations.shift.per_class(x.shift, *(made or [x.scale]))
+            pairs, s, t = _pairs(b, b, scale, shift)
+            equations.lone |= zip(pairs[s == 0, 0].tolist(), t[s == 0].tolist())
         else:
             if index is None and scale.size > 1:
                 equations.shift.pin(x.shift, "other-axis")
@@ -75,9 +77,12 @@ class Scaling(Semantics):
             pairs, s, t = _pairs(y.shift, x.shift, scale, shift)
             s = s if dead else np.where(s == 0, 1.0, s)
             equations.require(SHIFT, pairs, np.stack([np.ones_like(s), -s], 1), t, "goes")
+            if not dead:
+                equations.hold(y.shift)
 
     def remains(self, x: Gauge, y: Gauge, equations: Equations) -> None:
         """What holds beyond ``relate``."""
+        equations.hold(y.shift)
         if "scale" in self.free:
             equations.scale.pin(np.where(self._parts()[0] != 0, x.scale, 0), "several-readers", (EMPTY,))
             equations.scale.pin(y.scale, "nonlinear", (DEAD,))
@@ -170,7 +175,8 @@ class Homogeneous(Semantics):
     """``f(s*x) = s*f(x)`` for s > 0: the ReLU family. With ``shifts`` also ``f(x + t) = f(x) + t``: max and its pools.
 
     ``axes``: the axes along which elements are compared; scale and shift must not vary there. ``drops``: they are gone
-    from the output. ``any_sign``: scales of zero and below pass as well, as where a mask chooses.
+    from the output. ``any_sign``: scales below zero pass as well, as where a mask chooses. ``clips``: what is below
+    zero becomes zero.
     """
 
     slots: tuple[str, ...]
@@ -178,9 +184,10 @@ class Homogeneous(Semantics):
     shifts: bool = False
     drops: bool = False
     any_sign: bool = False
+    clips: bool = False
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
-        """``a_y = a_x > 0``, and ``b_y = b_x`` or none."""
+        """``a_y = a_x >= 0``, and ``b_y = b_x`` or none."""
         parts = [given[slot] for slot in self.slots]
         for slot in set(given) - set(self.slots):
             pin(equations, given[slot], self.reason)
@@ -190,11 +197,20 @@ class Homogeneous(Semantics):
             made = Gauge(scale, equations.shift.equate(made.shift, part.shift, "unequal-scales"))
         made = equations.uniform(made, self.axes, "other-axis")
         if not self.any_sign:
-            equations.scale.pin(made.scale, "sign", (SIGN, DEAD))
+            equations.scale.pin(made.scale, "sign", (SIGN,))
         if not self.shifts:
-            equations.shift.pin(made.base, "shift-through-activation")
-            made = Gauge(made.scale, pinned(made.scale.ndim).base)
+            base = self._passed(made.base, equations)
+            made = Gauge(made.scale, base, made.made if base.any() else None)
         return made.squeezed(self.axes) if self.drops else made
+
+    def _passed(self, base: Ints, equations: Equations) -> Ints:
+        """The shifts of the result: none but numbers that channels are which are left out, ``f(0*x + t) = f(t)``."""
+        found, (places,) = numbered(base)
+        number = np.array([0.0 if self.any_sign else equations.lone.get(v, 0.0) for v in found.tolist()])
+        through = (number > 0) | ((number < 0) & self.clips)
+        equations.passed |= dict.fromkeys(found[through].tolist(), equations.node)
+        equations.shift.pin(found[~through], "shift-through-activation")
+        return compressed(np.where(number > 0, found, 0)[places])
 
 
 @dataclass(frozen=True)
