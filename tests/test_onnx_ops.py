@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper
 from onnx_nets import apart, f, folded, net, norm, statistics, types
+
+import bnfold
 
 node = helper.make_node
 EXACT = 2.0**-40  # a few hundred roundings of float64
@@ -234,3 +238,23 @@ def test_a_number_is_moved_as_a_tensor_is() -> None:
     model = net(nodes, IMAGE, {**W, **statistics(4), "k": np.array([2, 3])})
     found, ledger = folded(model)
     assert ledger.count() == (1, 1) and apart(model, found) < EXACT
+
+
+@pytest.mark.parametrize("shape", [["N", 4, 5, 5], ["N", "C", 5, 5], None])
+@pytest.mark.parametrize(("channels", "short"), [(3, False), (1, False), (4, True)])
+def test_constants_for_other_channels_are_told(
+    channels: int, short: bool, shape: list[Any] | None, tmp_path: Path
+) -> None:
+    """Whatever is known of the operand: with as many as it has, and that known, the BatchNormalization goes."""
+    constants = statistics(channels)
+    constants["n.mean"] = constants["n.mean"][: channels - short]
+    first = [conv("x", "c")] if shape == ["N", 4, 5, 5] else [node("Relu", ["x"], ["c"])]
+    model = net([*first, norm("c", "y")], ["N", 3, 7, 7] if shape == ["N", 4, 5, 5] else shape or [1],
+                {**(W if shape == ["N", 4, 5, 5] else {}), **constants})  # fmt: skip
+    if shape is None:
+        model.graph.input[0].type.tensor_type.ClearField("shape")
+    _, ledger = folded(model)
+    (entry,) = ledger.entries
+    assert entry.value == "y" and {refusal.reason for refusal in entry.refusals} == {"channels"}
+    onnx.save(model, tmp_path / "net.onnx")
+    assert bnfold.inspect(tmp_path / "net.onnx").plan.ledger.count() == (0, 1)

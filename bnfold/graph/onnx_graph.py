@@ -26,7 +26,7 @@ from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
 from bnfold.graph.onnx_operator import Operator
 from bnfold.graph.onnx_shapes import Evaluator, Known, inferred
-from bnfold.onnx_ops import semantics
+from bnfold.onnx_ops import TABLE, semantics
 from bnfold.report import Entry, Ledger, Refusal
 from bnfold.semantics import Semantics, Shape
 from bnfold.semantics.build import OPAQUE
@@ -300,20 +300,25 @@ class OnnxGraph(Graph):
         return node
 
     def with_unseen(self, ledger: Ledger) -> Ledger:
-        """The ledger with the BatchNormalizations of whose shape nothing is known: what computes it is unknown."""
+        """The ledger with the BatchNormalizations of whose shape nothing is known, because nobody knows what computes
+        their operand or they do not fit it.
+        """
         seen = {entry.value for entry in ledger.entries}
         found = []
         for node in self.graph.nodes:
             operator = node.target
-            if not isinstance(operator, Operator) or operator.node.op_type != "BatchNormalization":
+            if not isinstance(operator, Operator) or operator.node.op_type != (own := "BatchNormalization"):
                 continue
             name = operator.node.output[0]
             if name in seen or self.is_float(node) or isinstance(node.meta.get("val"), list):
                 continue
-            before = next(iter(node.all_input_nodes), node)
-            blocker = OnnxCall(self, before).operator if before.op == "call_function" else "input"
-            why = Refusal("unknown-operator", self.module(before) if before.op == "call_function" else "", blocker)
-            found.append(Entry(name, self.module(node), "BatchNormalization", "batch_norm", "left", refusals=(why,)))
+            before, why = (
+                self.maker(next(iter(node.all_input_nodes), None)),
+                Refusal("channels", self.module(node), own),
+            )
+            if before is not None and before.operator not in TABLE:
+                why = Refusal("unknown-operator", self.module(before.value), before.operator)
+            found.append(Entry(name, self.module(node), own, "batch_norm", "left", refusals=(why,)))
         return replace(ledger, entries=(*ledger.entries, *found))
 
     # -- finishing -------------------------------------------------------------------------------------------------

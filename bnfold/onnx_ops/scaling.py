@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.onnx_ops.moving import attention, geometry
-from bnfold.semantics import Bilinear, Homogeneous, Recurrent, Scaling, Semantics, build
+from bnfold.semantics import Bilinear, Homogeneous, Recurrent, Refused, Scaling, Semantics, build
 from bnfold.semantics.base import Rewritten
 
 if TYPE_CHECKING:
@@ -87,8 +87,10 @@ def batch_norm(call: OnnxCall) -> Semantics:
     if call.item not in (None, 0):
         return build.OPAQUE
     slots = list(call.arguments)[1:5]
-    if call.attribute("spatial", 1) and any(call.shape(slot) != call.shape("X")[1:2] for slot in slots):
-        return build.OPAQUE  # so many channels as nobody knows, or as it has no constants for
+    channels = call.shape("X")[1:2] if call.attribute("spatial", 1) else call.shape("X")[1:]
+    if others := [f"{list(call.shape(slot))} of {slot}" for slot in slots if call.shape(slot) != channels]:
+        known = "a number that differs" if 1 in call.graph.dynamic_axes(call["X"]) else f"{list(channels)}"
+        return Refused("channels", f"its operand has {known}, and not the {', '.join(others)}", "batch_norm")
     eps = float(call.attribute("epsilon", 1e-5))
     found = build.normalisation(call, "X", slots, eps, batch_statistics=trains(call))
     if call.attribute("spatial", 1) or not isinstance(found, Scaling):

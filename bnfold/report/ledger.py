@@ -19,6 +19,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "a parameter or statistic is NaN or infinite, or variance + eps is not positive",
         "repair the checkpoint; --allow-nonfinite exports it unfolded as it is",
     ),
+    "channels": (
+        "its constants are not as many as its operand has channels, or nobody knows how many those are",
+        "export the file again with the number of its channels in it",
+    ),
     "overflow": ("the folded constant does not fit its dtype", "export in float32 or bfloat16"),
     "dtype": ("the affine changes the dtype of the value", "cast explicitly before or after it"),
     "in-place": (

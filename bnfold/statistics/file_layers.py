@@ -31,7 +31,7 @@ def file_layers(graph: OnnxGraph) -> list[Layer]:
             affine=True, track_running_stats="running_mean" in stored, training=trains(call), batches_tracked=None,
             calls=1, dtype=next((str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()), ""),
         )  # fmt: skip
-        if stored:
+        if len({constant.numel() for constant in stored.values()}) == 1:
             found.append(summed(Layer(health, stored)))
     return found
 
