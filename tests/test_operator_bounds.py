@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx.helper import make_node
 from torch import Tensor
 from torch.nn import functional as F
 
 from bnfold.evaluate.attributes import Attributes
+from bnfold.gate.by_operator import ROOM, as_kernels_round
 from bnfold.gate.operator_bounds import MAGNITUDES, UNITS, bound, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -80,3 +82,32 @@ def test_half_precision_has_at_least_the_units_of_float32_and_what_was_not_measu
     for dtype in ("float16", "bfloat16"):
         assert (bounds[dtype] / UNITS[dtype] >= bounds["float32"] / UNITS["float32"]).all()
     assert bound("Conv", "float32", at, (x,), exact) is None and bound("Sigmoid", "float64", at, (x,), exact) is None
+
+
+# -- what kernels may do, drawn ---------------------------------------------------------------------------------------
+
+
+def test_results_are_off_as_kernels_round() -> None:
+    """A product of K = 96 terms by ``8 √K u |x| |w|`` and ``K / 16`` of that, over eight, in the RMS of each element."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((5, 96)), rng.standard_normal((96, 7)).astype(np.float32)
+    node, true = make_node("MatMul", ["x", "w"], ["y"]), x @ w.astype(np.float64)
+    off = np.stack([
+        as_kernels_round(node, {"x": x, "w": w}, [true], opsets={"": 20}, dtype="float32", rng=rng)[0] - true
+        for _ in range(400)
+    ])  # fmt: skip
+    size = np.abs(x) @ np.abs(w.astype(np.float64))
+    sigma = UNITS["float32"] * ((8 * 97**0.5 + 97 / 16) * size + np.abs(true)) / ROOM
+    # A mean of 400 squares of uniform numbers is within five of its standard errors of theirs.
+    np.testing.assert_allclose(np.square(off / sigma).mean(0), 1, atol=5 * 0.8**0.5 / 400**0.5)
+
+
+@pytest.mark.parametrize("op", ["Relu", "Identity", "RandomNormalLike"])
+def test_what_is_exact_or_drawn_is_left_alone(op: str) -> None:
+    node, given = make_node(op, ["x"], ["y"]), np.arange(6.0)
+    results = [given]
+    rng = np.random.default_rng(0)
+    assert as_kernels_round(node, {"x": given}, results, opsets={"": 20}, dtype="float32", rng=rng) is results
+    whole = [np.arange(3)]
+    add = make_node("Add", ["x", "x"], ["y"])
+    assert as_kernels_round(add, {"x": whole[0]}, whole, opsets={"": 20}, dtype="float32", rng=rng) is whole

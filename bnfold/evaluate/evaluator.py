@@ -40,6 +40,10 @@ _SIZING = {"Resize", "Upsample", "Range"}
 _PICKING = {"Gather", "GatherElements", "GatherND", "Slice", "Constant", "Identity", "Shape", "Size"}
 
 
+#: A node, what it reads by name, and its results -> the results that take their place.
+After = Callable[[onnx.NodeProto, Mapping[str, Any], Sequence[Any]], Sequence[Any]]
+
+
 class MissingOperatorError(InputError):
     """The file holds an operator that cannot be computed in float64; ``operator`` is its name with its domain."""
 
@@ -61,6 +65,7 @@ class _Watch:
     decide: bool = False
     jitter: tuple[float | None, int] | None = None
     rounds: Collection[str] = ()
+    after: After | None = None
     kept: dict[str, Array] = field(default_factory=dict)
     decided: dict[str, Array] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
@@ -124,6 +129,7 @@ class File64:
         follow: Mapping[str, Array] | None = None,
         decide: bool = False,
         jitter: tuple[float | None, int] | None = None,
+        after: After | None = None,
     ) -> Run:
         """One run.
 
@@ -136,6 +142,7 @@ class File64:
             decide: return every decision on floats in ``decided``.
             jitter: disturbs every floating-point constant and attribute by up to half of this epsilon, relative, or
                 where it is None by half of that of its own dtype: what rounding it once does. With the seed of that.
+            after: makes of every node's results, from it and what it reads by name, those that are gone on with.
                 The inputs of a file without weights are disturbed as weights are.
 
         Raises:
@@ -146,7 +153,7 @@ class File64:
             raise InputError(f"nothing is given for input {', '.join(missing)}", where=self._where)
         if jitter is not None and self._bare:
             inputs = {name: _disturbed(name, x, *jitter) for name, x in inputs.items()}
-        watch = _Watch(set(keep), follow or {}, decide, jitter, rounds=self.rounds)
+        watch = _Watch(set(keep), follow or {}, decide, jitter, rounds=self.rounds, after=after)
         with np.errstate(all="ignore"), torch.no_grad():
             outputs = self._evaluator.run(None, {n: raised(x) for n, x in inputs.items()}, watch=watch)
         return Run(tuple(raised(x) for x in outputs), watch.kept, watch.decided, tuple(watch.turns), watch.shapes)
@@ -261,6 +268,9 @@ class _Evaluator(ReferenceEvaluator):
             )
             if watch.rounds and node.op_type == "Cast":
                 results = [_rounded(x, node.to, watch.rounds) for x in results]
+            if watch.after is not None:
+                read = {n: _stored(values[n]) for n in node.input if n}
+                results = watch.after(node.onnx_node, read, results)
             if watch.follow or watch.decide:
                 results = _decided(node, values, results, watch)
             for name, value in zip(node.output, results):

@@ -11,7 +11,7 @@ import onnx
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from bnfold.evaluate.evaluator import File64
+from bnfold.evaluate.evaluator import After, File64
 from bnfold.evaluate.subject import Run
 from bnfold.gate.models import Program64, as_tensor, to_numpy
 from bnfold.gate.samples import Batch
@@ -19,12 +19,12 @@ from bnfold.gate.samples import Batch
 
 def run_file(
     file: File64, inputs: Mapping[str, Tensor], keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-    jitter: tuple[float | None, int] | None = None,
+    jitter: tuple[float | None, int] | None = None, after: After | None = None,
 ) -> Run:  # fmt: skip
     """One run of a file in float64, with tensors in and out; what is no array stays as it is."""
     feeds = {name: to_numpy(x) for name, x in inputs.items()}
     theirs = {name: to_numpy(x) if isinstance(x, Tensor) else x for name, x in (follow or {}).items()}
-    found = file.run(feeds, keep, follow=theirs, decide=jitter is None, jitter=jitter)
+    found = file.run(feeds, keep, follow=theirs, decide=jitter is None, jitter=jitter, after=after)
     return Run(
         tuple(as_tensor(x) for x in found.outputs), {n: as_tensor(x) for n, x in found.kept.items()},
         {n: as_tensor(x) for n, x in found.decided.items()},
@@ -76,12 +76,12 @@ class FileClaim:
 
     def run(
         self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-        seed: int | None = None,
+        seed: int | None = None, after: After | None = None,
     ) -> Run:  # fmt: skip
-        """As ``Claim.run``."""
+        """As ``Claim.run``, and as ``File64.run``."""
         # A model that computes in halves has values that are no finer: there each constant is drawn by its own dtype.
         jitter = None if seed is None else (None if self._halves else self._epsilon, seed)
-        found = run_file(self.file, self._given(batch), keep, follow=follow, jitter=jitter)
+        found = run_file(self.file, self._given(batch), keep, follow=follow, jitter=jitter, after=after)
         if self._outputs is None:
             return found
         by_name = {v.name: x for v, x in zip(self.file.outputs, found.outputs)}

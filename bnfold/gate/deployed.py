@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +16,10 @@ from bnfold.errors import BnfoldError, InputError
 from bnfold.evaluate.evaluator import outer_names
 from bnfold.evaluate.subject import Run
 from bnfold.gate.alone import alone
-from bnfold.gate.by_operator import Asked, ask
+from bnfold.gate.by_operator import Asked, as_kernels_round, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
-from bnfold.gate.evidence import STEPS, Row, seen_error
+from bnfold.gate.evidence import MANY, STEPS, Draws, Row, seen_error
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
@@ -90,7 +92,8 @@ class Sessions:
     def _rows(
         self, name: str, case: Case, candidate: Any, outputs: Sequence[Any], truth: Run, *, plain: bool
     ) -> tuple[list[Row], float]:
-        """Judged by what rounding does, by the model's own error, and (``plain``) by that of the plain session."""
+        """Judged by what rounding does, by the model's own error and (``plain``) by the plain session's and kernels'."""
+        kernels: Draws | None = None
 
         def noise(i: int) -> Tensor:
             parts = []
@@ -104,14 +107,19 @@ class Sessions:
                 cleared, true = self.plain[case.words][i], self.followed[case.words].outputs[i]
                 if cleared.shape == true.shape:
                     parts.append(seen_error(cleared, true))
+            if kernels is not None:
+                parts.append(kernels.noise(i))
             fitting = [part for part in parts if part.shape == right.shape]
             if not fitting:
                 return torch.zeros_like(right, dtype=torch.float64)
             return torch.stack(fitting).square().sum(0).sqrt()
 
         found: tuple[list[Row], float] = ([], 0.0)
-        for step in range(len(STEPS)):
-            self.judge.drawn(case, step)
+        for step in range(len(STEPS) + plain):
+            if step < len(STEPS):
+                self.judge.drawn(case, step)
+            elif (kernels := self._kernels(case, truth)) is None:
+                break
             found = self.judge.judge(
                 name, case, outputs, truth.outputs, noise, coarser=SLACK * candidate.coarser, wider=candidate.wider,
                 typed=True,
@@ -119,6 +127,21 @@ class Sessions:
             if found[1] <= 1 or found[1] > CERTAIN:
                 break
         return found
+
+    def _kernels(self, case: Case, truth: Run) -> Draws | None:
+        """What other kernels than the ones that were asked may do to the outputs."""
+        claim = self.claim
+        if claim is None or case.claimed is None:
+            return None
+        dtype = "float16" if claim.file.halves() else "float32"
+
+        def draw(seed: int) -> Sequence[Tensor]:
+            after = partial(as_kernels_round, opsets=claim.opsets, dtype=dtype, rng=np.random.default_rng(seed))
+            return claim.run(case.batch, follow=truth.decided or None, after=after).outputs
+
+        draws = Draws([(truth.outputs, draw)])
+        draws.more(MANY)
+        return draws
 
     # -- operator by operator ------------------------------------------------------------------------------------------
 
