@@ -84,11 +84,11 @@ def test_half_precision_has_at_least_the_units_of_float32_and_what_was_not_measu
     assert bound("Conv", "float32", at, (x,), exact) is None and bound("Sigmoid", "float64", at, (x,), exact) is None
 
 
-# -- what kernels may do, drawn ---------------------------------------------------------------------------------------
+# -- what kernels may do, drawn --------------------------------------------------------------------------------------
 
 
 def test_results_are_off_as_kernels_round() -> None:
-    """A product of K = 96 terms by ``8 √K u |x| |w|`` and ``K / 16`` of that, over eight, in the RMS of each element."""
+    """A product of K terms by ``(8 √K + K / 16) u |x| |w|`` and a rounding, over eight, in the RMS of each element."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((5, 96)), rng.standard_normal((96, 7)).astype(np.float32)
     node, true = make_node("MatMul", ["x", "w"], ["y"]), x @ w.astype(np.float64)

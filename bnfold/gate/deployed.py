@@ -92,7 +92,7 @@ class Sessions:
     def _rows(
         self, name: str, case: Case, candidate: Any, outputs: Sequence[Any], truth: Run, *, plain: bool
     ) -> tuple[list[Row], float]:
-        """Judged by what rounding does, by the model's own error and (``plain``) by the plain session's and kernels'."""
+        """Judged by what rounding does, by the model's own error and (``plain``) the plain session's and kernels'."""
         kernels: Draws | None = None
 
         def noise(i: int) -> Tensor:
