@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 from bnfold.errors import UsageError
 from bnfold.gate.gate import Gate
 from bnfold.gate.parts import Facts, Part
-from bnfold.options import Model, Options, silent
+from bnfold.options import Clock, Model, Options, silent
 from bnfold.report import Ledger
-from bnfold.stages import capture_model, judging, read_data
+from bnfold.stages import judging, read, read_data
 from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scratch
 from bnfold.statistics.schemes import Pass, Seen
@@ -35,7 +35,7 @@ def looker(
 ) -> Callable[[Path, Facts], Part]:
     """Sees how the file does on parts of the data, for the ``spread`` of ``check``, which has the same arguments."""
     path, asked = None if path is None else Path(path), judging(options)
-    captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static)
+    captured, _, _ = read(model, args, kwargs, dynamic_shapes, replace(options, data=None), Clock(silent), path)
 
     def look(part: Path, facts: Facts) -> Part:
         data, labels = read_data(part, captured)

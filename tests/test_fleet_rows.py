@@ -179,9 +179,6 @@ def test_a_hundred_thousand_rows_with_a_fault_each(tmp_path: Path) -> None:
     assert len([fault for fault in faults if "is the name of model" in fault]) == 74_999
 
 
-def test_the_example_of_the_guide_is_the_lists_first_lines() -> None:
-    text = (ROOT / "models" / "fleet.toml").read_text()
-    guide = (ROOT / "docs" / "guides" / "fleet.md").read_text()
-    assert "```toml\n" + "\n".join(text.splitlines()[:5]) + "\n```" in guide
+def test_the_list_beside_the_models_has_all_of_them() -> None:
     found: Any = [row.name for row in read_rows(ROOT / "models" / "fleet.toml")]
     assert json.dumps(found) == '["digits_cnn", "digits_tcn", "digits_mlp", "digits_cnn_unmerged"]'

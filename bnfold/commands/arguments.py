@@ -141,7 +141,8 @@ input_options = _options(
     "Its inputs",
     _row(
         "--input", "inputs", multiple=True, metavar="SPEC",
-        help="NAME:DTYPE[N,3,224,224]; letters are dynamic sizes; repeatable. Default: the model's own example.",
+        help="NAME:DTYPE[N,3,224,224]; letters are dynamic sizes; repeatable. Default: the model's own example, or "
+        "what its first layer settles.",
     ),
     _row("--dynamic", multiple=True, metavar="N=1..64", help="Range of a dynamic size; repeatable."),
     _flag("--static", help="No dynamic sizes. Default: the batch is dynamic."),
