@@ -21,9 +21,9 @@ from bnfold.gate.gate import LIMIT
 from bnfold.graph.capture import Captured
 from bnfold.graph.wrapped import unwrapped
 from bnfold.loading.load import Provenance
-from bnfold.loading.user_code import unended
 from bnfold.report import Ledger
 from bnfold.runtime.runner import TIME_LIMIT
+from bnfold.user_code import unended
 
 Model = nn.Module | ExportedProgram
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -32,9 +32,9 @@ from suites.common import Table, geometric_mean, quiet, spread
 import bnfold
 from bnfold.errors import BnfoldError
 from bnfold.report import CheckReport, Latency
-from bnfold.runtime.bench import machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
-from bnfold.runtime.contestants import Contestant
 from bnfold.runtime.runtime import Device, arithmetic, device_of, installed_runtimes, open_session, resolve_device
+from bnfold.timing.bench import machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
+from bnfold.timing.contestants import Contestant
 
 #: How many nets of the zoo: random which, so that no list has to be kept, and always the same.
 GATE, BINDING, TENSORRT = 20, 5, 5

@@ -20,7 +20,6 @@ import bnfold
 from bnfold.cli import cli
 from bnfold.errors import ProviderError, UsageError
 from bnfold.runtime import doctor
-from bnfold.runtime.bench import bench
 from bnfold.runtime.runtime import (
     CPU,
     arithmetic,
@@ -30,6 +29,7 @@ from bnfold.runtime.runtime import (
     pip_problem,
     resolve_device,
 )  # fmt: skip
+from bnfold.timing.bench import bench
 
 torch.set_num_threads(1)
 OPENVINO = "OpenVINOExecutionProvider"

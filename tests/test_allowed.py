@@ -12,8 +12,8 @@ from torch import nn
 
 from bnfold.aten import TABLE
 from bnfold.errors import InputError
-from bnfold.loading import allowed
-from bnfold.loading.allowed import is_allowed
+from bnfold.graph import allowed
+from bnfold.graph.allowed import is_allowed
 from bnfold.loading.program_file import load_program, save_program
 
 torch.set_num_threads(1)

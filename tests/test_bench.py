@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import BnfoldError, InputError, ProviderError
-from bnfold.runtime import bench as module
-from bnfold.runtime.bench import bench, interval, measure
-from bnfold.runtime.contestants import Contestant, random_feeds, sized_inputs, torch_arguments, torch_contestant
 from bnfold.runtime.runtime import cuda_problem
+from bnfold.timing import bench as module
+from bnfold.timing.bench import bench, interval, measure
+from bnfold.timing.contestants import Contestant, random_feeds, sized_inputs, torch_arguments, torch_contestant
 
 torch.set_num_threads(1)
 FLOAT, HALF, INT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64

@@ -25,8 +25,8 @@ from bnfold.cli import cli
 from bnfold.commands.terminal import Unfailing
 from bnfold.errors import CaptureError, InputError, ResourceError, printable
 from bnfold.gate.stored import open_arrays
-from bnfold.loading.user_code import is_inside
 from bnfold.store import check_destination
+from bnfold.user_code import is_inside
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent

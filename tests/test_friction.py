@@ -30,7 +30,7 @@ from bnfold.options import OptionFields, Options, asked
 from bnfold.render import document
 from bnfold.render.advice import next_steps
 from bnfold.report import Accuracy
-from bnfold.runtime import bench
+from bnfold.timing import bench
 
 torch.set_num_threads(1)
 NET = """

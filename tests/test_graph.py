@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 import bnfold
 from bnfold.graph.capture import capture
 from bnfold.graph.graph import Graph
-from bnfold.graph.sizes import WAYS
+from bnfold.semantics.sizes import WAYS
 
 IMAGE = (2, 4, 5, 6)
 

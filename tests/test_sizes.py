@@ -21,7 +21,7 @@ from torch.export import Dim
 import bnfold
 from bnfold.graph.capture import capture
 from bnfold.graph.graph import Graph
-from bnfold.graph.sizes import WAYS
+from bnfold.semantics.sizes import WAYS
 
 HERE = [(1, 13, 17), (2, 16, 16), (3, 11, 23), (2, 29, 14), (1, 19, 10)]
 FREE = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}

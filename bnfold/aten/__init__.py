@@ -46,8 +46,6 @@ from bnfold.aten.scaling import (
     per_channel,
     rsub,
 )
-from bnfold.graph.call import Call
-from bnfold.graph.sizes import UnknownSizeError
 from bnfold.semantics import (
     Average,
     Homogeneous,
@@ -61,6 +59,8 @@ from bnfold.semantics import (
     Sum,
     Unknown,
 )
+from bnfold.semantics.call import Call
+from bnfold.semantics.sizes import UnknownSizeError
 
 
 def _row(semantics: Semantics) -> Row:

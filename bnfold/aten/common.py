@@ -11,7 +11,7 @@ from bnfold.semantics import Geometry, Semantics
 from bnfold.semantics.build import OPAQUE as OPAQUE
 
 if TYPE_CHECKING:
-    from bnfold.graph.call import Call
+    from bnfold.semantics.call import Call
 
 Row = Callable[["Call"], Semantics]
 #: A number per spatial axis, None for one that differs with the size of the input.

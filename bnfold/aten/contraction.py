@@ -9,7 +9,7 @@ from bnfold.aten.moving import attention
 from bnfold.semantics import Bilinear, Geometry, Recurrent, Refused, Semantics, build
 
 if TYPE_CHECKING:
-    from bnfold.graph.call import Call
+    from bnfold.semantics.call import Call
 
 
 def convolution(call: Call) -> Semantics:

@@ -22,7 +22,7 @@ from bnfold.semantics import (
 from bnfold.semantics.moving import reshaped
 
 if TYPE_CHECKING:
-    from bnfold.graph.call import Call
+    from bnfold.semantics.call import Call
 
 
 def attention(call: Call, weights: str, values: str) -> Semantics | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bnfold.aten.scaling import STATISTICS
 
 if TYPE_CHECKING:
-    from bnfold.graph.call import Call
+    from bnfold.semantics.call import Call
 
 _FLAGS = {
     "aten.batch_norm": "training",

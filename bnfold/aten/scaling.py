@@ -8,7 +8,7 @@ from bnfold.aten.common import OPAQUE, Row
 from bnfold.semantics import Semantics, build
 
 if TYPE_CHECKING:
-    from bnfold.graph.call import Call
+    from bnfold.semantics.call import Call
 
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")

@@ -38,7 +38,7 @@ def bench(files: tuple[Path, ...], **given: Any) -> int:
     given["verbose"] = False
     job = Job.of(source or str(files[0]), given, reads=files)
     with working(job) as progress:
-        from bnfold.runtime.bench import bench as run
+        from bnfold.timing.bench import bench as run
 
         model, args, kwargs = _load(job) if source else (None, None, {})
         report = run(

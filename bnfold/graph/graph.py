@@ -20,13 +20,13 @@ from torch.export.graph_signature import InputKind
 
 from bnfold import aten
 from bnfold.affine import Meaning
-from bnfold.graph.call import Call
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name
 from bnfold.graph.program import MEANING, copy_graph, with_constants
-from bnfold.graph.sizes import Sizes
 from bnfold.semantics import Semantics, Shape
+from bnfold.semantics.call import Call
+from bnfold.semantics.sizes import Sizes
 
 Node = fx.Node
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from bnfold.graph.call import Call
+from bnfold.semantics.call import Call
 
 if TYPE_CHECKING:
     from bnfold.graph.onnx_graph import OnnxGraph

@@ -20,7 +20,6 @@ from torch import Tensor, fx
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
 from bnfold.evaluate.weights import Weight
-from bnfold.graph.call import Call
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
@@ -30,6 +29,7 @@ from bnfold.onnx_ops import TABLE, semantics
 from bnfold.report import Entry, Ledger, Refusal
 from bnfold.semantics import Semantics, Shape
 from bnfold.semantics.build import OPAQUE
+from bnfold.semantics.call import Call
 
 #: Constants of more elements are not computed: a file can ask for any number of them.
 MAX_ELEMENTS = 1 << 27

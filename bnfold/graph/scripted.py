@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from bnfold.errors import CaptureError, InputError
-from bnfold.loading.allowed import is_allowed
+from bnfold.graph.allowed import is_allowed
 
 _WAYS = "Give the Python class that it was made from, with its weights (torch.jit.load(...).state_dict()); or the ONNX "
 _WAYS += "file of it"

@@ -30,8 +30,8 @@ from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program
 from bnfold.loading.script_file import load_script
 from bnfold.loading.structure import prepare, stored_ledgers
-from bnfold.loading.user_code import importable, is_inside, user_code
 from bnfold.loading.weights_file import read_notes
+from bnfold.user_code import importable, is_inside, user_code
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from bnfold.errors import InputError
+from bnfold.graph.allowed import is_allowed
 from bnfold.graph.program import copy_graph, rebuild
 from bnfold.loading import checkpoint
-from bnfold.loading.allowed import is_allowed
 
 
 def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedProgram:

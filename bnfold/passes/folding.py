@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
-from bnfold.graph.sizes import WAYS
 from bnfold.graph.threads import torch_threads
 from bnfold.passes.bodies import fold_regions
 from bnfold.passes.choices import Choice, Choices
@@ -23,6 +22,7 @@ from bnfold.passes.rewriter import Rewriter
 from bnfold.passes.solution import Solution, solved
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Refused, Same, Scaling
+from bnfold.semantics.sizes import WAYS
 
 #: Affines that must not go a way, by the name of their value and the way, and why.
 Excluded = Mapping[tuple[str, Outcome], Refusal]

@@ -10,13 +10,13 @@ from operator import getitem
 import torch
 
 from bnfold.affine import Affine
-from bnfold.graph.call import Call
 from bnfold.graph.graph import Node
-from bnfold.graph.sizes import UnknownSizeError
 from bnfold.passes.rewriter import Rewriter
 from bnfold.semantics import Contraction, Equations, Gauge, Homogeneous, Opaque, Refused, Scaling, Semantics, ShapeOnly
 from bnfold.semantics.base import pin
+from bnfold.semantics.call import Call
 from bnfold.semantics.equations import DEAD, EMPTY, Blocks, pinned
+from bnfold.semantics.sizes import UnknownSizeError
 from bnfold.semantics.system import Ints
 
 

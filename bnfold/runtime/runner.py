@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from bnfold.errors import InputError, UsageError
-from bnfold.loading.user_code import place
+from bnfold.user_code import place
 
 #: What a runner returns, made of arrays: by name, or in order.
 Answer = dict[str, np.ndarray[Any, Any]] | list[np.ndarray[Any, Any]]

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from bnfold.errors import InputError, UsageError
 from bnfold.graph.copies import copied, eval_copy
-from bnfold.loading.user_code import unended
 from bnfold.report import CalibratedLayer
 from bnfold.statistics.batches import Batches, rereadable
 from bnfold.statistics.batchnorms import (
@@ -42,6 +41,7 @@ from bnfold.statistics.batchnorms import (
 )
 from bnfold.statistics.moments import Moments
 from bnfold.statistics.schemes import Pass, Progress, Read, Seen, Spread, observe, one_pass, sequential, write
+from bnfold.user_code import unended
 
 Scheme = Literal["sequential", "one-pass"]
 

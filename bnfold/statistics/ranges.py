@@ -35,9 +35,9 @@ from bnfold.aten.scaling import STATISTICS
 from bnfold.graph.capture import Captured
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.interpret import constant_of
-from bnfold.graph.sizes import UnknownSizeError
 from bnfold.report import LayerRange, Ledger, NormRange, WeightRange
 from bnfold.semantics import Average, Contraction, Homogeneous, Movement, Refused, Same, Scaling, Semantics
+from bnfold.semantics.sizes import UnknownSizeError
 
 #: Deviations to either side that an activation is taken to reach.
 REACH = 6.0

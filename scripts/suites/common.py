@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from bnfold.report import Latency
-from bnfold.runtime.bench import machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
 from bnfold.runtime.runtime import cuda_problem
+from bnfold.timing.bench import machine, matched_feeds, measure, onnx_contestants, random_feeds, sized_inputs
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import benchmark_nets
 import torch
 
 import bnfold
-from bnfold.runtime.bench import measure
-from bnfold.runtime.contestants import Contestant, torch_contestant
+from bnfold.timing.bench import measure
+from bnfold.timing.contestants import Contestant, torch_contestant
 from suites.common import Outcome, Settings, Table, conditions, geometric_mean, plain, sentence, spread, tell
 
 INTRO = """

@@ -320,7 +320,7 @@ def peak_memory(
     shapes = {name: [array.dtype.name, *array.shape] for name, array in feeds.items()}
     where = resolve_device(device)
     job = json.dumps([os.fspath(path), where.provider.name, dict(where.options), threads, shapes])
-    code = "from bnfold.runtime.contestants import _grow; _grow()"
+    code = "from bnfold.timing.contestants import _grow; _grow()"
     search = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code], input=job, capture_output=True, text=True, check=False,

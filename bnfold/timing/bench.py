@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bnfold.report import Latency, LatencyReport
-from bnfold.runtime.contestants import (
+from bnfold.runtime.model_file import read_model
+from bnfold.runtime.runtime import Device, installed_runtimes, pip_problem, resolve_device
+from bnfold.timing.contestants import (
     Contestant,
     matched_feeds,
     onnx_contestants,
@@ -32,8 +34,6 @@ from bnfold.runtime.contestants import (
     torch_contestant,
     written,
 )
-from bnfold.runtime.model_file import read_model
-from bnfold.runtime.runtime import Device, installed_runtimes, pip_problem, resolve_device
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""How fast files and models run: in pairs, each contestant in a process of its own."""
