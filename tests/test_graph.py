@@ -63,7 +63,7 @@ def test_bypass_drops_what_nobody_reads_any_more():
     graph = Graph(capture(net, (noise(*IMAGE),)).program)
     values = list(graph.values())
     by = next(n for n in graph.graph.nodes if n.name == "inputs_0")
-    graph.bypass(next(v for v in values if v.name == "sigmoid"), by)
+    graph.bypass({next(v for v in values if v.name == "sigmoid"): by})
     finished = graph.finish()
     assert operators(finished) == {"add": 1, "sum": 1}
     assert not finished.state_dict and len(finished.graph_signature.input_specs) == 1

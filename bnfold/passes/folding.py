@@ -167,16 +167,16 @@ class Folder:
         for value in meanings.keys() - gone:
             rewriter.stands_for(value, meanings[value])
         for value in [value for value in gauges.of if value in gone]:
-            operand = self.graph.call(value).at(gauges.at(value).slot)  # type: ignore[attr-defined]
-            by[value] = operand
-            rewriter.stands_for(operand, meanings[value])
-            rewriter.drop(value, operand)
+            operand = gauges.operand(value)
+            by[value] = by.get(operand, operand)
+            rewriter.stands_for(by[value], meanings[value])
+        rewriter.drop(by)
+        added = dict[Node, Node]()
         for value, tensor in plan.adds.items():
             meaning = self.graph.meaning(value)
-            added = rewriter.add_after(value, tensor)
-            rewriter.stands_for(added, meaning)
-            by |= {site: added for site, node in by.items() if node is value}
-        return by
+            added[value] = rewriter.add_after(value, tensor)
+            rewriter.stands_for(added[value], meaning)
+        return {site: added.get(node, node) for site, node in by.items()}
 
     def _meaning(self, value: Node, solution: Solution) -> Meaning | None:
         """What a value stands for, and how it is stored; None where some of it is not."""

@@ -154,7 +154,7 @@ class Merger:
         before = graph.dropped
         self._write(host.value, total)
         self.linear.stands_for(host.value, None)
-        self.linear.drop(term.parent, sibling)
+        self.linear.drop({term.parent: sibling})
         final = sibling if term.parent is root else root
         self.linear.stands_for(final, meaning)
         saved = (graph.dropped - before, path.multiply_adds)
@@ -202,7 +202,7 @@ class Merger:
             graph.set_operand(second, outer[1], source)
         else:
             graph.take_shape(first, second)
-            self.linear.drop(second, first)
+            self.linear.drop({second: first})
         self.linear.stands_for(keeper, meaning)
         self.linear.forget(keeper)
         return self._done(keeper, "serial", names, keeper, (gone,), (graph.dropped - before, old - new))
@@ -239,7 +239,7 @@ class Merger:
         keeper, gone = values[0], tuple(graph.name(value) for value in (*values[1:], root))
         graph.take_shape(keeper, root)
         self._write(keeper, total)
-        self.linear.drop(root, keeper)
+        self.linear.drop({root: keeper})
         self.linear.stands_for(keeper, meaning)
         return self._done(keeper, "joined", names, keeper, gone, (graph.dropped - before, 0))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from bnfold.affine import Meaning
@@ -42,11 +44,11 @@ class Rewriter:
         self.forget(*added.users)
         return added
 
-    def drop(self, value: Node, by: Node) -> None:
-        """Lets every reader of a value read another one in its place."""
-        readers = [*self.graph.readers(value), *value.users]
-        self.graph.bypass(value, by)
-        self.forget(value, *readers)
+    def drop(self, by: Mapping[Node, Node]) -> None:
+        """Lets every reader of some values read others in their place."""
+        readers = [reader for value in by for reader in (*self.graph.readers(value), *value.users)]
+        self.graph.bypass(by)
+        self.forget(*by, *readers)
 
     def stands_for(self, value: Node, meaning: Meaning | None) -> None:
         """From now on the value stands for a captured one, or none."""
