@@ -139,6 +139,12 @@ def test_the_requirements_without_a_gpu_are_those_of_the_package() -> None:
     assert any(line.startswith("onnxruntime>=") for line in lines)
 
 
+def test_the_classifiers_are_the_versions_that_the_guide_says_were_run() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    classifiers = [each.rpartition(" ")[2] for each in project["classifiers"] if "Python :: 3." in each]
+    assert classifiers == re.findall(r"CPython (3\.\d+)", page("guides/install.md"))
+
+
 def test_every_provider_is_in_the_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "docs" / "providers.md").read_text(), re.MULTILINE)
     assert rows == [(row.name, row.ort_name) for row in PROVIDERS]
