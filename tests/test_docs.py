@@ -153,7 +153,7 @@ def test_every_provider_is_in_the_table() -> None:
 
 
 def test_only_the_runtime_knows_cuda() -> None:
-    """A provider is a row: nothing outside of runtime/ tells one by its name. timing/ knows torch's device of that name."""
+    """A provider is a row: runtime/ alone tells one by its name, and timing/ torch's device of that name."""
     own = {"runtime", "timing"}
     files = [p for p in (ROOT / "bnfold").rglob("*") if p.suffix in {".py", ".json"} and p.parent.name not in own]
     assert [str(p) for p in files if '"cuda"' in p.read_text()] == []
