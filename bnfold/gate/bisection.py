@@ -306,6 +306,7 @@ class Search:
 
     def _against(self, value: Tensor, truth: Tensor, noise: Tensor, case: Case) -> float:
         unit = max(self._judge.reference.units.values(), default=2.0**-24)
+        noise = noise * 2**0.5  # the file's constants were rounded as well
         ratio, worst, *_ = compare(value, truth, noise, unit=unit, batched=batched(case.batch, truth))
         return _ratio(Row("", "", "", ratio, worst), self.limit)
 

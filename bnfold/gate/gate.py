@@ -145,7 +145,7 @@ class Gate:
             )
         if not cases:
             return CheckReport("inconclusive", "torch", 0, (), problems=tuple(findings.doubts), limit=self.limit)
-        model.judge_state(findings)
+        stateful = model.keeps_state(findings)
         ran = sum(case.batch.samples for case in cases)
         if ran < ENOUGH:
             findings.doubts.append(
@@ -166,7 +166,7 @@ class Gate:
                 hint=f"; the first fold that is off is that of '{first}'" if first else "",
             )  # fmt: skip
             judge.wild(claim.name)
-        for case in cases:
+        for case in () if stateful else cases:
             noise = judge.drawn(case).noise
             model.judge_capture(case.batch, case.own, case.truth, noise, findings, self.limit)
         self.progress("check", 1, 4)

@@ -173,7 +173,6 @@ class Model(Program64):
         dtypes += [x.dtype for x in values if isinstance(x, Tensor)]
         self.halves = {str(dtype).removeprefix("torch.") for dtype in dtypes} & {"float16", "bfloat16"}
         self.units: dict[str, float] = {}
-        self._ran = 0
         self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None
         self.capture_error = 0.0
 
@@ -209,7 +208,6 @@ class Model(Program64):
                     "fix that dimension (--static)"
                 )
                 return False
-        self._ran += 1
         if truth is not None and self._first is None:
             self._first = batch, own, [t.double() for t in truth.outputs]
         return True
@@ -276,27 +274,27 @@ class Model(Program64):
                 )
         return None
 
-    def judge_state(self, found: Findings) -> None:
+    def keeps_state(self, found: Findings) -> bool:
         """Whether what ran in between changed what the model answers: then it keeps state, which no file does."""
         if self._first is None:
-            return
+            return False
         batch, before, truth = self._first
-        if self._ran < 2:  # else other batches ran in between
-            halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
-            with contextlib.suppress(Exception):
-                self.captured.run_eager(tuple(halved))
+        halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
+        with contextlib.suppress(Exception):
+            self.captured.run_eager(tuple(halved))
         try:
             after = numbers(self.captured.run_eager(batch.flat))
         except Exception:
             after = []
         if len(after) == len(before) and all(map(_same, before, after, truth)):
-            return
+            return False
         # Whatever differed was the state's doing, and no size that is fixed would mend it.
         found.problems[:] = [each for each in found.problems if not each.startswith("capture:")]
         found.problems.append(
             "capture: the model keeps state from call to call: the same input gives another result the next time; take "
             "the state as an input and return it, or set it anew where forward begins"
         )
+        return True
 
 
 def _same(before: Tensor, after: Tensor, truth: Tensor) -> bool:
