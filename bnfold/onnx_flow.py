@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from bnfold import store
 from bnfold.affine import Meaning
@@ -19,8 +18,8 @@ from bnfold.gate.data import load_data
 from bnfold.gate.file_bisection import FileBisector
 from bnfold.gate.file_gate import FileGate
 from bnfold.graph.onnx_graph import OnnxGraph
-from bnfold.loading.onnx_file import OnnxFile, read_onnx
-from bnfold.lowering.lower import EXTERNAL_BYTES, relocate, simplified
+from bnfold.loading.onnx_file import OnnxFile, bytes_of, put, read_onnx
+from bnfold.lowering.lower import EXTERNAL_BYTES, simplified
 from bnfold.options import Clock, Options
 from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
@@ -41,12 +40,17 @@ from bnfold.stages import (
 from bnfold.statistics.diagnose import worst_first
 from bnfold.statistics.file_layers import file_layers, findings_of
 
+#: Initializers of no more bytes stay in the file; others begin on a page of the file beside it, as memory maps want.
+SMALL, PAGE = 1024, 4096
+
 
 @dataclass(frozen=True)
 class FoldedFile:
-    """A folded file: ``model`` is its whole content, ``ledger`` says where every affine went.
+    """A folded file: ``ledger`` says where every affine went.
 
-    ``meanings`` has what its values stand for, by name, where that is not the value of the file that has their name.
+    ``model`` is its content. Initializers that were outside of the source still are, and large ones that are new are
+    made by ``beside``, by name. ``meanings`` has what its values stand for, by name, where that is not the value of the
+    source that has their name.
     """
 
     model: onnx.ModelProto
@@ -54,12 +58,14 @@ class FoldedFile:
     operators: tuple[int, int]
     graph: tuple[Operator, ...]
     meanings: Mapping[str, Meaning | None]
+    beside: Mapping[str, Callable[[], bytes]]
 
 
 def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
     """Folds every affine of a file that algebra allows; only what folds is touched."""
-    model = source.loaded()
-    if options.opset is not None and options.opset != source.opset:
+    converts = options.opset is not None and options.opset != source.opset
+    model = source.loaded() if converts or options.simplify else source.copied()
+    if options.opset is not None and converts:
         try:
             model = onnx.version_converter.convert_version(model, options.opset)
         except Exception as error:  # whatever onnx's converter in C++ raises
@@ -68,19 +74,19 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
             raise LowerError(what, where="--opset") from error
     if options.simplify:
         model = simplified(model)
-    ledger, meant = Ledger(), dict[str, Meaning | None]()
+    ledger, meant, beside = Ledger(), dict[str, Meaning | None](), dict[str, Callable[[], bytes]]()
     before = len(model.graph.node)
     if options.fold:
-        model, ledger, meant = _folded(model, source.path, options)
+        graph, ledger = _folded(model, source.path, options)
+        model, meant, beside = graph.model, graph.meanings(), graph.beside
     if not options.allow_nonfinite:
         refuse_nonfinite(ledger)
-    return FoldedFile(model, ledger, (before, len(model.graph.node)), of_files(source.model, model, ledger), meant)
+    count, drawn = len(model.graph.node), of_files(source.model, model, ledger)
+    return FoldedFile(model, ledger, (before, count), drawn, meant, beside)
 
 
-def _folded(
-    model: onnx.ModelProto, path: Path, options: Options
-) -> tuple[onnx.ModelProto, Ledger, dict[str, Meaning | None]]:
-    """The model with what folds folded, where every affine went, and what values stand for."""
+def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[OnnxGraph, Ledger]:
+    """The model with what folds folded, and where every affine went."""
     try:
         graph = OnnxGraph(model, path.parent)
         ledger = graph.with_unseen(fold_graph(graph))
@@ -88,7 +94,8 @@ def _folded(
             ledger = merge_graph(graph, ledger)
         if options.equalize:
             ledger = equalize_graph(graph, ledger)
-        return graph.finish(), ledger, graph.meanings()
+        graph.finish()
+        return graph, ledger
     except BnfoldError as error:
         error.where = error.where or str(path)
         raise
@@ -120,7 +127,7 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
     with store.stage(path) as staging:
         target = staging.folder / staging.path.name
         with clock("write"):
-            file = _write(source, folded.model, target, staging, options.external_data)
+            file = _write(source, folded, target, staging, options.external_data)
         verdict = None
         if options.check:
             with clock("check"):
@@ -136,7 +143,7 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
         def failed(said: str) -> FileReport:
             for entry in folded.model.metadata_props:
                 entry.value = said if entry.key == "bnfold.verdict" else entry.value
-            return _write(source, folded.model, target, staging, options.external_data)
+            return _stored(source, folded.model, target, staging, file.data)
 
         return committed(report, file, staging, options, failed)
 
@@ -152,7 +159,7 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
         facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan", graph=folded.graph
     )
     with clock("health"):
-        layers = file_layers(OnnxGraph(source.loaded(), source.path.parent))
+        layers = file_layers(OnnxGraph(source.copied(), source.path.parent))
     return Diagnosis(facts, tuple(layer.health for layer in layers), worst_first(findings_of(layers)), plan, 0, ())
 
 
@@ -225,16 +232,57 @@ def _data(data: Any, source: OnnxFile) -> Mapping[str, np.ndarray[Any, Any]] | N
 
 
 def _write(
-    source: OnnxFile, model: onnx.ModelProto, target: Path, staging: store.Staging, external: bool | None
+    source: OnnxFile, folded: FoldedFile, target: Path, staging: store.Staging, external: bool | None
 ) -> FileReport:
-    """Writes a file into the staging folder, its weights beside it where they are too many."""
-    weights, data = model.ByteSize(), None
+    """Writes a file into the staging folder, its weights beside it where they are too many; one is held at a time."""
+    model, data = folded.model, None
+
+    def raw(tensor: onnx.TensorProto) -> bytes | None:
+        return folded.beside[tensor.name]() if tensor.name in folded.beside else source.raw(tensor)
+
+    outside = [t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)]
+    weights = model.ByteSize() + sum(map(bytes_of, outside))
     if external if external is not None else weights > EXTERNAL_BYTES:
-        ir.save(ir.from_proto(model), target, external_data="weights", size_threshold_bytes=1024)
+        apart = _put_apart(model, raw, staging.folder / "weights")
         data, sealed = staging.seal_data("weights")
-        relocate(target, data, sealed)
+        for tensor in apart:
+            tensor.external_data.add(key="location", value=data)
+        model.metadata_props.add(key="bnfold.data_sha256", value=sealed)
     else:
-        target.write_bytes(model.SerializeToString())
+        for tensor in outside:
+            put(tensor, raw(tensor) or b"")
+    return _stored(source, model, target, staging, data)
+
+
+def _put_apart(
+    model: onnx.ModelProto, raw: Callable[[onnx.TensorProto], bytes | None], path: Path
+) -> list[onnx.TensorProto]:
+    """Writes the bytes of the initializers that are large into a file of their own, page by page; answers which."""
+    apart = []
+    with path.open("wb") as out:
+        for tensor in model.graph.initializer:
+            content = raw(tensor)
+            if content is None:
+                continue
+            if len(content) <= SMALL:
+                put(tensor, content)
+                continue
+            out.seek(-(-out.tell() // PAGE) * PAGE)
+            put(tensor, b"")
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="offset", value=str(out.tell()))
+            tensor.external_data.add(key="length", value=str(len(content)))
+            out.write(content)
+            apart.append(tensor)
+    return apart
+
+
+def _stored(
+    source: OnnxFile, model: onnx.ModelProto, target: Path, staging: store.Staging, data: str | None
+) -> FileReport:
+    """Writes what is not in a file of its own."""
+    target.write_bytes(model.SerializeToString())
     if (problem := _invalid(target)) is not None and _invalid(source.path) is None:
         raise LowerError(f"onnx.checker rejects the file: {problem}", hint="Please report this model")
     size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)

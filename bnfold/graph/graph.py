@@ -7,7 +7,7 @@ keeps what it had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -55,7 +55,7 @@ class Graph:
             self.graph.erase_node(node)  # of a dtype and a device that the tensor has in the graph anyhow
         self.graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
         self.masters = dict(masters or {})
-        self._pending: dict[Node, Tensor] = {}
+        self._pending: MutableMapping[Node, Tensor] = {}
         self._origin: dict[Node, str] = {}
         self._constants: dict[Node, Tensor | None] = {}
         self._sizes = Sizes(self.graph)
@@ -141,6 +141,10 @@ class Graph:
                 known[node] = self._stored(node) if node.op == "placeholder" else evaluate_constant(node, known)
             self._constants[value] = known[value]
         return self._constants[value]
+
+    def table(self) -> MutableMapping[Any, Tensor]:
+        """An empty table of constants in float64, to be planned with."""
+        return {}
 
     def _constant_cone(self, value: Node) -> list[Node]:
         cone, stack = set(), [value]

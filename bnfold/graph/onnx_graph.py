@@ -7,7 +7,9 @@ bodies and all other nodes and initializers stay what they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
+from functools import partial
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
 from bnfold.graph.onnx_operator import Operator
 from bnfold.graph.onnx_shapes import Evaluator, Known, inferred
+from bnfold.graph.spill import Spill
 from bnfold.onnx_ops import TABLE, semantics
 from bnfold.report import Entry, Ledger, Refusal
 from bnfold.semantics import Semantics, Shape
@@ -58,7 +61,7 @@ class OnnxGraph(Graph):
         self._beside = beside
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
         self.graph = fx.Graph()
-        self._pending: dict[Node, Tensor] = {}
+        self._pending: Spill[Node] = Spill()
         self._origin: dict[Node, str] = {}
         self._constants: dict[Node, Tensor | None] = {}
         self._targets: dict[Node, str] = {}
@@ -68,6 +71,8 @@ class OnnxGraph(Graph):
         self._gone: set[Node] = set()
         self._weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
         self._way, self._ways, self._runs = 0, dict[int, Known](), dict[str, Evaluator]()
+        #: The bytes of constants that the finished file has and does not hold, by name: made when they are asked for.
+        self.beside: dict[str, Callable[[], bytes]] = {}
         self._build()
         self.refresh()
 
@@ -159,6 +164,10 @@ class OnnxGraph(Graph):
             return self.constant(value)
         array = self._known().values.get(self._names.get(value, ""))
         return None if array is None else torch.from_numpy(np.array(array))
+
+    def table(self) -> MutableMapping[Any, Tensor]:
+        """Most of it is on disk where a file is large."""
+        return Spill()
 
     def _stored(self, node: Node) -> Tensor:
         if node in self._pending:
@@ -324,7 +333,7 @@ class OnnxGraph(Graph):
     # -- finishing -------------------------------------------------------------------------------------------------
 
     def finish(self) -> onnx.ModelProto:
-        """The file with the edits in it."""
+        """The file with the edits in it; large constants are ``beside`` it, and say so without a location."""
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and not node.users and node not in self._unread:
                 self.graph.erase_node(node)  # what an edit has left without a reader
@@ -389,15 +398,27 @@ class OnnxGraph(Graph):
             taken.add(name)
             unread.discard(name)
             self._names[node] = name
-            rounded = self._pending[node].to(node.meta["val"].dtype).contiguous()
             if fresh:  # of which the first versions know none that is no input
                 self.model.ir_version = max(self.model.ir_version, 4)
             tensor = graph.initializer.add() if fresh else graph.initializer[at[name]]
-            tensor.CopyFrom(_tensor(rounded, name))
+            if self._pending.is_apart(node):
+                value, self.beside[name] = node.meta["val"], partial(self._bytes, node)
+                kind = next(kind for kind, dtype in _DTYPES.items() if dtype == value.dtype)
+                empty = onnx.TensorProto(name=name, data_type=kind, dims=value.shape)
+                empty.data_location = onnx.TensorProto.EXTERNAL
+                tensor.CopyFrom(empty)
+            else:
+                tensor.CopyFrom(self._rounded(node, name))
         fed = {value.name for value in graph.input}
         for i in reversed(range(len(graph.initializer))):  # in place: no weight is copied
             if graph.initializer[i].name in unread - fed:
                 del graph.initializer[i]
+
+    def _rounded(self, node: Node, name: str) -> onnx.TensorProto:
+        return _tensor(self._pending[node].to(node.meta["val"].dtype).contiguous(), name)
+
+    def _bytes(self, node: Node) -> bytes:
+        return self._rounded(node, "").raw_data
 
 
 def _tensor(value: Tensor, name: str) -> onnx.TensorProto:

@@ -13,7 +13,7 @@ import onnx
 
 from bnfold.errors import InputError
 from bnfold.loading.specs import DTYPES, InputSpec
-from bnfold.runtime.model_file import read_model
+from bnfold.runtime.model_file import read_model, tensors_of
 
 _AGAIN = "Export it again, or fetch it again and compare its size with the original's"
 
@@ -31,14 +31,44 @@ class OnnxFile:
         return sum(math.prod(tensor.dims) for tensor in self.model.graph.initializer)
 
     @property
-    def weight_bytes(self) -> int:
+    def weightbytes_of(self) -> int:
         """The size of its initializers."""
-        return sum(_bytes(tensor) for tensor in self.model.graph.initializer)
+        return sum(bytes_of(tensor) for tensor in self.model.graph.initializer)
 
     @property
     def opset(self) -> int:
         """The version of its default operator set."""
         return next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+    def copied(self) -> onnx.ModelProto:
+        """The content, to change; the external data of its initializers stays where it is."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        held = [*model.graph.initializer]
+        for tensor in tensors_of(model):
+            if onnx.external_data_helper.uses_external_data(tensor) and not any(tensor is each for each in held):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+                _own(tensor)
+        return model
+
+    def raw(self, tensor: onnx.TensorProto) -> bytes | None:
+        """The bytes of an initializer of a copy, wherever they are; None where it has numbers in place of bytes.
+
+        Raises:
+            InputError: the file that they are in cannot be read.
+        """
+        if not onnx.external_data_helper.uses_external_data(tensor):
+            held: bytes = tensor.raw_data
+            return held if tensor.HasField("raw_data") else None
+        given = {entry.key: entry.value for entry in tensor.external_data}
+        path = self.path.parent / given["location"]
+        try:
+            with path.open("rb") as data:
+                data.seek(int(given.get("offset") or 0))
+                found: bytes = data.read(int(given.get("length") or bytes_of(tensor)))
+                return found
+        except OSError as error:
+            raise InputError(f"the external data of '{tensor.name}' cannot be read", where=str(path)) from error
 
     def loaded(self) -> onnx.ModelProto:
         """The whole content, external data in it, to change."""
@@ -124,6 +154,17 @@ def specs_of_file(file: onnx.ModelProto) -> list[InputSpec]:
     return found
 
 
+def put(tensor: onnx.TensorProto, raw: bytes) -> None:
+    """Takes the bytes of an initializer into it."""
+    tensor.raw_data = raw
+    _own(tensor)
+
+
+def _own(tensor: onnx.TensorProto) -> None:
+    tensor.ClearField("data_location")
+    del tensor.external_data[:]
+
+
 def _axis(name: str, axis: int, dim: int | str) -> int | str:
     """A fixed size as it is; a name, or what stands for one, as a letter of ``--input``."""
     if isinstance(dim, int):
@@ -133,7 +174,7 @@ def _axis(name: str, axis: int, dim: int | str) -> int | str:
     )
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
+def bytes_of(tensor: onnx.TensorProto) -> int:
     """What a tensor takes; two numbers of four bits share a byte."""
     count: int = math.prod(tensor.dims)
     try:
@@ -147,7 +188,7 @@ def _bytes(tensor: onnx.TensorProto) -> int:
 def _problem(tensor: onnx.TensorProto) -> str | None:
     if any(dim < 0 for dim in tensor.dims):
         return f"is of shape {list(tensor.dims)}"
-    size = _bytes(tensor)
+    size = bytes_of(tensor)
     if onnx.external_data_helper.uses_external_data(tensor):
         lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
         return next((f"has {n} bytes of external data and claims {size}" for n in lengths if n != str(size)), None)

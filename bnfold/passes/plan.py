@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +19,13 @@ from bnfold.semantics import Movement
 class Plan:
     """Constants that change, by value and slot, and constants that are added to values."""
 
-    constants: dict[tuple[Node, str], Tensor] = field(default_factory=dict)
+    constants: MutableMapping[tuple[Node, str], Tensor] = field(default_factory=dict)
     adds: dict[Node, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gauges: Gauges, solution: Solution, gone: set[Node]) -> Plan:
         """Every constant once, from the gauges, and only where one of them is not the identity."""
-        plan, written, graph = cls(), set[tuple[Node, str]](), gauges.graph
+        plan, written, graph = cls(gauges.graph.table()), set[tuple[Node, str]](), gauges.graph
         for value in graph.values():
             semantics = gauges.at(value)
             if value in gone or not (semantics.absorbs or isinstance(semantics, Movement)):

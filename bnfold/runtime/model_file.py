@@ -36,7 +36,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         raise refused from error
     if not model.HasField("graph"):  # an empty file is a message without any field
         raise refused
-    for tensor in _tensors(model):
+    for tensor in tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := _misplaced(tensor, path.parent)):
             raise InputError(
                 f"the external data of '{tensor.name}' {problem}",
@@ -46,7 +46,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _tensors(part: Any) -> Iterator[Any]:
+def tensors_of(part: Any) -> Iterator[Any]:
     """Every tensor below a message: of a graph, a function, a node's attributes and the graphs in them."""
     for field, value in part.ListFields():
         if field.message_type is None:
@@ -55,7 +55,7 @@ def _tensors(part: Any) -> Iterator[Any]:
             if field.message_type.name == "TensorProto":
                 yield each
             else:
-                yield from _tensors(each)
+                yield from tensors_of(each)
 
 
 def _misplaced(tensor: Any, folder: Path) -> str | None:
