@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 #: Numbers of one draw, which every constant reads from a place of its own and around. A prime: no axis repeats in step
 #: with it.
-POOL = 262_147
-_CHUNK = 65_536
+POOL = 65_537
 
 
 @functools.lru_cache(maxsize=4)
@@ -22,10 +21,9 @@ def _pool(seed: int) -> npt.NDArray[np.float64]:
 
 def disturb(values: npt.NDArray[Any], epsilon: float, name: str, seed: int) -> None:
     """Disturbs a contiguous float64 array in place, as its name and the seed decide."""
-    flat, pool, at = values.reshape(-1), _pool(seed) * epsilon, zlib.crc32(name.encode()) % POOL
-    start = 0
+    flat, pool, at, start = values.reshape(-1), _pool(seed), zlib.crc32(name.encode()) % POOL, 0
     while start < len(flat):
-        count = min(_CHUNK, len(flat) - start, POOL - at)
+        count = min(len(flat) - start, POOL - at)
         part = flat[start : start + count]
-        part += part * pool[at : at + count]
+        part += part * (epsilon * pool[at : at + count])
         start, at = start + count, (at + count) % POOL
