@@ -69,6 +69,7 @@ KINDS: dict[str, Callable[[onnx.ModelProto], None]] = {
     "test_batchnorm_example_training_mode": scaled,  # statistics of the batch, beside a variance that is not read
     "test_lstm_with_peepholes": scaled,  # sequences without a step
     "test_attention_3d_gqa_softcap_expanded": scaled,  # no constant that rounding could move
+    "test_gemm_default_scalar_bias": scaled,  # an operand without axes
     "test_dft_opset19": scaled,
     "test_stft_with_window": scaled,
 }

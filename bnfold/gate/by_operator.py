@@ -239,7 +239,10 @@ def _magnitude(node: onnx.NodeProto, opsets: Mapping[str, int], operands: Mappin
         sizes = {n: abs(x) if n in ("alpha", "beta") else x for n, x in attributes.values.items()}
         read = [size[n].astype(np.float32, copy=False) if n else None for n in node.input]
         with torch.no_grad():
-            made = row(replace(attributes, values=sizes), *(None if x is None else torch.from_numpy(x) for x in read))
+            made = row(
+                replace(attributes, values=sizes),
+                *(None if x is None else torch.from_numpy(np.asarray(x)) for x in read),
+            )
         found = made.numpy() if bool(made.isfinite().all()) else None
     if found is None:
         positive = onnx.NodeProto()
