@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnfold.gate.effort import operations
+from bnfold.gate.effort import ELEMENT, effort, operations
 from bnfold.graph.capture import capture
 
 
@@ -31,3 +31,9 @@ class Products(nn.Module):
 def test_operations_of_one_sample(model: nn.Module, shape: tuple[int, ...], products: int) -> None:
     captured = capture(model.eval(), (torch.randn(shape),))
     assert operations(captured) == 2 * products
+
+
+def test_elements_cost_as_well() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten())
+    captured = capture(model.eval(), (torch.randn(2, 3, 11, 8),))
+    assert effort(captured) == operations(captured) + ELEMENT * 3 * 5 * 9 * 6

@@ -29,6 +29,17 @@ def has_summaries(captured: Captured) -> bool:
     )
 
 
+#: What an element that is computed costs, in operations: memory is slower than arithmetic, and the gate compares many.
+ELEMENT = 100
+
+
+def effort(captured: Captured) -> float:
+    """What one sample of the example costs, in operations: of convolutions and products, and for every element."""
+    rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
+    elements = sum(math.prod(_shape(node)) for node in captured.program.graph.nodes if node.op == "call_function")
+    return operations(captured) + ELEMENT * elements / max(rows, 1)
+
+
 def operations(captured: Captured) -> float:
     """Floating-point operations of convolutions and products, for one sample of the example, read off its shapes."""
     rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
@@ -51,5 +62,5 @@ def _products(node: fx.Node) -> float:
 def _shape(value: Any) -> list[int]:
     known = value.meta.get("val") if isinstance(value, fx.Node) else None
     if not isinstance(known, torch.Tensor):
-        return []
+        return [0]
     return [size if isinstance(size, int) else int(size.node.hint or 1) for size in known.shape]

@@ -39,7 +39,7 @@ from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.data import Labels
 from bnfold.gate.deployed import DEPLOYED, Sessions
 from bnfold.gate.devices import judge_device
-from bnfold.gate.effort import has_summaries, operations
+from bnfold.gate.effort import effort, has_summaries
 from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.judge import Case, Judge, overflow, run_cases
@@ -106,7 +106,7 @@ class Gate:
         Raises:
             BnfoldError: the file cannot be opened, or its inputs do not fit the model's.
         """
-        self._cost = operations(self.captured)
+        self._cost = effort(self.captured)
         self._dear = self._cost > DEAR
         # Several threads save nothing on what runs in a blink, and cost much on a busy machine.
         with contextlib.nullcontext() if self._dear else torch_threads(1):
@@ -130,7 +130,7 @@ class Gate:
         made = batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
             sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if has_summaries(captured) else 1,
-            affordable=min(MANY, int(2 * DEAR / max(self._cost, 1.0))),
+            affordable=min(MANY, int(3 * DEAR / max(self._cost, 1.0))),
             dear=self._dear and self.samples <= MIN_SAMPLES and self.data is None,
         )  # fmt: skip
         found = self._search(made)

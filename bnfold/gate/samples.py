@@ -108,10 +108,14 @@ def batches(
     known_batch, pinned_batch = batch_symbol is not None, only.get(batch_symbol)
     samples = max(samples, MIN_SAMPLES, affordable if known_batch and pinned_batch is None else 0)
     plan = _plan(samples, limit, pinned_batch, known=known_batch, dear=dear)
-    plan += [(plan[0][0], ("ordinary",))] * (max(len(others), runs) - len(plan))
+    # Many samples at once have the example's sizes, so that none are many of the largest.
+    small = sum(count <= MIN_SAMPLES for count, _ in plan)
+    plan += [(plan[0][0], ("ordinary",))] * max(len(others) - small, runs - len(plan))
+    sizes_in_turn = itertools.cycle(others)
     for i, (count, kinds) in enumerate(plan):
         provoking = kinds != ("ordinary",)
-        chosen = {**others[i % len(others)], **({batch_symbol: count} if batch_symbol is not None else {})}
+        taken = next(sizes_in_turn) if count <= MIN_SAMPLES else others[0]
+        chosen = {**taken, **({batch_symbol: count} if batch_symbol is not None else {})}
         by_name = {str(symbol): size for symbol, size in chosen.items()}
         now = {symbol: by_name[lead] for symbol, lead in leads.items() if lead in by_name}
         scale_at = 0 if data is None else offset
