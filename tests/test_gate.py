@@ -128,7 +128,7 @@ def test_a_fault_is_never_green(name: str, scale: float, tmp_path: Path) -> None
     # Whose it is: nothing is said of a runtime that computes what the file says.
     assert not any("computes operator" in p or "optimisation " in p for p in report.problems), report.problems
     if name in AT_SITES:
-        assert report.ratio < 3 and all("fold of 'branch_norm'" in problem for problem in report.problems)
+        assert report.ratio <= LIMIT and all("fold of 'branch_norm'" in problem for problem in report.problems)
         blind = Gate(exported(scale).captured, Ledger(), None, tmp_path / "net.onnx").judge()
         assert blind.verdict == "pass"  # the outputs alone do not show it: the sites are what bites
 
