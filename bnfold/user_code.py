@@ -64,7 +64,7 @@ def place(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = f"{Path(__file__).parents[1]}{os.sep}"
+    ours = f"{Path(__file__).parent}{os.sep}"
     foreign = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen", ours)
     own = [frame for frame in frames if not frame.filename.startswith(foreign)]
     frame = (own or list(frames))[-1]

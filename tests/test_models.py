@@ -21,7 +21,7 @@ import bnfold
 LEFT: dict[str, tuple[int, set[str]]] = {
     # BatchNorm -> ReLU on a concatenation or sum that later layers read too
     "densenet": (3, {"shift-through-activation", "sign"}),
-    "preact_resnet": (3, {"several-readers", "shift-through-activation"}),
+    "preact_resnet": (2, {"several-readers", "sign", "zero-padding"}),
     "dpn": (3, {"sign", "nonlinear"}),
     # GELU -> BatchNorm -> zero-padded convolution, or a residual
     "convmixer": (4, {"nonlinear", "zero-padding"}),
