@@ -21,6 +21,7 @@ from bnfold.affine import Meaning
 from bnfold.errors import InputError
 from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
 from bnfold.gate.claims import FileClaim
+from bnfold.gate.decisions import NEAR
 from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
 from bnfold.gate.engines import settings
 from bnfold.gate.evidence import MANY, Draws, Row, compare
@@ -31,6 +32,7 @@ from bnfold.gate.matching import match
 from bnfold.gate.models import Findings, Model, Progress, batched
 from bnfold.gate.samples import MIN_SAMPLES, batches
 from bnfold.gate.sites import compared
+from bnfold.gate.turns import distance
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
@@ -174,7 +176,7 @@ class Search:
             return found
         for turn in (turn for turn in run.turns if turn.different):
             if (name := self._claim.called(turn.value)) is not None:
-                found[name] = self._judge.multiple(turn, moved)
+                found[name] = distance(turn, moved) * self.limit / NEAR
         return found
 
     def _partners(self) -> dict[str, str]:

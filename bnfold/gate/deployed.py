@@ -24,6 +24,7 @@ from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outside import SLACK
+from bnfold.gate.turns import judge_turns
 
 #: Elements of intermediate values that are held at a time.
 ELEMENTS = 32_000_000
@@ -254,8 +255,8 @@ class Sessions:
         if not better < misfit:
             self._rows(candidate.name, case, candidate, outputs, before, plain=True)
             return rows
-        self.judge.turns(candidate.name, truth.turns, lambda seed: claim.run(
-            case.batch, follow={**case.claimed.decided, **decided}, seed=seed).turns)  # type: ignore[union-attr]  # fmt: skip
+        again = partial(claim.run, case.batch, follow={**case.claimed.decided, **decided})
+        judge_turns(self.judge.findings, candidate.name, truth.turns, lambda seed: again(seed=seed).turns)
         return found
 
     def guilty(self) -> tuple[str, ...]:

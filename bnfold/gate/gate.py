@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from bnfold.gate.runners import RunnerCandidate
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
+from bnfold.gate.turns import judge_turns
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
@@ -244,7 +246,8 @@ class Gate:
             decided = shown.also(batch.flat, list(names.values()))[1]
             taken = model.complete({name: decided[own] for name, own in names.items() if own in decided})
             run = model.run(batch, follow=taken)
-            judge.turns(shown.name, run.turns, lambda seed: model.run(batch, follow=taken, seed=seed).turns)
+            again = partial(model.run, batch, follow=taken)
+            judge_turns(judge.findings, shown.name, run.turns, lambda seed: again(seed=seed).turns)
             return run.outputs
 
         return follow

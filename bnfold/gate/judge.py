@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
-from bnfold.gate.decisions import NEAR
 from bnfold.gate.evidence import (
     ELEMENT,
     MANY,
     STEPS,
-    TINY,
     Draws,
     Row,
     Source,
@@ -28,16 +25,13 @@ from bnfold.gate.evidence import (
     specials,
     unit_roundoff,
 )  # fmt: skip
-from bnfold.gate.models import Findings, Reference, as_tensor, batched, first_line, kind_of, numbers, words
+from bnfold.gate.models import Findings, Reference, batched, first_line, kind_of, numbers, words
 from bnfold.gate.samples import Batch
+from bnfold.gate.turns import DRAWS, WILD, judge_turns, near_noise
 from bnfold.report import OutputResult
 
-#: How often constants are drawn for what a decision compares.
-DRAWS = 4
 #: A value this many limits off is no chance, whatever else is drawn.
 CERTAIN = 100.0
-#: Where rounding moves an output by this part of itself, almost anything would pass.
-WILD = 1e-2
 
 
 class Claim(Protocol):
@@ -122,7 +116,8 @@ class Judge:
                 self.findings.problems.append(
                     f"{claim.name}: its decisions at {case.words} cannot be followed: {failed}"
                 )
-            self.turns(claim.name, truth.turns, _again(self.reference, case, taken), _compares(claim, case))
+            redrawn, theirs = _again(self.reference, case, taken), _compares(claim, case)
+            judge_turns(self.findings, claim.name, truth.turns, redrawn, theirs)
 
     def taken(self, claim: Claim, case: Case, keep: Collection[str] = ()) -> tuple[Run, dict[str, Tensor]]:
         """A run of a claim, and what it decides where the reference does, by the reference's names."""
@@ -292,47 +287,6 @@ class Judge:
                     "try --data"
                 )
 
-    def multiple(self, turn: Turn, moved: Sequence[Sequence[Turn]], more: float = 0.0) -> float:
-        """How far from a near-tie a decision is, ``more`` being noise besides: at most the limit for one by chance."""
-        noise, gap = math.hypot(_near_noise(turn, moved)[0], more), as_tensor(turn.gap)
-        return float(gap.max()) / max(noise, TINY) * self.limit / NEAR if gap.numel() else 0.0
-
-    def turns(
-        self, witness: str, turns: Sequence[Turn], again: Callable[[int], Sequence[Turn]],
-        theirs: Callable[[Turn], float] = lambda turn: 0.0,
-    ) -> None:  # fmt: skip
-        """Decisions that were followed although float64 would decide otherwise: near-ties, or problems.
-
-        ``again`` draws the reference's constants; ``theirs`` is what rounding a claim's does to what it compares there.
-        """
-        turned = [turn for turn in turns if turn.different]
-        if not turned:
-            return
-        moved = [again(seed) for seed in range(DRAWS)]
-        near, most = 0, 0.0
-        for turn in turned:
-            noise, scale = _near_noise(turn, moved)
-            multiple = NEAR / self.limit * self.multiple(turn, moved, theirs(turn))
-            if noise > WILD * scale:
-                self.findings.doubts.append(
-                    f"{witness}: {turn.operator} decides otherwise than the model in {turn.different} places, and "
-                    f"rounding moves what it compares by {noise / max(scale, TINY):.2g} of it, so almost any decision "
-                    "would pass"
-                )
-            elif not multiple <= NEAR:
-                self.findings.problems.append(
-                    f"{witness}: {turn.operator} decides otherwise than the model in {turn.different} "
-                    f"places, although what it compares is up to {multiple:.3g} times the noise away from that (limit "
-                    f"{NEAR:g})"
-                )
-            else:
-                near, most = near + turn.different, max(most, multiple)
-        if near:
-            self.findings.notes.append(
-                f"{witness}: {near} decisions (such as {turned[0].operator}) fell otherwise than in float64, all of "
-                f"them near-ties, at most {most:.2g} times the noise: float64 was run again with them"
-            )
-
 
 def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:
     """What rounding a claim's constants does to what it compares, where the reference decides so."""
@@ -343,24 +297,13 @@ def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:
             return 0.0
         runs = [claim.run(case.batch, follow=run.decided, seed=seed) for seed in (None, *range(DRAWS))]
         own, *moved = ([t for t in each.turns if t.value == name] for each in runs)
-        return _near_noise(own[0], moved)[0] if own else 0.0
+        return near_noise(own[0], moved)[0] if own else 0.0
 
     return noise
 
 
 def _again(reference: Reference, case: Case, taken: Mapping[str, Any]) -> Callable[[int], Sequence[Turn]]:
     return lambda seed: reference.run(case.batch, follow={**case.truth.decided, **taken}, seed=seed).turns
-
-
-def _near_noise(turn: Turn, moved: Sequence[Sequence[Turn]]) -> tuple[float, float]:
-    """RMS of what rounding does to what is compared, a rounding of itself at least; and the RMS of that."""
-    compared = as_tensor(turn.compared)
-    others = [as_tensor(other.compared) for each in moved for other in each if other.value == turn.value]
-    good = compared.isfinite()
-    scale = float(compared[good].square().mean().sqrt()) if bool(good.any()) else 0.0
-    parts = [(m - compared)[good & m.isfinite()].square().mean() for m in others if m.shape == compared.shape]
-    found = [float(part) for part in parts if bool(part.isfinite())]
-    return max((sum(found) / len(found)) ** 0.5 if found else 0.0, 2.0**-24 * scale), scale
 
 
 def _half(own: Tensor, value: Tensor) -> bool:
