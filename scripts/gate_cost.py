@@ -212,7 +212,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if options.write:
-        write(options.write, "cost", text)
+        write(options.write, "cost", f"{len({row['net'] for row in rows})} of {len(NETS)} nets.\n\n{text}")
 
 
 if __name__ == "__main__":
