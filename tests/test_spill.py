@@ -41,6 +41,19 @@ def test_what_is_put_is_read(budget: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert "t" not in kept and torch.equal(kept["a"], tensors["a"])
 
 
+def test_what_is_replaced_or_gone_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "BUDGET", 8 * 8)
+    kept, ones = Spill[str](), torch.ones(5, dtype=torch.float64)
+    for _ in range(3):
+        kept["a"] = ones
+    assert not kept.is_apart("a")
+    kept["b"] = ones
+    assert kept.is_apart("b")
+    del kept["a"]
+    kept["c"] = ones
+    assert not kept.is_apart("c") and torch.equal(kept["b"], ones)
+
+
 def test_where_there_is_no_room_memory_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -27,7 +27,8 @@ class Spill(MutableMapping[Key, Tensor]):
         self._file: IO[bytes] | None = None
 
     def __setitem__(self, key: Key, tensor: Tensor) -> None:
-        self._held.pop(key, None)
+        if key in self._held:
+            del self[key]
         size = tensor.numel() * tensor.element_size()
         if self._size + size > BUDGET and tensor.dtype == torch.float64:
             with contextlib.suppress(OSError):  # no room: it stays in memory
@@ -57,7 +58,9 @@ class Spill(MutableMapping[Key, Tensor]):
         return not isinstance(self._held[key], Tensor)
 
     def __delitem__(self, key: Key) -> None:
-        del self._held[key]
+        held = self._held.pop(key)
+        if isinstance(held, Tensor):
+            self._size -= held.numel() * held.element_size()
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._held)
