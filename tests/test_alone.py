@@ -75,3 +75,16 @@ def test_a_kind_is_asked_once_and_a_wrong_one_again(monkeypatch: pytest.MonkeyPa
         assert [fault.operator for fault in asked().faults] == ["Conv"]  # it is not taken for right
     first = asked()
     assert first.count and not first.faults and not asked().count
+
+
+def test_a_kind_that_could_not_be_asked_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, held, feeds = conv(3, 37, 1, auto_pad="SAME_UPPER")
+    monkeypatch.setattr(module, "_right", set())
+
+    def asked() -> Any:
+        return alone([node], OPSETS, {**held, **feeds, "y": None}, frozenset(held), "cpu")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "MOST", 1)
+        assert not asked().count and not module._right
+    assert asked().count and module._right

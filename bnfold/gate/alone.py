@@ -58,6 +58,7 @@ def alone(
             session = open_session(one_node(node, opsets, x, held), device=device, optimized=False)
         except BnfoldError:
             continue  # what it cannot stand alone with
+        before = count
         for operand in _provoking(node, x, held):
             feeds = {first: operand}
             try:
@@ -76,7 +77,8 @@ def alone(
             if found.faults:
                 break
         else:
-            _right.add(key)
+            if count > before:  # with operands too large for this nothing was asked
+                _right.add(key)
     return Asked(tuple(faults), count, tuple(unbounded))
 
 

@@ -213,7 +213,8 @@ class Sessions:
             if held < ELEMENTS and i + 1 < len(nodes):
                 continue
             inside = {name for each in chunk for name in (*each.input, *each.output) if name}
-            wanted = [name for name in shapes if name in inside & read_by]
+            shown = inside & read_by
+            wanted = [name for name in shapes if name in shown]
             outputs, values = candidate.also(case.batch.flat, wanted)
             if self._exact and not all(map(_equal, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")
