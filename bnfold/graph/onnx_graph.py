@@ -26,7 +26,7 @@ from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
 from bnfold.graph.onnx_operator import Operator
-from bnfold.graph.onnx_shapes import Evaluator, Known, inferred
+from bnfold.graph.onnx_shapes import Known, Shapes
 from bnfold.graph.spill import Spill
 from bnfold.onnx_ops import TABLE, semantics
 from bnfold.report import Entry, Ledger, Refusal
@@ -70,7 +70,7 @@ class OnnxGraph(Graph):
         self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
         self._weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
-        self._way, self._ways, self._runs = 0, dict[int, Known](), dict[str, Evaluator]()
+        self._way, self._inference = 0, Shapes(model, self._weights)
         #: The bytes of constants that the finished file has and does not hold, by name: made when they are asked for.
         self.beside: dict[str, Callable[[], bytes]] = {}
         self._build()
@@ -117,9 +117,7 @@ class OnnxGraph(Graph):
         node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta") if known_size else None  # type: ignore[arg-type]
 
     def _known(self) -> Known:
-        if self._way not in self._ways:
-            self._ways[self._way] = inferred(self.model, self._weights, self._way, self._runs)
-        return self._ways[self._way]
+        return self._inference.at(self._way)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +267,7 @@ class OnnxGraph(Graph):
     def take_shape(self, value: Node, of: Node) -> None:
         """Gives ``value``, whose constants are about to change, the shape of another value."""
         value.meta["val"] = of.meta["val"]
-        for known in self._ways.values():
+        for known in self._inference.known.values():
             if (shape := known.shapes.get(self.name(of))) is not None:
                 known.shapes[self.name(value)] = shape
 

@@ -19,6 +19,7 @@ from bnfold.evaluate.evaluator import File64, MissingOperatorError, node_evaluat
 from bnfold.evaluate.subject import Array
 from bnfold.evaluate.weights import Weight
 from bnfold.graph.onnx_inference import infer
+from bnfold.semantics.sizes import WAYS
 
 #: What computes a node: values by name -> one result per output.
 Evaluator = Callable[[Mapping[str, Array]], list[Any]]
@@ -51,30 +52,60 @@ class Known:
     values: dict[str, Array] = field(default_factory=dict)
 
 
-def inferred(model: onnx.ModelProto, weights: Mapping[str, Weight], way: int, runs: dict[str, Evaluator]) -> Known:
-    """What is known at one way of sizes, 0 to 2; ``runs`` keeps what computes sizes for the next one.
+class Shapes:
+    """What is known of a file's values, at ``WAYS`` ways of sizes where any is dynamic.
 
-    Raises:
-        InputError: onnx finds the file inconsistent at every size.
+    Args:
+        model: the file's content.
+        weights: its initializers.
     """
-    error, best = None, None
-    for strict, (batches, sizes) in [*((True, each) for each in _SIZES), (False, _SIZES[0])]:
-        if best is not None and not strict:
-            break
-        light = _light(model, weights, batches[way], sizes[way])
-        try:
-            known = _read(infer(light, strict=strict))
-        except ValueError as caught:
-            error = error or caught
-            continue
-        whole = _run_for_missing(known, model, weights, light)
-        if best is None or len(known.shapes) > len(best.shapes):
-            best = known
-        if whole:
-            break
-    if best is None:
-        raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error).split())[:200]}")
-    return _with_sizes(best, model, weights, runs)
+
+    def __init__(self, model: onnx.ModelProto, weights: Mapping[str, Weight]) -> None:
+        self._model, self._weights = model, weights
+        dims = [d for v in model.graph.input if v.name not in weights for d in v.type.tensor_type.shape.dim]
+        self._ways = WAYS if any(dim.dim_value <= 0 for dim in dims) else 1
+        #: By way, where it was asked for.
+        self.known: dict[int, Known] = {}
+        self._inferences: dict[tuple[int, bool], list[onnx.ModelProto | ValueError]] = {}
+        self._runs: dict[str, Evaluator] = {}
+
+    def at(self, way: int) -> Known:
+        """What is known at one way of sizes.
+
+        Raises:
+            InputError: onnx finds the file inconsistent at every size.
+        """
+        way = min(way, self._ways - 1)
+        if way not in self.known:
+            self.known[way] = _with_sizes(self._inferred(way), self._model, self._weights, self._runs)
+        return self.known[way]
+
+    def _inferred(self, way: int) -> Known:
+        error, best = None, None
+        for sizes, strict in [*((each, True) for each in range(len(_SIZES))), (0, False)]:
+            if best is not None and not strict:
+                break
+            inference = self._inference(sizes, strict)[way]
+            if isinstance(inference, ValueError):
+                error = error or inference
+                continue
+            known = _read(inference)
+            whole = _run_for_missing(known, self._model, self._weights, inference)
+            if best is None or len(known.shapes) > len(best.shapes):
+                best = known
+            if whole:
+                break
+        if best is None:
+            raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error).split())[:200]}")
+        return best
+
+    def _inference(self, sizes: int, strict: bool) -> list[onnx.ModelProto | ValueError]:
+        """That of all ways."""
+        if (sizes, strict) not in self._inferences:
+            batches, others = _SIZES[sizes]
+            lights = [_light(self._model, self._weights, batches[way], others[way]) for way in range(self._ways)]
+            self._inferences[sizes, strict] = infer(lights, strict=strict)
+        return self._inferences[sizes, strict]
 
 
 def _run_for_missing(

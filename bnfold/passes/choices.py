@@ -62,6 +62,7 @@ class Choices:
         """The most affines that can go, BatchNorms first; the systems then hold their equations."""
         affines = [site for site in self._gauges.sites if isinstance(self._gauges.at(site), Scaling)]
         able = [s for s in affines if self._gauges.at(s).stays is None and len(self._excluded(s)) < 2]  # type: ignore
+        self._hopeless = self._alone(able)
         asked = set(able)
         terms = Terms(stay=tuple(site for site in affines if site not in asked))
         best = self._run(able, terms)
@@ -70,10 +71,24 @@ class Choices:
             spared = replace(terms, dead=frozenset(emptied))
             other = self._run(able, spared)
             best, terms = (other, spared) if self._worth(other) > self._worth(best) else (best, terms)
-        if len(best.why) > 1:
+        if len(best.why) > 1 + len(self._hopeless):
             best = self._exchanged(self._better(best, self._run(able[::-1], terms)), terms)
         assert self.holds(best), "a choice contradicts itself"
         return best
+
+    def _alone(self, able: Sequence[Node]) -> dict[Node, Contradiction]:
+        """Those that contradict what holds anyway, each alone, and how: no order lets them go."""
+        found = dict[Node, Contradiction]()
+        while True:
+            self._equations.undo(self._gauges.start)
+            for site in able:
+                if site not in found and not self._zeros(site):
+                    self._go(site)
+            wrong = self._equations.commit()
+            more = self._gauges.alone(*next(iter(wrong.items()))) if wrong else {}
+            if not more:
+                return found
+            found |= more
 
     def holds(self, choice: Choice) -> bool:
         """Whether a choice that was made holds here; the systems then hold its equations."""
@@ -122,10 +137,11 @@ class Choices:
 
         that have no place for a bias, and do without one where that is possible.
         """
-        norms, rest = ([s for s in order if self._is_norm(s) is first] for first in (True, False))
+        able = [s for s in order if s not in self._hopeless and s not in terms.stay]
+        norms, rest = ([s for s in able if self._is_norm(s) is first] for first in (True, False))
         self._equations.undo(self._gauges.start)
         self._spared = terms.dead
-        choice, stay = Choice(), set(terms.stay)
+        choice, stay = Choice(why=dict(self._hopeless)), set(terms.stay)
         for site in terms.stay:
             self._gauges.stay(site)
         for value in terms.closed:
@@ -133,9 +149,9 @@ class Choices:
         assert not self._equations.commit()
         choice.closed = list(terms.closed)
         self._take(terms.first, choice)
-        self._take([s for s in norms if s not in stay and s not in terms.first], choice)
+        self._take([s for s in norms if s not in terms.first], choice)
         self._take([v for v in self._gauges.unbiased if v not in terms.closed and v not in terms.open], choice)
-        self._take([s for s in rest if s not in stay and s not in terms.first], choice)
+        self._take([s for s in rest if s not in terms.first], choice)
         gone, failed = set(choice.gone), Choice()
         self._take([s for s in order if s not in gone and s not in stay], failed, self._gauges.stay)
         if failed.why:  # those that can neither go nor stay after the others: one or the other before them
@@ -178,7 +194,7 @@ class Choices:
                 continue
             (found,) = wrong.items()
             if len(chunk) > 1:
-                blamed = self._gauges.latest(*found)
+                blamed = self._gauges.latest(found[0], int(found[1][0]))
                 self._equations.undo(mark)
                 waiting += _parts(chunk, max(i for i, item in enumerate(chunk) if item in blamed))
                 continue
@@ -186,7 +202,7 @@ class Choices:
             self._equations.undo(mark)
             (item,) = chunk
             semantics = self._gauges.at(item)
-            if add is None and isinstance(semantics, Scaling) and bool((semantics.affine.scale == 0).any()):
+            if add is None and isinstance(semantics, Scaling) and self._zeros(item):
                 dead = item not in self._spared
                 self._go(item, dead=dead)
                 wrong = self._equations.commit()
@@ -210,6 +226,9 @@ class Choices:
             self._go(item, dead=item in self._spared)
         else:
             self._gauges.close(item)
+
+    def _zeros(self, site: Node) -> bool:
+        return bool((self._gauges.at(site).affine.scale == 0).any())  # type: ignore[attr-defined]
 
     def _is_norm(self, site: Node) -> bool:
         return site in self._norms

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
 
+import numpy as np
 import torch
 
 from bnfold.affine import Affine
@@ -217,11 +218,25 @@ class Gauges:
             self._recorded[key] = self.equations.recorded(add)
         self.equations.again(self._recorded[key])
 
-    def latest(self, system: str, wrong: Ints) -> set[Node]:
+    def latest(self, system: str, *wrong: int) -> set[Node]:
         """What adds the equations of the latest batch that contradict together: with all of these they do."""
         held = self.equations.systems[system]
-        numbers = held.why(int(wrong[0]), latest=True)
-        return {self.equations.origins[held.equation(number)[3]][0] for number in numbers}
+        return {self._adder(system, number) for number in held.why(*wrong, latest=True)}
+
+    def alone(self, system: str, wrong: Ints) -> dict[Node, Contradiction]:
+        """What contradicts without anything else of the latest batch, and how."""
+        held, mine = self.equations.systems[system], dict[Node, list[int]]()
+        for index in wrong.tolist():
+            mine.setdefault(self._adder(system, held.latest(index)), []).append(index)
+        return {
+            node: self.contradiction(system, np.array(own))
+            for node, own in mine.items()
+            if self.latest(system, own[0], own[-1]) == {node}
+        }
+
+    def _adder(self, system: str, number: int) -> Node:
+        node: Node = self.equations.origins[self.equations.systems[system].equation(number)[3]][0]
+        return node
 
     def contradiction(self, system: str, wrong: Ints) -> Contradiction:
         """Why equations of the latest batch contradict."""

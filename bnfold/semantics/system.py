@@ -119,6 +119,8 @@ class System:
         self._uses: list[tuple[Ints, Ints]] = []
         self._used: dict[int, list[int]] = {}
         self._read = self._settled = 0
+        #: The same of what came after the latest mark, from a number of equations on.
+        self._late: dict[int, dict[int, list[int]]] = {}
 
     def grow(self, ranks: Ints) -> None:
         """Adds variables, with their places in the total order."""
@@ -132,7 +134,7 @@ class System:
 
     def mark(self) -> tuple[int, int, int, int]:
         """A state to come back to."""
-        self._settled = len(self._uses)
+        self._settled, self._late = len(self._uses), {}
         return self._pivot.size, self._cols.size, len(self._batches), len(self._uses)
 
     def undo(self, mark: tuple[int, int, int, int]) -> None:
@@ -143,7 +145,7 @@ class System:
             column.size = rows
         self._cols.size = self._vals.size = entries
         del self._batches[batches:], self._ends[batches + 1 :], self._uses[uses:]
-        self._settled = uses
+        self._settled, self._late = uses, {}
         if self._read > uses:
             self._used, self._read = {}, 0
 
@@ -151,7 +153,7 @@ class System:
 
     def add(self, batch: Batch) -> Ints:
         """Adds equations; answers those that contradict, by their index in the batch, and then has to be undone."""
-        base = self._ends[-1]
+        base, self._late = self._ends[-1], {}
         self._batches.append(batch)
         self._ends.append(base + len(batch.rhs))
         left, marked = np.arange(len(batch.rhs)), np.zeros(len(batch.rhs), dtype=bool)
@@ -341,8 +343,10 @@ class System:
         base = self.latest(0) if latest else 0
         self._index(self._used, self._uses[self._read : self._settled])
         self._read = max(self._read, self._settled)
-        new: dict[int, list[int]] = {}
-        self._index(new, self._uses[self._settled :], base)
+        if base not in self._late:
+            self._late[base] = {}
+            self._index(self._late[base], self._uses[self._settled :], base)
+        new = self._late[base]
         found: dict[int, None] = {}
         for start in map(self.latest, indices):
             waiting = [] if start in found else [start]
