@@ -118,7 +118,7 @@ class OnnxGate:
         report: ExportReport | CheckReport | None = None
         problem = ""
         try:
-            with quiet(debug=False):
+            with quiet():
                 if path is not None:
                     report = bnfold.check(self._beside(path), model, args, kwargs, **options)
                 else:
@@ -129,7 +129,7 @@ class OnnxGate:
         if report is None:
             pytest.fail(problem, pytrace=False)
         if not report.passed:
-            pytest.fail(_rendered(report, target=str(path or "the export")), pytrace=False)
+            pytest.fail(_rendered(report), pytrace=False)
         return report
 
     def _beside(self, path: str | Path) -> Path:
@@ -154,19 +154,10 @@ def _item_name(node: Any) -> str:
     return name if name == full else f"{name}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
 
 
-def _rendered(report: ExportReport | CheckReport, *, target: str) -> str:
+def _rendered(report: ExportReport | CheckReport) -> str:
     import io
 
-    from bnfold.render import Page, check_report, export_report, problems, text
-    from bnfold.report import ExportReport
+    from bnfold.render import in_a_line, printed, text
 
-    check = report.check if isinstance(report, ExportReport) else report
-
-    def render(page: Page) -> None:
-        if isinstance(report, ExportReport):
-            export_report(report, page, destination=target, dry_run=False, verbose=False)
-        else:
-            check_report(report.source, target, report, page, verbose=False)
-
-    headline = problems(check) if check is not None else "nothing was judged"
-    return f"{headline}\n{text(render, io.StringIO())}"
+    shown = text(lambda page: printed(report, page, destination="the export"), io.StringIO())
+    return f"{in_a_line(report) or 'nothing was judged'}\n{shown}"

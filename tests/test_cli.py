@@ -478,7 +478,7 @@ REPORT = ExportReport(
 def shown(report: ExportReport, width: int, monkeypatch: pytest.MonkeyPatch, *, verbose: bool = False) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     return render.text(
-        lambda page: render.export_report(report, page, destination="out.onnx", dry_run=False, verbose=verbose),
+        lambda page: render.printed(report, page, destination="out.onnx", verbose=verbose),
         sys.stdout,
     )
 

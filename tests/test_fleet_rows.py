@@ -117,7 +117,7 @@ MODEL = '[[model]]\nsource = "net.py:make"\n'
         (MODEL + "samples = 'ten'", "model 1 ('make'): samples: 'ten' is no integer"),
         (MODEL + "samples = true", "model 1 ('make'): samples: True is no integer"),
         (MODEL + "samples = 0", "model 1 ('make'): samples: 0 is less than 1"),
-        (MODEL + "seed = 99999999999", "model 1 ('make'): seed: 99999999999 is more than 2147483648"),
+        (MODEL + "seed = 99999999999", "model 1 ('make'): seed: 99999999999 is more than 2147483647"),
         (MODEL + "limit = -1.0", "model 1 ('make'): limit: -1.0 is not more than 0"),
         (MODEL + "input = 'x:float32[N,3]'", "model 1 ('make'): input: 'x:float32[N,3]' is no array"),
         (MODEL + "input = [3]", "model 1 ('make'): input.0: 3 is no string"),

@@ -231,14 +231,14 @@ def test_labels_drawn_at_random_are_called_that(there: Path) -> None:
 
 
 def test_a_ratio_that_its_spread_makes_meaningless_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from bnfold import render
     from bnfold.commands.terminal import show
-    from bnfold.render.latency import latency_report
 
     unclear = replace(LATENCY.contestants[1], ratio=1.2345, interval=(0.9, 1.7))
-    show(lambda page: latency_report(replace(LATENCY, contestants=(LATENCY.contestants[0], unclear)), page))
+    show(lambda page: render.printed(replace(LATENCY, contestants=(LATENCY.contestants[0], unclear)), page))
     printed = capsys.readouterr().out
     assert "not told apart (0.900 to 1.700)" in printed and "1.234" not in printed and "0.81x" not in printed
-    show(lambda page: latency_report(LATENCY, page))
+    show(lambda page: render.printed(LATENCY, page))
     assert "2.000 (1.900 to 2.100)" in capsys.readouterr().out
 
 

@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).parent.parent / "bnfold"
 ALLOWED: dict[str, str] = {
     "__init__": "_version eager errors loading options pipeline report statistics",
     "__main__": "cli",
-    "pytest_plugin": "commands render report",
+    "pytest_plugin": "commands render",
     "cli": "_version commands errors",
-    "commands": "errors files fleet gate loading options pipeline render report runtime sharding stages store timing",
+    "commands": "errors files fleet gate loading options pipeline render report runtime sharding store timing",
     "fleet": "_version errors graph lowering pipeline render report runtime store",
     "pipeline": "errors gate graph interface loading lowering onnx_flow options report runtime stages statistics store",
     "onnx_flow": "affine drawing errors gate graph loading lowering options passes report runtime stages"

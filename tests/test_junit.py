@@ -102,7 +102,7 @@ def test_the_next_command_is_one_of_the_program() -> None:
 
 
 def test_integers_that_are_wrong_do_not_pass() -> None:
-    from bnfold.render import Page, check_report, text
+    from bnfold import render
 
     counts = tuple(OutputResult(name, "count", 0, 0, 0, 0, 16) for name in ("folded torch", "ONNX Runtime"))
     problem = "ONNX Runtime, output 'count': 3 of 160 integers differ"
@@ -113,10 +113,9 @@ def test_integers_that_are_wrong_do_not_pass() -> None:
     assert any(problem in str(failure.get("message")) for failure in root.findall(".//failure"))
 
     def printed(report: CheckReport) -> str:
-        def render(page: Page) -> None:
-            check_report({"source": "net.py:make"}, "net.onnx", report, page, verbose=False)
-
-        (line,) = (row for row in text(render, io.StringIO()).splitlines() if "count: noise" in row)
+        named = replace(report, source={"source": "net.py:make"})
+        shown = render.text(lambda page: render.printed(named, page), io.StringIO())
+        (line,) = (row for row in shown.splitlines() if "count: noise" in row)
         return line
 
     assert "FAIL" in printed(check) and "PASS" in printed(replace(check, problems=FAILED.problems))

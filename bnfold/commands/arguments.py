@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from bnfold.commands.ends import exit_code
-from bnfold.errors import UsageError
-from bnfold.files import there
 
-if TYPE_CHECKING:
-    from bnfold.loading.specs import InputSpec, Range
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+#: What gives a function one or more parameters of the command line.
+Decorator = Callable[[Any], Any]
 _Row = tuple[Sequence[str], dict[str, Any]]
 _PATH = click.Path(path_type=Path)
 _NO_GROUP = "Help"
@@ -79,17 +71,40 @@ def _file(*names: str, **settings: Any) -> _Row:
     return names, {"type": _PATH, "metavar": "FILE", **settings}
 
 
-def _number(*names: str, **settings: Any) -> _Row:
+def _shown(*names: str, **settings: Any) -> _Row:
     return names, {"show_default": True, **settings}
 
 
-def _options(group: str, *rows: _Row) -> Callable[[_Function], _Function]:
+def _count(*names: str, least: int = 1, **settings: Any) -> _Row:
+    return _shown(*names, type=click.IntRange(least, _MOST), **settings)
+
+
+def _number(*names: str, **settings: Any) -> _Row:
+    return names, {"type": click.IntRange(1, _MOST), "metavar": "N", **settings}
+
+
+def _positive(*names: str, **settings: Any) -> _Row:
+    return _shown(*names, type=float, callback=_finite, **settings)
+
+
+def _options(group: str, *rows: _Row) -> Decorator:
     """A decorator that gives a command the options in ``rows``."""
 
-    def decorate(function: _Function) -> _Function:
+    def decorate(function: Any) -> Any:
         for names, settings in reversed(rows):
             function = click.option(*names, cls=Option, group=group, **settings)(function)
         return function
+
+    return decorate
+
+
+def command(*parts: Decorator) -> Callable[[Callable[..., int]], Command]:
+    """Makes a command of a function: its arguments and options in the order of the help, and --debug."""
+
+    def decorate(function: Any) -> Command:
+        for part in reversed((*parts, _DEBUG)):
+            function = part(function)
+        return click.command(cls=Command)(function)
 
     return decorate
 
@@ -115,6 +130,7 @@ def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> 
     ctx.meta["debug"] = value
 
 
+_STRICT = _flag("--strict", help="Refuse --weights with keys that no part of the model has; they are left out else.")
 _SOURCE: tuple[_Row, ...] = (
     _file("--weights", help="Checkpoint: .safetensors, from torch.save, an index of shards, or a folder of one."),
     _row("--weights-key", metavar="KEY", help="Where in the checkpoint the weights are, e.g. ema.module."),
@@ -123,21 +139,17 @@ _SOURCE: tuple[_Row, ...] = (
     _row("--arg", "args", multiple=True, metavar="NAME=VALUE", help="Argument of the factory; repeatable."),
     _flag("--unsafe-pickle", help="Load pickled objects. THE FILE CAN THEN RUN ANY CODE."),
 )
-_STRICT = _flag("--strict", help="Refuse --weights with keys that no part of the model has; they are left out else.")
 _CONVERTED: tuple[_Row, ...] = (
     _row(
-        "--dtype",
-        type=click.Choice(["float32", "float16", "bfloat16"]),
-        metavar="DTYPE",
+        "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), metavar="DTYPE",
         help="Convert the model first: float32, float16 or bfloat16.",
     ),
     _flag("--normalize", help="Put (x - mean) / std in front, of the model's own configuration; it then folds."),
     _row("--mean-std", metavar="MEAN/STD", help="The same by hand: 0.485,0.456,0.406/0.229,0.224,0.225 or 0.5/0.5."),
-)
-source_options = _options("The model", *_SOURCE, _STRICT)
-model_options = _options("The model", *_SOURCE, _STRICT, *_CONVERTED)
-inspected_options = _options("The model", *_SOURCE, *_CONVERTED)
-input_options = _options(
+)  # fmt: skip
+UNCONVERTED = _options("The model", *_SOURCE, _STRICT)
+MODEL = _options("The model", *_SOURCE, _STRICT, *_CONVERTED)
+INPUTS = _options(
     "Its inputs",
     _row(
         "--input", "inputs", multiple=True, metavar="SPEC",
@@ -147,12 +159,13 @@ input_options = _options(
     _row("--dynamic", multiple=True, metavar="N=1..64", help="Range of a dynamic size; repeatable."),
     _flag("--static", help="No dynamic sizes. Default: the batch is dynamic."),
 )  # fmt: skip
-health_options = _options(
+INSPECTED = _options("The model", *_SOURCE, *_CONVERTED)
+HEALTH = _options(
     "The health",
     _file("--data", metavar="FILE.npz", help="Samples in arrays named like the inputs, to compare statistics with."),
     _flag("--strict", help="Exit code 1 if there is an error or a warning; refuse keys that the model lacks."),
 )
-calibration_options = _options(
+CALIBRATION = _options(
     "The statistics",
     _file(
         "--data", required=True, type=_DATA, metavar="FILE.npz",
@@ -161,35 +174,37 @@ calibration_options = _options(
     ),
     _file("-o", "--output", required=True, help="A .safetensors file with all weights, for --weights."),
     _row("--only", multiple=True, metavar="PATTERN", help="BatchNorms to measure, e.g. 'layer4.*'; repeatable."),
-    _row(
-        "--scheme", type=click.Choice(["sequential", "one-pass"]), default="sequential", show_default=True,
+    _shown(
+        "--scheme", type=click.Choice(["sequential", "one-pass"]), default="sequential",
         help="sequential: each layer behind measured ones, a pass over the data per level. one-pass: with batch "
         "statistics in front, as in training.",
     ),
-    _number("--batch-size", type=click.IntRange(1, _MOST), default=64, help="Samples at a time."),
+    _count("--batch-size", default=64, help="Samples at a time."),
 )  # fmt: skip
-gate_options = _options(
+_SAMPLES: tuple[_Row, ...] = (
+    _count("--samples", default=10, help="Samples to compare, 10 at least."),
+    _count("--seed", least=0, default=0, help="Of random samples."),
+)
+GATE = _options(
     "The check",
     _file(
         "--data", type=_DATA, metavar="FILE.npz",
         help="Real samples in arrays named like the inputs; 'labels', or targets named like the outputs, if known. For "
         "check also several files: 'shards/*.npz', here or as a URL for fsspec.",
     ),
-    _number("--samples", type=click.IntRange(1, _MOST), default=10, help="Samples to compare, 10 at least."),
-    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
+    *_SAMPLES,
     _flag("--adversarial", help="Also look by gradient for inputs that overflow, or differ most; takes its time."),
-    _number("--limit", type=float, default=4.0, callback=_finite, help="Largest error, in the unfolded model's own."),
+    _positive("--limit", default=4.0, help="Largest error, in the unfolded model's own."),
     _file("--baseline", metavar="FILE.json", help="Fail where this run is worse than the one written there."),
     _flag("--update-baseline", help="Write it, new or anew, if the verdict is a pass."),
 )  # fmt: skip
-bisect_options = _options(
+SEARCH = _options(
     "The search",
     _file("--data", metavar="FILE.npz", help="Real samples in arrays named like the inputs."),
-    _number("--samples", type=click.IntRange(1, _MOST), default=10, help="Samples to compare, 10 at least."),
-    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of random samples."),
+    *_SAMPLES,
 )
 _DEVICE: tuple[_Row, ...] = (
-    _number(
+    _shown(
         "--device", metavar="NAME", default="auto",
         help="Where ONNX Runtime runs: cpu, cuda, tensorrt, openvino, directml, coreml, qnn, or what it calls another "
         "provider. It never falls back; auto is CUDA where that works.",
@@ -197,16 +212,16 @@ _DEVICE: tuple[_Row, ...] = (
     _row("--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE", callback=_pairs,
          help="Option of that provider, e.g. device_type=CPU or trt_fp16_enable=1; repeatable."),
 )  # fmt: skip
-device_option = _options("The check", *_DEVICE)
-engine_options = _options(
+DEVICE = _options("The check", *_DEVICE)
+ENGINE = _options(
     "The check",
     *_DEVICE,
     _flag("--require-all-nodes", help="Fail where a node runs on another provider than that."),
     _row("--runner", metavar="FILE.py:NAME", help="Judge a function from a dict of arrays to a dict or list as well."),
-    _number("--runner-timeout", type=float, default=300.0, callback=_finite, help="Seconds for one call of it."),
+    _positive("--runner-timeout", default=300.0, help="Seconds for one call of it."),
     _row("--precision", metavar="FORMAT", help="What it computes in: tf32, float16, bfloat16. Default: as the model."),
 )
-output_options = _options(
+OUTPUT = _options(
     "The file",
     _file("-o", "--output", help="Where it goes; untouched unless the verdict is a pass."),
     _flag("--no-check", help="Write it unproved."),
@@ -216,18 +231,18 @@ output_options = _options(
     _flag("--equalize", help="Move scales between consecutive layers so that per-tensor int8 loses less."),
     _flag("--allow-nonfinite", help="Leave a BatchNorm with NaN or infinities in, instead of failing."),
 )
-onnx_options = _options(
+ONNX = _options(
     "The file",
     _row("--input-names", metavar="A,B", callback=_names, help="Of its inputs, in order. Default: the model's own."),
     _row("--output-names", metavar="A,B", callback=_names, help="Of its outputs, in order."),
     _row("--metadata", multiple=True, metavar="KEY=VALUE", callback=_pairs, help="Entry of its metadata; repeatable."),
-    _row("--opset", type=click.IntRange(1, _MOST), metavar="N", help="ONNX operator set. Default: torch.onnx's."),
+    _number("--opset", help="ONNX operator set. Default: torch.onnx's."),
     _row("--external-data/--no-external-data", default=None, help="Weights in a file beside it. Default: above 1 GB."),
     _flag("--no-fold", help="Export the model as it is, to compare with."),
     _flag("--no-simplify", help="Leave out onnxsim."),
     _flag("--simplify", help="Run onnxsim on an ONNX file too; else only what folds is touched."),
 )
-fold_options = _options(
+EAGER = _options(
     "The file",
     _flag("--eager", help="Write .safetensors for the model's own class, the folds in its weights; see the README."),
 )
@@ -237,48 +252,36 @@ _REPORT = _file(
     help="Write it to a file as well: JSON, a page to read, or JUnit; repeatable.",
 )  # fmt: skip
 _QUIET = _flag("--quiet", "-q", help="No progress and no report: errors and the exit code.")
-report_options = _options(
-    "The report",
-    _REPORT,
-    _JSON,
-    _flag("--verbose", "-v", help="List every affine and every candidate."),
-    _QUIET,
-)
-json_option = _options("The report", _JSON)
+_VERBOSE = _flag("--verbose", "-v", help="List every affine and every candidate.")
+REPORT = _options("The report", _REPORT, _JSON, _VERBOSE, _QUIET)
+LATENCY_REPORT = _options("The report", _REPORT, _JSON, _QUIET)
+FLEET_REPORT = _options("The report", _JSON, _QUIET)
+FINDINGS = _options("The report", _JSON)
 _WORKERS: tuple[_Row, ...] = (
     _row("--scheduler", metavar="ADDRESS", help="Of Dask's distributed, as tcp://host:8786. Default: this machine."),
-    _row("--workers", type=click.IntRange(1, _MOST), metavar="N", help="Of this machine. Default: as many as fit."),
+    _number("--workers", help="Of this machine. Default: as many as fit."),
 )
-workers_options = _options("The workers", *_WORKERS)
-fleet_options = _options(
+WORKERS = _options("The workers", *_WORKERS)
+FLEET = _options(
     "The workers",
     *_WORKERS,
     _row("--memory", metavar="SIZE", help="Limit of each, and so of a model's process: '4 GB'. Default: its share."),
-    _number(
-        "--timeout", type=float, default=3600.0, callback=_finite, help="Seconds until a model's process is ended."
-    ),
+    _positive("--timeout", default=3600.0, help="Seconds until a model's process is ended."),
     _row("-o", "--output", required=True, metavar="FOLDER", help="Where results go: a folder, or a URL for fsspec."),
     _flag("--retry", help="Export again what failed in an earlier run, though nothing has changed."),
 )
-fleet_report_options = _options("The report", _JSON, _QUIET)
-bench_options = _options(
+MEASUREMENT = _options(
     "The measurement",
     _row("--source", metavar="SOURCE", help="Measure this torch model as well, on the same inputs."),
-    _number("--runs", type=click.IntRange(6, _MOST), default=50, help="Rounds; each contestant has a turn in each."),
-    _number("--warmup", type=click.IntRange(0, _MOST), default=5, help="Calls of each that do not count."),
-    _row(
-        "--threads",
-        type=click.IntRange(1, _MOST),
-        metavar="N",
-        help="For one call. Default: what ONNX Runtime chooses.",
-    ),
-    _row("--batch", type=click.IntRange(1, _MOST), metavar="N", help="Size of a dynamic batch. Default: 1."),
+    _count("--runs", least=6, default=50, help="Rounds; each contestant has a turn in each."),
+    _count("--warmup", least=0, default=5, help="Calls of each that do not count."),
+    _number("--threads", help="For one call. Default: what ONNX Runtime chooses."),
+    _number("--batch", help="Size of a dynamic batch. Default: 1."),
     _row("--input", "inputs", multiple=True, metavar="NAME[1,3,224,224]", help="Whole shape of an input; repeatable."),
-    _number("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the inputs and of the order."),
+    _count("--seed", least=0, default=0, help="Of the inputs and of the order."),
     *_DEVICE,
 )
-bench_report_options = _options("The report", _REPORT, _JSON, _QUIET)
-debug_option = _options(
+_DEBUG = _options(
     "The report",
     _flag(
         "--debug", expose_value=False, is_eager=True, callback=_note_debug,
@@ -294,114 +297,9 @@ CLASHES = (
     ("dry_run", "keep_failed"),
     ("dry_run", "update_baseline"),
     ("quiet", "verbose"),
-    ("no_fold", "allow_nonfinite"),
-    ("no_fold", "no_merge"),
-    ("eager", "no_merge"),
-    ("eager", "equalize"),
-    ("no_fold", "equalize"),
-    ("eager", "normalize"),
-    ("eager", "mean_std"),
+    *(("no_fold", other) for other in ("allow_nonfinite", "no_merge", "equalize")),
+    *(("eager", other) for other in ("no_merge", "equalize", "normalize", "mean_std")),
     ("normalize", "mean_std"),
     *(("no_check", other) for other in ("data", "samples", "seed", "limit", "device", "keep_failed", "baseline")),
     *(("no_check", other) for other in ("adversarial", "provider_options", "require_all_nodes", "runner")),
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run's arguments, understood and free of contradictions."""
-
-    source: str
-    given: dict[str, Any]
-    reads: tuple[Path, ...]
-    factory_args: dict[str, Any]
-    specs: tuple[InputSpec, ...] = ()
-    ranges: Mapping[str, Range] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, source: str, given: dict[str, Any], *, suffix: str = "", reads: Sequence[Path] = ()) -> Job:
-        """Raises UsageError where options contradict one another."""
-        _check_output(given, suffix)
-        check_contradictions(given)
-        file = Path(source if there(source) else source.rpartition(":")[0] or source)
-        if source.startswith("hf:"):
-            file = Path(source[len("hf:") :]) / "model.safetensors"
-            with contextlib.suppress(RuntimeError):  # there is no such user
-                file = file.expanduser()
-        read = [file, *(given[name] for name in ("weights", "data") if given.get(name)), *reads]
-        _check_reports(given, read)
-        if given.get("baseline") is not None or given.get("update_baseline"):
-            from bnfold.gate.baseline import expect_baseline
-
-            expect_baseline(given["baseline"], update=given["update_baseline"], sources=read)
-        return cls(source, given, tuple(read), _factory_args(given["args"]), *_inputs(given))
-
-
-def _check_reports(given: dict[str, Any], read: Sequence[Path]) -> None:
-    taken = {os.path.realpath(given[name]) for name in ("output", "baseline") if given.get(name) is not None}
-    for report in given["report"]:
-        from bnfold.store import check_destination
-
-        where = f"--report {report}"
-        if report.suffix.lower() not in REPORTS:
-            raise UsageError("a report is a .json, .html or .xml file", where=where)
-        if report.suffix.lower() == ".html":
-            from bnfold.render import require_matplotlib
-
-            require_matplotlib()
-        check_destination(report, sources=read)
-        if os.path.realpath(report) in taken:
-            raise UsageError("the report and another output are one file", where=where)
-        taken.add(os.path.realpath(report))
-
-
-def _check_output(given: dict[str, Any], suffix: str) -> None:
-    if not suffix:
-        return
-    output = given["output"]
-    if output is None and not given["dry_run"]:
-        raise UsageError(f"-o says where the {suffix} file goes, and is missing", hint="To write nothing: --dry-run")
-    if output is not None and output.suffix.lower() != suffix and not (there(output) and output.is_dir()):
-        eager = "; with --eager .safetensors, for the model's own class"
-        hint = {
-            ".onnx": f"The fold command writes .pt2{eager}",
-            ".pt2": f"The export command writes .onnx{eager if output.suffix.lower() == '.safetensors' else ''}",
-            ".safetensors": "--eager writes the state dict of the model's own class; without it, .pt2 is written",
-        }.get(suffix)
-        raise UsageError(f"the output must be a {suffix} file", where=f"-o {output}", hint=hint)
-
-
-def check_contradictions(given: dict[str, Any]) -> None:
-    """Raises UsageError where options that were given contradict one another."""
-    context = click.get_current_context()
-    said = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    for one, other in CLASHES:
-        if {one, other} <= said:
-            a, b = (f"--{name.replace('_', '-')}" for name in (one, other))
-            raise UsageError(f"{a} and {b} contradict each other", hint="Leave one of them out")
-
-
-def _inputs(given: dict[str, Any]) -> tuple[tuple[InputSpec, ...], dict[str, Range]]:
-    """What --input and --dynamic say."""
-    texts, dynamic = given.get("inputs", ()), given.get("dynamic", ())
-    if not texts and not dynamic:
-        return (), {}
-    from bnfold.loading.specs import parse_dynamic, parse_input
-
-    specs = tuple(map(parse_input, texts))
-    if given.get("static") and any(isinstance(dim, str) for spec in specs for dim in spec.dims):
-        raise UsageError("--static and an --input with letters contradict each other", hint="Write numbers")
-    return specs, {name: (low, high) for name, low, high in map(parse_dynamic, dynamic)}
-
-
-def _factory_args(texts: Sequence[str]) -> dict[str, Any]:
-    if not texts:
-        return {}
-    from bnfold.loading.specs import parse_factory_arg
-
-    found: dict[str, Any] = {}
-    for name, value in map(parse_factory_arg, texts):
-        if name in found:
-            raise UsageError("this argument is given twice", where=f"--arg {name}")
-        found[name] = value
-    return found

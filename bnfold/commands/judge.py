@@ -1,42 +1,25 @@
-"""``check``: what judges a file that is there already."""
+"""``check`` and ``bisect``: what judges a file that is there already, and finds the place where it goes wrong."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from bnfold.commands.arguments import (
-    Command,
-    Job,
-    debug_option,
-    engine_options,
-    gate_options,
-    input_options,
-    model_options,
-    report_options,
-    workers_options,
-)
-from bnfold.commands.running import exit_code, load_model, pipeline_options, present, with_arguments, working
+from bnfold.commands.arguments import DEVICE, ENGINE, GATE, INPUTS, MODEL, REPORT, SEARCH, WORKERS, command
+from bnfold.commands.job import Job
+from bnfold.commands.running import finish, load_model, pipeline_options, working
 from bnfold.commands.sharded import looker, sharded
 from bnfold.errors import UsageError
 
-if TYPE_CHECKING:
-    from bnfold.render import Page
+_NAMED = click.argument("named", metavar="[NET.ONNX] SOURCE", nargs=-1, required=True)
+_FILE = click.argument("file", metavar="NET.ONNX", type=click.Path(path_type=Path))
 
 
-@click.command(cls=Command)
-@click.argument("named", metavar="[NET.ONNX] SOURCE", nargs=-1, required=True)
-@model_options
-@input_options
-@gate_options
-@engine_options
-@workers_options
-@report_options
-@debug_option
+@command(_NAMED, MODEL, INPUTS, GATE, ENGINE, WORKERS, REPORT)
 def check(named: tuple[str, ...], **given: Any) -> int:
     """Judge an existing ONNX file against a torch model or another file, or whatever else runs the model.
 
@@ -54,18 +37,34 @@ def check(named: tuple[str, ...], **given: Any) -> int:
     job = Job.of(source, given, reads=[file] if file else [])
     with working(job) as progress:
         from bnfold import pipeline
-        from bnfold.stages import source_facts
 
         loaded, inputs = load_model(job)
         with sharded(job, partial(looker, job, file), progress, "accuracy") as (data, spread):
             options = replace(pipeline_options(job, loaded, progress), data=data)
             report = pipeline.check(file, loaded.model, **inputs, options=options, spread=spread)
-        origin = source_facts(loaded.provenance)
+    return finish(job, report)
 
-    def render(page: Page, verbose: bool) -> None:
-        from bnfold.render import check_report
 
-        check_report(origin, str(file or given["runner"]), with_arguments(job, report), page, verbose=verbose)
+@command(_FILE, click.argument("source"), MODEL, INPUTS, SEARCH, DEVICE, REPORT)
+def bisect(file: Path, source: str, **given: Any) -> int:
+    """Name the first module of an ONNX file that leaves the noise, and what was folded into it.
 
-    present(job, report, render)
-    return exit_code(job, report)
+    The file is held against a torch model, or against another file.
+
+    Where ONNX Runtime's optimisations make a right file wrong, name the one to disable. The exit code is 0 where
+    nothing leaves the noise, and 1 where something does.
+
+    \b
+    bnfold bisect net.failed.onnx net.py:make --weights net.safetensors
+    bnfold bisect simplified.onnx net.onnx
+    """
+    job = Job.of(source, given, reads=[file])
+    for path in given["report"]:
+        if path.suffix.lower() != ".json":
+            raise UsageError("what bisect finds is written as .json alone", where=f"--report {path}")
+    with working(job) as progress:
+        from bnfold import pipeline
+
+        loaded, inputs = load_model(job)
+        report = pipeline.bisect(file, loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
+    return finish(job, report)

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from bnfold.commands.arguments import (
-    Command,
-    Job,
-    debug_option,
-    health_options,
-    input_options,
-    inspected_options,
-    json_option,
-    report_options,
-)
-from bnfold.commands.running import load_model, pipeline_options, present, quiet, working
+from bnfold.commands.arguments import FINDINGS, HEALTH, INPUTS, INSPECTED, REPORT, command
+from bnfold.commands.job import Job
+from bnfold.commands.running import finish, load_model, pipeline_options, quiet, working
 from bnfold.commands.terminal import show, write
 
-if TYPE_CHECKING:
-    from bnfold.render import Page
 
-
-@click.command(cls=Command)
-@click.argument("source")
-@inspected_options
-@input_options
-@health_options
-@report_options
-@debug_option
+@command(click.argument("source"), INSPECTED, INPUTS, HEALTH, REPORT)
 def inspect(source: str, **given: Any) -> int:
     """Print the health of every BatchNorm and the fold plan. Writes nothing.
 
@@ -47,23 +30,13 @@ def inspect(source: str, **given: Any) -> int:
 
         loaded, inputs = load_model(job)
         report = pipeline.inspect(loaded.model, **inputs, options=pipeline_options(job, loaded, progress))
-
-    def render(page: Page, verbose: bool) -> None:
-        from bnfold.render import diagnosis
-
-        diagnosis(report, page, verbose=verbose)
-
-    present(job, report, render)
-    return 1 if given["strict"] and not report.healthy else 0
+    return finish(job, report)
 
 
-@click.command(cls=Command)
-@json_option
-@debug_option
-@click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> int:
+@command(FINDINGS)
+def doctor(as_json: bool) -> int:
     """Print versions, providers that really work, and what is wrong here. Exit code 5 if something is."""
-    with quiet(debug=bool(ctx.meta.get("debug"))), contextlib.redirect_stdout(sys.stderr):
+    with quiet(), contextlib.redirect_stdout(sys.stderr):
         from bnfold.runtime.doctor import examine
 
         found = examine()

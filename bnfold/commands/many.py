@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.commands.arguments import Command, check_contradictions, debug_option, fleet_options, fleet_report_options
+from bnfold.commands.arguments import FLEET, FLEET_REPORT, command
+from bnfold.commands.job import refuse_contradictions
 from bnfold.commands.running import quiet
 from bnfold.commands.terminal import fail, show, write
 
@@ -17,13 +18,8 @@ if TYPE_CHECKING:
     from bnfold.report import ModelRow
 
 
-@click.command(cls=Command)
-@click.argument("models", metavar="MODELS.TOML", type=click.Path(path_type=Path))
-@fleet_options
-@fleet_report_options
-@debug_option
-@click.pass_context
-def fleet(ctx: click.Context, /, models: Path, output: str, **given: Any) -> int:
+@command(click.argument("models", metavar="MODELS.TOML", type=click.Path(path_type=Path)), FLEET, FLEET_REPORT)
+def fleet(models: Path, output: str, **given: Any) -> int:
     """Export every model of a list, on all cores or on a cluster, and write a page about all of them.
 
     What an earlier run has done and what nothing has changed of is not done again. pip install 'bnfold[fleet]'
@@ -32,7 +28,7 @@ def fleet(ctx: click.Context, /, models: Path, output: str, **given: Any) -> int
     bnfold fleet models.toml -o out/
     bnfold fleet models.toml -o s3://bucket/out --scheduler tcp://host:8786
     """
-    check_contradictions(given)
+    refuse_contradictions(given)
     from bnfold.fleet.rows import ListError, read_rows, size_of
 
     memory = size_of(given["memory"]) if given["memory"] else None
@@ -42,7 +38,7 @@ def fleet(ctx: click.Context, /, models: Path, output: str, **given: Any) -> int
         for fault in error.faults:
             fail(f"{models}: {fault}", 2)
         return 2
-    with quiet(debug=bool(ctx.meta.get("debug"))), contextlib.redirect_stdout(sys.stderr):
+    with quiet(), contextlib.redirect_stdout(sys.stderr):
         from bnfold.fleet.cluster import Where
         from bnfold.fleet.places import Folder
         from bnfold.fleet.run import run

@@ -8,22 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnfold.commands.arguments import Command, Job, bench_options, bench_report_options, debug_option, model_options
-from bnfold.commands.running import load_source, present, working
+from bnfold.commands.arguments import LATENCY_REPORT, MEASUREMENT, MODEL, command
+from bnfold.commands.job import Job
+from bnfold.commands.running import finish, load_source, working
 from bnfold.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from bnfold.render import Page
+_FILES = click.argument(
+    "files", metavar="NET.ONNX [OTHER.ONNX]...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 
 
-@click.command(cls=Command)
-@click.argument("files", metavar="NET.ONNX [OTHER.ONNX]...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@bench_options
-@model_options
-@bench_report_options
-@debug_option
+@command(_FILES, MEASUREMENT, MODEL, LATENCY_REPORT)
 def bench(files: tuple[Path, ...], **given: Any) -> int:
     """Measure latency, in pairs: every round gives each file, and the torch model, a turn in random order.
 
@@ -35,7 +33,6 @@ def bench(files: tuple[Path, ...], **given: Any) -> int:
     """
     source, shapes = given["source"], _shapes(given["inputs"])
     _check_model_options(given)
-    given["verbose"] = False
     job = Job.of(source or str(files[0]), given, reads=files)
     with working(job) as progress:
         from bnfold.timing.bench import bench as run
@@ -47,14 +44,7 @@ def bench(files: tuple[Path, ...], **given: Any) -> int:
             threads=given["threads"], batch=given["batch"], shapes=shapes, rounds=given["runs"],
             warmup=given["warmup"], seed=given["seed"], progress=progress,
         )  # fmt: skip
-
-    def render(page: Page, verbose: bool) -> None:
-        from bnfold.render import latency_report
-
-        latency_report(report, page)
-
-    present(job, report, render)
-    return 0
+    return finish(job, report)
 
 
 def _check_model_options(given: Mapping[str, Any]) -> None:

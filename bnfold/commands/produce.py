@@ -1,44 +1,35 @@
-"""``export`` and ``fold``: what writes a model."""
+"""``export``, ``fold`` and ``calibrate``: what writes a model."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from bnfold.commands.arguments import (
-    Command,
-    Job,
-    debug_option,
-    engine_options,
-    fold_options,
-    gate_options,
-    input_options,
-    model_options,
-    onnx_options,
-    output_options,
-    report_options,
+    CALIBRATION,
+    EAGER,
+    ENGINE,
+    GATE,
+    INPUTS,
+    MODEL,
+    ONNX,
+    OUTPUT,
+    REPORT,
+    UNCONVERTED,
+    WORKERS,
+    command,
 )
-from bnfold.commands.running import exit_code, is_onnx, load_model, pipeline_options, present, with_arguments, working
-
-if TYPE_CHECKING:
-    from bnfold.render import Page
-    from bnfold.report import ExportReport
+from bnfold.commands.job import Job
+from bnfold.commands.running import finish, is_onnx, load_model, load_source, pipeline_options, working
+from bnfold.commands.sharded import observer, sharded
 
 
-@click.command(cls=Command)
-@click.argument("source")
-@output_options
-@onnx_options
-@model_options
-@input_options
-@gate_options
-@engine_options
-@report_options
-@debug_option
+@command(click.argument("source"), OUTPUT, ONNX, MODEL, INPUTS, GATE, ENGINE, REPORT)
 def export(source: str, **given: Any) -> int:
     """Fold, lower to ONNX, check, and write.
 
@@ -51,15 +42,7 @@ def export(source: str, **given: Any) -> int:
     return _produce(source, given, "export", ".onnx")
 
 
-@click.command(cls=Command)
-@click.argument("source")
-@output_options
-@fold_options
-@model_options
-@input_options
-@gate_options
-@report_options
-@debug_option
+@command(click.argument("source"), OUTPUT, EAGER, MODEL, INPUTS, GATE, REPORT)
 def fold(source: str, **given: Any) -> int:
     """Fold, check, and write the folded program as .pt2, or the folded weights of the model's class; no ONNX.
 
@@ -72,31 +55,42 @@ def fold(source: str, **given: Any) -> int:
     return _produce(source, given, "save_folded", ".safetensors" if given["eager"] else ".pt2")
 
 
-def _produce(source: str, given: dict[str, Any], command: str, suffix: str) -> int:
+def _produce(source: str, given: dict[str, Any], function: str, suffix: str) -> int:
     """What ``export`` and ``fold`` share: all but the pipeline's function and the kind of file."""
-    job = Job.of(source, given, suffix=suffix)
+    job, output = Job.of(source, given, suffix=suffix), given["output"]
     with contextlib.ExitStack() as stack:
-        output = given["output"]
         if output is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bnfold-"))
-            output = Path(folder) / f"model{suffix}"
-        else:
-            from bnfold.store import check_destination
-
-            check_destination(output, sources=job.reads)  # before torch is imported, and anything is computed
+            output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bnfold-"))) / f"model{suffix}"
         with working(job) as progress:
             from bnfold import pipeline
 
             loaded, inputs = load_model(job)
             options = pipeline_options(job, loaded, progress)
-            report: ExportReport = getattr(pipeline, command)(loaded.model, output, **inputs, options=options)
+            report = getattr(pipeline, function)(loaded.model, output, **inputs, options=options)
+    return finish(job, report, destination=None if given["dry_run"] else str(output))
 
-    def render(page: Page, verbose: bool) -> None:
-        from bnfold.render import export_report
 
-        export_report(
-            with_arguments(job, report), page, destination=str(output), dry_run=given["dry_run"], verbose=verbose
-        )
+@command(click.argument("source"), CALIBRATION, UNCONVERTED, WORKERS, REPORT)
+def calibrate(source: str, **given: Any) -> int:
+    """Measure BatchNorm statistics over data, and write all weights with them.
 
-    present(job, report, render)
-    return exit_code(job, report.check)
+    For BatchNorms without running statistics (they can be folded then), and for statistics that went bad.
+
+    \b
+    bnfold calibrate net.py:make --weights net.safetensors --data train.npz -o stats.safetensors
+    bnfold calibrate net.py:make --data 's3://bucket/train/*.npz' --scheduler tcp://host:8786 -o stats.safetensors
+    bnfold export net.py:make --weights stats.safetensors -o net.onnx
+    """
+    job = Job.of(source, given, suffix=".safetensors")
+    with working(job) as progress:
+        from bnfold import pipeline
+        from bnfold.options import Options
+
+        loaded = load_source(job)
+        with sharded(job, partial(observer, job), progress, "calibrate") as (data, spread):
+            report = pipeline.save_calibrated(
+                loaded.model, given["output"], data, only=given["only"] or None, scheme=given["scheme"],
+                batch=given["batch_size"], spread=spread,
+                options=Options(provenance=loaded.provenance, sources=job.reads, progress=progress),
+            )  # fmt: skip
+    return finish(job, report)

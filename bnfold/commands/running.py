@@ -9,23 +9,21 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from bnfold.commands.arguments import Job
+from bnfold.commands.job import Job
 from bnfold.commands.terminal import Unfailing, fail, show, write
 from bnfold.errors import UsageError
 
 if TYPE_CHECKING:
     from bnfold.loading.load import Loaded
     from bnfold.options import Options
-    from bnfold.render import Page, Progress
-    from bnfold.render.files import Report
-    from bnfold.report import Bisection, CheckReport
+    from bnfold.render import Progress, Report
 
 _Report = TypeVar("_Report")
 #: What a run that is proposed does not take over from this one: where it writes, and how much it says.
@@ -40,17 +38,16 @@ def load_model(job: Job) -> tuple[Loaded, dict[str, Any]]:
 
     from bnfold.loading.inputs import model_inputs
 
-    given, specs, ranges = job.given, job.specs, job.ranges
+    specs, ranges = job.specs, job.ranges
     loaded = load_source(job)
     if is_onnx(job.source):
         if specs or ranges:
             raise UsageError("--input and --dynamic do not apply to an ONNX file", hint="Its inputs are in the file")
         return loaded, {}
-    if given["static"] and not isinstance(loaded.model, torch.nn.Module):
+    if job.given["static"] and not isinstance(loaded.model, torch.nn.Module):
         raise UsageError("--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file")
-    args, kwargs, shapes = model_inputs(
-        loaded.model, loaded.args, loaded.kwargs, specs, ranges, seed=given.get("seed", 0)
-    )
+    seed = job.given.get("seed", 0)
+    args, kwargs, shapes = model_inputs(loaded.model, loaded.args, loaded.kwargs, specs, ranges, seed=seed)
     return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
 
 
@@ -75,36 +72,17 @@ def load_source(job: Job) -> Loaded:
 
 
 def pipeline_options(job: Job, loaded: Loaded, progress: Callable[[str, int, int], None]) -> Options:
-    """What the command line asks of the pipeline."""
+    """What the command line asks of the pipeline: options of one name as they are, and what those that say no mean."""
     from bnfold.options import Options
 
     given = job.given
-    same: tuple[str, ...] = ("device", "data", "samples", "seed", "limit", "opset", "static", "external_data")
-    same += ("provider_options", "require_all_nodes", "runner", "runner_timeout", "precision")
-    same += (
-        "input_names",
-        "output_names",
-        "metadata",
-        "allow_nonfinite",
-        "keep_failed",
-        "dry_run",
-        "adversarial",
-        "baseline",
-        "update_baseline",
-    )
-    return Options(
-        **{name: given[name] for name in same if name in given},
-        dtype=given["dtype"],
-        fold=not given.get("no_fold"),
-        merge=not given.get("no_merge"),
-        eager=bool(given.get("eager")),
-        equalize=bool(given.get("equalize")),
-        simplify=False if given.get("no_simplify") else True if given.get("simplify") else None,
-        check=not given.get("no_check"),
-        provenance=loaded.provenance,
-        sources=job.reads,
-        progress=progress,
-    )
+    same = {each.name: given[each.name] for each in fields(Options) if each.name in given}
+    own = {
+        **{name: not given.get(f"no_{name}") for name in ("fold", "merge", "check")},
+        "simplify": False if given.get("no_simplify") else given.get("simplify") or None,
+        "provenance": loaded.provenance, "sources": job.reads, "progress": progress,
+    }  # fmt: skip
+    return Options(**{**same, **own})
 
 
 @contextlib.contextmanager
@@ -112,19 +90,18 @@ def working(job: Job) -> Iterator[Progress]:
     """While it runs, what models and torch print shows only with --debug: stdout is the report's, stderr ours."""
     from bnfold.render import Progress
 
-    debug = bool(click.get_current_context().meta.get("debug"))
-    out, err = (sys.stderr, sys.stderr) if debug else (io.StringIO(), io.StringIO())
+    out, err = (sys.stderr, sys.stderr) if _debugging() else (io.StringIO(), io.StringIO())
     stderr: Any = Unfailing(sys.stderr)
     progress = Progress(stderr, quiet=job.given["quiet"])
-    with progress, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet(debug=debug):
+    with progress, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet():
         progress("load", 0, 1)  # importing torch included
         yield progress
 
 
 @contextlib.contextmanager
-def quiet(*, debug: bool) -> Iterator[None]:
-    """Keeps the warnings of torch and its company away; whatever matters is in the report."""
-    if debug:
+def quiet() -> Iterator[None]:
+    """Keeps the warnings of torch and its company away, unless with --debug; whatever matters is in the report."""
+    if _debugging():
         yield
         return
     before = logging.root.manager.disable
@@ -137,20 +114,59 @@ def quiet(*, debug: bool) -> Iterator[None]:
             logging.disable(before)
 
 
-def present(job: Job, report: Report | Bisection, render: Callable[[Page, bool], None]) -> None:
-    """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people."""
-    shared = with_arguments(job, _with_command(job, report), shared=True)
+def _debugging() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get("debug"))
+
+
+def finish(job: Job, report: Report, *, destination: str | None = None) -> int:
+    """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people.
+
+    Args:
+        job: the run.
+        report: of it.
+        destination: the file to be written; None where there is none, or nothing is to be written.
+
+    Returns:
+        The exit code; of a run that failed, what is wrong has been told in one line with --quiet too.
+    """
+    from bnfold.render import document, in_a_line, printed
+    from bnfold.store import atomic
+
+    shared = _with_arguments(job, _with_command(job, report), shared=True)
     try:
         for path in job.given["report"]:
-            _write_report(path, shared)
+            with quiet():
+                text = document(shared, path.suffix.lower())
+            with atomic(path) as staged:
+                staged.write_text(text, encoding="utf-8", errors="backslashreplace")
     finally:
         if job.given["as_json"]:
             write(shared.to_json() + "\n", sys.stdout)
         elif not job.given["quiet"]:
-            show(lambda page: render(page, job.given["verbose"]))
+            known, verbose = _with_arguments(job, report), job.given.get("verbose", False)
+            show(lambda page: printed(known, page, verbose=verbose, destination=destination))
+    code = _exit_code(job, report)
+    if code and job.given["quiet"] and (wrong := in_a_line(report)):
+        fail(wrong, code)
+    return code
 
 
-def with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Report:
+def _exit_code(job: Job, report: Report) -> int:
+    from bnfold.report import Bisection, CheckReport, Diagnosis, ExportReport
+
+    verdict = report.check if isinstance(report, ExportReport) else report
+    if isinstance(verdict, CheckReport):
+        return VERDICT_CODES[verdict.verdict]
+    if isinstance(report, Diagnosis):
+        return int(job.given["strict"] and not report.healthy)
+    return int(isinstance(report, Bisection) and not report.passed)
+
+
+# -- how a run could be made again -------------------------------------------------------------------------------------
+
+
+def _with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Report:
     """The report, knowing what the command line was given where it goes on to propose commands.
 
     Args:
@@ -197,9 +213,9 @@ def _shared_word(value: Any) -> str:
 
 def _options(word: Callable[[Any], str], command: str) -> list[list[str]]:
     """The options that this run was given and ``command`` takes, each with its value as the command line has it."""
-    from bnfold.commands import COMMANDS  # each of which needs this module
-
-    return _given(word, {p.name for each in COMMANDS if each.name == command for p in each.params} - _OWN)
+    group = click.get_current_context().find_root().command
+    params = group.commands[command].params if isinstance(group, click.Group) else []
+    return _given(word, {parameter.name for parameter in params} - _OWN)
 
 
 def _given(word: Callable[[Any], str], names: Collection[str | None]) -> list[list[str]]:
@@ -219,24 +235,3 @@ def _given(word: Callable[[Any], str], names: Collection[str | None]) -> list[li
             values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
             found += [[parameter.opts[0], word(each)] for each in (values if parameter.multiple else [values])]
     return found
-
-
-def _write_report(path: Path, report: Report | Bisection) -> None:
-    from bnfold.render import document
-    from bnfold.store import atomic
-
-    with quiet(debug=bool(click.get_current_context().meta.get("debug"))):
-        text = document(report, path.suffix.lower())
-    with atomic(path) as staged:
-        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def exit_code(job: Job, verdict: CheckReport | None) -> int:
-    """The exit code of a verdict; with --quiet its problems in one line too."""
-    if verdict is None:
-        return 0
-    if not verdict.passed and job.given["quiet"]:
-        from bnfold.render import problems
-
-        fail(problems(verdict), 1)
-    return VERDICT_CODES[verdict.verdict]

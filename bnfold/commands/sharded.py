@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.commands.arguments import Job
+from bnfold.commands.job import Job
 from bnfold.commands.running import load_model, load_source, pipeline_options, quiet
 from bnfold.errors import InputError, UsageError
 
@@ -67,7 +67,7 @@ def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
     from bnfold import sharding
     from bnfold.options import silent
 
-    with quiet(debug=False):
+    with quiet():
         loaded, inputs = load_model(job)
         return sharding.looker(file, loaded.model, **inputs, options=pipeline_options(job, loaded, silent))
 
@@ -76,5 +76,5 @@ def observer(job: Job) -> Callable[[Path, Any], Any]:
     """Measures the BatchNorms of the model that the job names on a shard of the data."""
     from bnfold import sharding
 
-    with quiet(debug=False):
+    with quiet():
         return sharding.observer(load_source(job).model, only=job.given["only"] or None, batch=job.given["batch_size"])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bnfold.report import CheckReport, ExportReport, LayerRange, OutputResult, SiteResult
+from bnfold.report import Accuracy, CheckReport, ExportReport, LayerRange, OutputResult, SiteResult
 from bnfold.report.ranges import SPREAD_LIMIT
 
 
@@ -30,6 +30,14 @@ def problem_of(output: OutputResult, check: CheckReport) -> str | None:
     """The first of the problems that names an output of a candidate."""
     where = f"{output.candidate}, output '{output.output}'"
     return next((problem for problem in check.problems if problem.startswith(where)), None)
+
+
+def chance(known: Accuracy) -> str:
+    """What top-1 at the level of guessing means."""
+    return (
+        f"the unfolded model itself guesses: {known.before:.1%} of {known.classes} classes. The weights, the data, "
+        "their labels or their normalisation are not those that it was trained with, and what was compared says little"
+    )
 
 
 def int8_warnings(report: ExportReport) -> Iterator[str]:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FleetReport, LatencyReport
-
-Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport
+from bnfold.report import Bisection, Report
 
 
-def document(report: Report | Bisection, suffix: str) -> str:
+def document(report: Report, suffix: str) -> str:
     """The report as JSON, HTML or JUnit XML for ``.json``, ``.html``, ``.xml``; a bisection is JSON alone.
 
     Raises:
         ProviderError: ``.html`` without matplotlib.
     """
-    if isinstance(report, Bisection):
-        return report.to_json() + "\n"
-    if suffix == ".html":
+    if suffix == ".html" and not isinstance(report, Bisection):
         from bnfold.render.html import page
 
         return page(report)
-    if suffix == ".xml":
+    if suffix == ".xml" and not isinstance(report, Bisection):
         from bnfold.render.junit import junit
 
         return junit(report)

@@ -46,19 +46,10 @@ def fleet_sections(report: FleetReport) -> Iterator[Section]:
     bad = [f"{row.name} ({row.outcome}, exit code {row.exit_code}): {row.said}" for row in report.rows if row.exit_code]
     if bad:
         yield section("problems", "What did not pass", ("alert", bad))
-    heads = (
-        "model",
-        "outcome",
-        "folded",
-        "ratio",
-        "size",
-        "latency",
-        "seconds",
-        "changed",
-        "source",
-    )
+    heads = ("model", "outcome", "folded", "ratio", "size", "latency", "seconds", "changed", "source")
     rows = [
-        (_link(row), _verdict(row), f"{row.folded} of {row.batch_norms}" if row.report else "–",
+        (Link(row.name, f"{row.report}.html") if row.report else row.name, f"{_SIGNS[row.outcome]} {row.outcome}",
+         f"{row.folded} of {row.batch_norms}" if row.report else "–",
          "–" if row.ratio is None else words.number(row.ratio), "–" if row.bytes is None else words.size(row.bytes),
          "–" if row.latency is None else f"{row.latency * 1e3:.3g} ms",
          "earlier" if row.earlier else f"{row.seconds:.1f}", ", ".join(row.changed) or "the same", row.source)
@@ -75,21 +66,14 @@ def fleet_summary(report: FleetReport) -> list[str]:
     return [f"{_counted(report)}.", f"{words.plural(len(report.rows), 'model')}, {earlier} from an earlier run."]
 
 
-def fleet_cases(report: FleetReport) -> Iterator[tuple[str, str, str, float]]:
-    """A case per model: its name, its verdict as JUnit knows it, why, and the seconds."""
+def fleet_cases(report: FleetReport) -> Iterator[tuple[str, str, str, str, float]]:
+    """A case per model: its name, its verdict as JUnit knows it, why, the same at length, and the seconds."""
     for row in report.rows:
         verdict = "skipped" if row.outcome == "not judged" else row.outcome
-        yield row.name, verdict, row.said or "nothing was judged", row.seconds
+        why = row.said or "nothing was judged"
+        yield row.name, verdict, why, why, row.seconds
 
 
 def _counted(report: FleetReport) -> str:
     order = [outcome for outcome in _SIGNS if outcome in report.counts]
     return ", ".join(f"{report.counts[outcome]} {outcome}" for outcome in order)
-
-
-def _verdict(row: ModelRow) -> str:
-    return f"{_SIGNS[row.outcome]} {row.outcome}"
-
-
-def _link(row: ModelRow) -> str:
-    return Link(row.name, f"{row.report}.html") if row.report else row.name

@@ -9,7 +9,7 @@ from bnfold.render import words
 from bnfold.render.health import COLUMNS
 from bnfold.render.sections import norm_section
 from bnfold.render.tables import Section, Table, section, table
-from bnfold.report import FINDINGS, CalibrationReport, Diagnosis, ExportReport, Spread
+from bnfold.report import FINDINGS, CalibrationReport, Diagnosis, Spread
 
 #: Name of a case, its verdict, one line, and the whole text.
 Case = tuple[str, str, str, str]
@@ -64,12 +64,14 @@ def _five(spread: Spread) -> tuple[float, ...]:
     return spread.minimum, spread.lower, spread.median, spread.upper, spread.maximum
 
 
-def junit_cases(report: Diagnosis | CalibrationReport) -> Iterator[Case]:
+def calibration_cases(report: CalibrationReport) -> Iterator[Case]:
+    """A case per BatchNorm."""
+    yield from ((layer.module, "pass", "", "") for layer in report.layers)
+    yield from ((name, "skipped", "the data does not reach it", "") for name in report.unreached)
+
+
+def health_cases(report: Diagnosis) -> Iterator[Case]:
     """A case per BatchNorm; one with an error or a warning fails."""
-    if isinstance(report, CalibrationReport):
-        yield from ((layer.module, "pass", "", "") for layer in report.layers)
-        yield from ((name, "skipped", "the data does not reach it", "") for name in report.unreached)
-        return
     everyone = [finding for finding in report.findings if len(finding.modules) != 1 or not finding.modules[0]]
     for norm in report.norms:
         found = [f for f in report.findings if f not in everyone and norm.module in f.modules and f.severity != "note"]
@@ -79,8 +81,3 @@ def junit_cases(report: Diagnosis | CalibrationReport) -> Iterator[Case]:
     for finding in everyone:
         if finding.severity != "note":
             yield finding.code, finding.severity, finding.detail, f"{finding.detail}\n{finding.way_out}"
-
-
-def plan_of(report: Diagnosis | CalibrationReport) -> ExportReport | None:
-    """The fold plan, where there is one."""
-    return report.plan if isinstance(report, Diagnosis) else None

@@ -21,9 +21,16 @@ from bnfold.render.sections import (
     site_sections,
 )
 from bnfold.render.tables import Section, Table, section
-from bnfold.report import CalibrationReport, CheckReport, Diagnosis, ExportReport, FleetReport, Latency, LatencyReport
-
-Report = ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport
+from bnfold.report import (
+    CalibrationReport,
+    CheckReport,
+    Diagnosis,
+    ExportReport,
+    FleetReport,
+    Latency,
+    LatencyReport,
+    Report,
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,20 @@ def page(report: Report) -> str:
         loader=jinja2.PackageLoader("bnfold.render"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    if isinstance(report, ExportReport | CheckReport):
-        content = _judged(report)
-    elif isinstance(report, Diagnosis):
-        content = _diagnosis(report)
-    elif isinstance(report, FleetReport):
-        word, tone = ("failed", "fail") if report.exit_code else ("every model passed", "pass")
-        content = Content("Fleet", report.source, word, tone, fleet_summary(report), [*fleet_sections(report)])
-    else:
-        content = _latency(report) if isinstance(report, LatencyReport) else _calibration(report)
+    match report:
+        case ExportReport() | CheckReport():
+            content = _judged(report)
+        case Diagnosis():
+            content = _diagnosis(report)
+        case FleetReport():
+            word, tone = ("failed", "fail") if report.exit_code else ("every model passed", "pass")
+            content = Content("Fleet", report.source, word, tone, fleet_summary(report), [*fleet_sections(report)])
+        case CalibrationReport():
+            content = _calibration(report)
+        case LatencyReport():
+            content = _latency(report)
+        case _:
+            raise TypeError(f"there is no page of a {type(report).__name__}")
     return environment.get_template("report.html.j2").render(content=content, signs=SIGNS) + "\n"
 
 

@@ -7,14 +7,12 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from itertools import starmap
-from typing import Literal
 
 from bnfold.render import words
 from bnfold.render.advice import judged, next_steps, problem_of, site_is_right
 from bnfold.render.fleet import fleet_cases
-from bnfold.render.health_files import junit_cases, plan_of
+from bnfold.render.health_files import calibration_cases, health_cases
 from bnfold.report import (
-    BaselineRow,
     CalibrationReport,
     CheckReport,
     Diagnosis,
@@ -22,36 +20,33 @@ from bnfold.report import (
     ExportReport,
     FleetReport,
     LatencyReport,
+    Report,
 )
 
 #: What XML 1.0 has no way to write, not even escaped.
 _UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(report: ExportReport | CheckReport | LatencyReport | Diagnosis | CalibrationReport | FleetReport) -> str:
+def junit(report: Report) -> str:
     """The report as XML. Only a pass passes: *inconclusive* is a failure of that type, what was not judged is skipped.
 
     Suites: ``verdict`` (the gate as a whole, with every problem in words), ``outputs`` and ``fold sites`` of every
     candidate, ``accuracy``, ``baseline``, ``folds`` (a BatchNorm that stays is skipped with its reason), ``latency``.
     """
     root = ET.Element("testsuites", name="bnfold")
-    if isinstance(report, Diagnosis | CalibrationReport):
-        _suite(root, "health" if isinstance(report, Diagnosis) else "statistics", starmap(_case, junit_cases(report)))
-        if (plan := plan_of(report)) is not None:
-            _suite(root, "folds", (_fold(group) for group in plan.ledger.grouped()))
-    elif isinstance(report, FleetReport):
-        _suite(root, "fleet", (_model(*case) for case in fleet_cases(report)), report.seconds)
-    elif isinstance(report, LatencyReport):
-        _suite(root, "latency", (_latency(c.name, c.median) for c in report.contestants))
-    else:
-        check = report.check if isinstance(report, ExportReport) else report
-        advice = "".join(f"\nto {what}: {command}" for what, command in next_steps(report))
-        seconds = sum(report.timings.values()) if isinstance(report, ExportReport) else 0.0
-        _suite(root, "verdict", [_verdict(check, report.kind, advice)], seconds)
-        if check is not None:
-            _judged(root, check, advice)
-        if isinstance(report, ExportReport):
-            _suite(root, "folds", (_fold(group) for group in report.ledger.grouped()))
+    match report:
+        case Diagnosis():
+            _suite(root, "health", starmap(_case, health_cases(report)))
+            if report.plan is not None:
+                _suite(root, "folds", map(_fold, report.plan.ledger.grouped()))
+        case CalibrationReport():
+            _suite(root, "statistics", starmap(_case, calibration_cases(report)))
+        case FleetReport():
+            _suite(root, "fleet", starmap(_case, fleet_cases(report)), report.seconds)
+        case LatencyReport():
+            _suite(root, "latency", (_case(c.name, "pass", "", seconds=c.median) for c in report.contestants))
+        case ExportReport() | CheckReport():
+            _judged(root, report)
     for name in ("tests", "failures", "skipped"):
         root.set(name, str(sum(int(suite.get(name, "0")) for suite in root)))
     root.set("errors", "0")
@@ -59,7 +54,22 @@ def junit(report: ExportReport | CheckReport | LatencyReport | Diagnosis | Calib
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _judged(root: ET.Element, check: CheckReport, advice: str) -> None:
+def _judged(root: ET.Element, report: ExportReport | CheckReport) -> None:
+    check = report.check if isinstance(report, ExportReport) else report
+    advice = "".join(f"\nto {what}: {command}" for what, command in next_steps(report))
+    seconds = sum(report.timings.values()) if isinstance(report, ExportReport) else 0.0
+    if check is None:
+        why = "a plan is judged by nobody" if report.kind == "plan" else "nothing was judged: --no-check"
+        _suite(root, "verdict", [_case("gate", "skipped", why)], seconds)
+    else:
+        problems = "\n".join(check.problems) + advice
+        _suite(root, "verdict", [_case("gate", check.verdict, "; ".join(check.problems[:3]), problems)], seconds)
+        _checked(root, check, advice)
+    if isinstance(report, ExportReport):
+        _suite(root, "folds", map(_fold, report.ledger.grouped()))
+
+
+def _checked(root: ET.Element, check: CheckReport, advice: str) -> None:
     for candidate in dict.fromkeys(o.candidate for o in check.outputs):
         cases = []
         for o in (o for o in check.outputs if o.candidate == candidate):
@@ -82,18 +92,8 @@ def _judged(root: ET.Element, check: CheckReport, advice: str) -> None:
         what = f"{words.plural(far, 'class')} changed that the noise does not explain"
         _suite(root, "accuracy", [_case("flips", "fail" if far else "pass", what, what + advice)])
     if check.baseline is not None:
-        _suite(root, "baseline", (_row(row) for row in check.baseline.rows))
-
-
-def _row(row: BaselineRow) -> ET.Element:
-    return _case(row.what, "fail" if row.regressed else "pass", f"{row.said(row.then)} before, {row.said(row.now)} now")
-
-
-def _verdict(check: CheckReport | None, kind: str, advice: str) -> ET.Element:
-    if check is None:
-        why = "a plan is judged by nobody" if kind == "plan" else "nothing was judged: --no-check"
-        return _case("gate", "skipped", why)
-    return _case("gate", check.verdict, "; ".join(check.problems[:3]), "\n".join(check.problems) + advice)
+        rows = [(r, f"{r.said(r.then)} before, {r.said(r.now)} now") for r in check.baseline.rows]
+        _suite(root, "baseline", (_case(r.what, "fail" if r.regressed else "pass", said) for r, said in rows))
 
 
 def _fold(group: list[Entry]) -> ET.Element:
@@ -103,27 +103,14 @@ def _fold(group: list[Entry]) -> ET.Element:
     return _case(name, "skipped" if stays else "pass", f"stays: {', '.join(reasons)}")
 
 
-def _model(name: str, verdict: str, why: str, seconds: float) -> ET.Element:
-    case = _case(name, verdict, why, why)
-    case.set("time", f"{seconds:.3f}")
-    return case
-
-
-def _latency(name: str, seconds: float) -> ET.Element:
-    case = _case(name, "pass", "")
-    case.set("time", f"{seconds:.6f}")
-    return case
-
-
 def _ratio(ratio: float, limit: float) -> str:
     known = "not known" if math.isnan(ratio) else f"{words.number(ratio)} times the noise"
     return f"error is {known} (limit {limit:g})"
 
 
-def _case(
-    name: str, verdict: Literal["pass", "fail", "inconclusive", "skipped"] | str, message: str, text: str = ""
-) -> ET.Element:
-    case = ET.Element("testcase", name=_clean(name), time="0")
+def _case(name: str, verdict: str, message: str, text: str = "", seconds: float = 0.0) -> ET.Element:
+    """A case that passes, is ``skipped``, or else fails with its verdict for the type of the failure."""
+    case = ET.Element("testcase", name=_clean(name), time=f"{seconds:.6f}")
     if verdict == "skipped":
         ET.SubElement(case, "skipped", message=_clean(message))
     elif verdict != "pass":

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
-from bnfold.render.accuracy import accuracy_lines, baseline_lines
-from bnfold.render.advice import int8_warnings, judged, next_steps
-from bnfold.render.page import STYLES, Page
-from bnfold.render.running import running_lines
-from bnfold.render.words import count, error, number, plural, size
-from bnfold.report import REASONS, CheckReport, Entry, ExportReport, LayerRange, Ledger, OutputResult, Port
+from bnfold.render.advice import int8_warnings, next_steps
+from bnfold.render.checked import badge, verdict_lines
+from bnfold.render.page import Page
+from bnfold.render.words import OUTCOMES, count, plural, size
+from bnfold.report import REASONS, CheckReport, ExportReport, Ledger, Port
 
-#: Rows of a table, or lines of outputs, that are shown without --verbose.
-_SHOWN, _PROBLEMS = 20, 8
-_LISTED = 12
-_PORTS = 6
+#: Rows of a table, keys of the weights, and inputs or outputs that are shown.
+_SHOWN, _LISTED, _PORTS = 20, 12, 6
 
 
-def export_report(report: ExportReport, page: Page, *, destination: str, dry_run: bool, verbose: bool) -> None:
-    """What ``export`` and ``fold`` print."""
+def export_report(report: ExportReport, page: Page, *, destination: str | None, verbose: bool) -> None:
+    """What ``export`` and ``fold`` print; without a destination nothing was to be written."""
     loaded(report.source, report.notes, page)
     _ports(report.interface, page)
     _folded(report, page)
@@ -32,8 +28,8 @@ def export_report(report: ExportReport, page: Page, *, destination: str, dry_run
     if report.check is None:
         page.line("Checked", "nothing (--no-check)")
     else:
-        _checked(report.check, page, verbose=verbose)
-    _ending(report, page, destination, dry_run)
+        verdict_lines(report.check, page, verbose=verbose)
+    _ending(report, page, destination)
     _next(report, page)
     _left(report.ledger, page, verbose=verbose)
     _int8(report, page, verbose=verbose)
@@ -47,20 +43,14 @@ def fold_plan(report: ExportReport, page: Page, *, verbose: bool) -> None:
     _int8(report, page, verbose=verbose)
 
 
-def check_report(source: dict[str, Any], path: str, report: CheckReport, page: Page, *, verbose: bool) -> None:
+def check_report(report: CheckReport, page: Page, *, verbose: bool) -> None:
     """What ``check`` prints."""
-    loaded(source, (), page)
+    loaded(report.source, (), page)
     _ports(report.interface, page)
-    page.line("Against", subject=path)
-    _checked(report, page, verbose=verbose)
-    page.line("Verdict", _verdict(report.verdict))
+    page.line("Against", subject=report.file or report.provider)
+    verdict_lines(report, page, verbose=verbose)
+    page.line("Verdict", badge(report.verdict))
     _next(report, page)
-
-
-def problems(report: CheckReport) -> str:
-    """The verdict that is no pass in one line, for those who see nothing else."""
-    word = "the gate failed" if report.verdict == "fail" else "no verdict"
-    return f"{word}: {'; '.join(report.problems[:3])}" + ("; ..." if len(report.problems) > 3 else "")
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -68,7 +58,8 @@ def problems(report: CheckReport) -> str:
 
 def loaded(source: dict[str, Any], notes: Sequence[str], page: Page) -> None:
     """The first line of every report: the model."""
-    page.line("Loaded", _model(source), subject=source["source"])
+    weights = f", weights {source['weights']}" if source.get("weights") else ""
+    page.line("Loaded", f"{count(source.get('parameters') or 0)} parameters{weights}", subject=source["source"])
     if left := source.get("left_out"):
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         what = f"left out of the weights, as no part of the model has them: {', '.join(left[:_LISTED])}{more}"
@@ -84,11 +75,6 @@ def _ports(interface: Sequence[Port], page: Page) -> None:
         more = [f"and {len(found) - _PORTS} more"] if len(found) > _PORTS else []
         if found:
             page.line(label, *found[:_PORTS], *more)
-
-
-def _model(source: dict[str, Any]) -> str:
-    parts = [f"{count(source.get('parameters') or 0)} parameters"]
-    return ", ".join([*parts, *([f"weights {source['weights']}"] if source.get("weights") else [])])
 
 
 def _folded(report: ExportReport, page: Page) -> None:
@@ -116,9 +102,6 @@ def _folded(report: ExportReport, page: Page) -> None:
 
 
 def _directions(ledger: Ledger) -> str:
-    words = {
-        "backward": "into the layer before", "forward": "into the layer after", "merged": "with a parallel branch",
-    }  # fmt: skip
     counts: Counter[tuple[str, bool]] = Counter()
     passed: dict[tuple[str, bool], dict[str, None]] = {}
     for group in ledger.grouped():
@@ -132,83 +115,32 @@ def _directions(ledger: Ledger) -> str:
     for (outcome, carried), times in sorted(counts.items()):
         names = list(passed[outcome, carried])
         through_words = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        parts.append(f"{times} {words[outcome]}" + (f" through {through_words}" if names else ""))
+        parts.append(f"{times} {OUTCOMES[outcome]}" + (f" through {through_words}" if names else ""))
     return ", ".join(parts)
 
 
 def _plan(ledger: Ledger, page: Page, *, bare: bool) -> None:
     entries = [entry for entry in ledger.folded if bare or entry.is_batch_norm]
     if entries:
-        rows = [(_where(entry), entry.layer, " and ".join(entry.into), ", ".join(entry.through)) for entry in entries]
+        rows = [(e.module or e.value, e.layer, " and ".join(e.into), ", ".join(e.through)) for e in entries]
         page.table(("folded", "kind", "into", "through"), rows)
     if ledger.merges:
         rows = [(", ".join(merge.modules), merge.kind, merge.into, "") for merge in ledger.merges]
         page.table(("merged", "kind", "into", ""), rows)
 
 
-def _where(entry: Entry) -> str:
-    return entry.module or entry.value
-
-
-def _checked(check: CheckReport, page: Page, *, verbose: bool) -> None:
-    batches = " ".join(str(size) for size in check.batches if size)  # 0: the inputs have no axis of samples
-    page.line("Checked", check.provider, f"{check.samples} samples", f"batches {batches}" if batches else "fixed sizes")
-    if check.sites:
-        worst = max(check.sites, key=lambda site: max(site.ratio, site.channel_ratio))
-        count = len({site.value for site in check.sites})
-        ratio, limit = number(check.site_ratio), number(check.site_limit)
-        page.line("", f"{plural(count, 'fold site')}: worst ratio {ratio} (limit {limit}) at '{worst.module}'")
-    shown = list(check.outputs) if verbose else _worst_candidates(check)
-    for output in shown if verbose else shown[:_SHOWN]:
-        candidate = f" [{output.candidate}]" if verbose else ""
-        page.line(
-            "", f"{output.output}{candidate}: noise {error(output.noise)}", f"error {error(output.error)}",
-            f"ratio {number(output.ratio)} (limit {number(check.limit)})", _verdict(judged(output, check)),
-        )  # fmt: skip
-    if len(shown) > _SHOWN and not verbose:
-        page.line("", f"{len(shown) - _SHOWN} more outputs with smaller ratios: --verbose lists them")
-    running_lines(check, page)
-    accuracy_lines(check, page, verbose=verbose)
-    for note in check.notes:
-        page.line("", f"note: {note}")
-    problems = check.problems if verbose else check.problems[:_PROBLEMS]
-    for problem in problems:
-        page.line("", Text(f"problem: {problem}", STYLES[check.verdict]))
-    if len(check.problems) > len(problems):
-        page.line("", f"{len(check.problems) - len(problems)} more problems: --verbose lists them")
-    baseline_lines(check.baseline, page, verbose=verbose)
-
-
-def _worst_candidates(check: CheckReport) -> list[OutputResult]:
-    """For every output the candidate that is furthest off; the furthest output first where there are too many."""
-
-    def badness(output: OutputResult) -> tuple[bool, float]:
-        return judged(output, check) != "pass", math.inf if math.isnan(output.ratio) else output.ratio
-
-    worst: dict[str, OutputResult] = {}
-    for output in check.outputs:
-        if output.output not in worst or badness(output) > badness(worst[output.output]):
-            worst[output.output] = output
-    found = list(worst.values())
-    return found if len(found) <= _SHOWN else sorted(found, key=badness, reverse=True)
-
-
-def _verdict(verdict: str) -> Text:
-    return Text(verdict.upper(), STYLES[verdict])
-
-
-def _ending(report: ExportReport, page: Page, destination: str, dry_run: bool) -> None:
+def _ending(report: ExportReport, page: Page, destination: str | None) -> None:
     verdict = report.check.verdict if report.check is not None else "pass"
     if verdict == "pass" and report.file is not None:
         file = report.file
         data = [f"weights in {file.data}"] if file.data else []
         facts = [size(file.bytes), *data, *([f"opset {file.opset}"] if file.opset else [])]
         page.line("Wrote", ", ".join([*facts, plural(file.nodes, "operator")]), subject=file.path)
-    elif dry_run:
-        page.line("Verdict", _verdict(verdict), "dry run: nothing was written")
+    elif destination is None:
+        page.line("Verdict", badge(verdict), "dry run: nothing was written")
     else:
         kept = f"kept as {report.file.path} (--keep-failed)" if report.file else "nothing was written"
-        page.line("Verdict", _verdict(verdict), f"{kept}; {destination} is as it was")
+        page.line("Verdict", badge(verdict), f"{kept}; {destination} is as it was")
 
 
 def _int8(report: ExportReport, page: Page, *, verbose: bool) -> None:
@@ -218,14 +150,13 @@ def _int8(report: ExportReport, page: Page, *, verbose: bool) -> None:
     if len(warnings) > 1 and not verbose:
         page.line("", f"{plural(len(warnings) - 1, 'more layer')} like it: --verbose lists them")
     if verbose and report.layers:
-        rows = [(layer.module or layer.value, *_spreads(layer)) for layer in report.layers]
+        rows = [
+            (layer.module or layer.value, f"{layer.after.largest:.3g}", f"{was.largest:.3g}" if was else "",
+             f"{layer.after.spread:.3g}", f"{was.spread:.3g}" if was else "")
+            for layer in report.layers
+            for was in (layer.before,)
+        ]  # fmt: skip
         page.table(("weights", "largest", "before", "spread", "before"), rows)
-
-
-def _spreads(layer: LayerRange) -> tuple[str, str, str, str]:
-    before, after = layer.before, layer.after
-    was = (f"{before.largest:.3g}", f"{before.spread:.3g}") if before else ("", "")
-    return f"{after.largest:.3g}", was[0], f"{after.spread:.3g}", was[1]
 
 
 def _next(report: ExportReport | CheckReport, page: Page) -> None:
@@ -246,7 +177,7 @@ def _left(ledger: Ledger, page: Page, *, verbose: bool) -> None:
         for refusal in entry.refusals:
             operator = f"({refusal.operator})" if refusal.operator not in ("", refusal.blocker) else ""
             by = " ".join(filter(None, (refusal.blocker, operator)))
-            rows[_where(entry), entry.layer, refusal.reason, by or "itself"] = None
+            rows[entry.module or entry.value, entry.layer, refusal.reason, by or "itself"] = None
     page.table(("module", "kind", "reason", "blocked by"), list(rows))
     if len(left) > len(shown):
         page.line("", f"{len(left) - len(shown)} more: --verbose lists them")

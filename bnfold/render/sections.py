@@ -11,28 +11,13 @@ from statistics import median, quantiles
 
 from bnfold._version import __version__
 from bnfold.render import words
-from bnfold.render.accuracy import chance
-from bnfold.render.advice import int8_warnings, judged, next_steps, site_is_right
+from bnfold.render.advice import chance, int8_warnings, judged, next_steps, site_is_right
 from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
 from bnfold.render.plots import ROWS, NormRow, histogram_plot, norm_plot, site_plot, weight_plot
 from bnfold.render.tables import Section, Table, label, of_result, section, table
-from bnfold.report import (
-    REASONS,
-    CalibrationReport,
-    CheckReport,
-    Diagnosis,
-    Entry,
-    ExportReport,
-    LayerRange,
-    Ledger,
-    Port,
-)
+from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, ExportReport, LayerRange, Ledger, Port
 from bnfold.report.plain import versions
 
-OUTCOMES = {
-    "backward": "into the layer before", "forward": "into the layer after", "merged": "with a parallel branch",
-    "left": "still there",
-}  # fmt: skip
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not judged": "–"}
 #: What a check says in places of its own; whatever else a later version finds out has a section under its name.
 _PLACED = {"outputs", "sites", "accuracy", "source", "problems", "notes", "interface"}
@@ -89,18 +74,13 @@ def judged_sections(check: CheckReport) -> Iterator[Section]:
 def fold_sections(report: ExportReport) -> Iterator[Section]:
     """Where every affine went, what stays and why, and what became one."""
     ledger = report.ledger
-    counts = Counter(OUTCOMES[entry.outcome] for entry in ledger.batch_norms)
+    counts = Counter(words.OUTCOMES[entry.outcome] for entry in ledger.batch_norms)
     facts = [(f"BatchNorms: {where}", str(count)) for where, count in counts.items()]
     rows = [
-        (
-            _name(e),
-            ", ".join(e.into) or "nothing: it is the identity",
-            ", ".join(e.through),
-            OUTCOMES[e.outcome],
-            e.layer,
-        )
+        (e.module or e.value, ", ".join(e.into) or "nothing: it is the identity", ", ".join(e.through),
+         words.OUTCOMES[e.outcome], e.layer)
         for e in ledger.folded
-    ]
+    ]  # fmt: skip
     merges = [
         (m.into, m.kind, ", ".join(m.modules), str(m.operators), words.count(m.multiply_adds)) for m in ledger.merges
     ]
@@ -134,7 +114,7 @@ def graph_sections(report: ExportReport) -> Iterator[Section]:
 
 def _left(ledger: Ledger) -> Section:
     rows = [
-        (_name(entry), refusal.reason, refusal.blocker or "itself", refusal.operator, entry.layer)
+        (entry.module or entry.value, refusal.reason, refusal.blocker or "itself", refusal.operator, entry.layer)
         for entry in ledger.left
         for refusal in entry.refusals
     ]
@@ -247,10 +227,6 @@ def interface_section(interface: Sequence[Port]) -> Iterator[Section]:
         yield section(
             "interface", "Inputs and outputs", ("table", Table("Words in a shape are dynamic sizes", heads, rows))
         )
-
-
-def _name(entry: Entry) -> str:
-    return entry.module or entry.value
 
 
 def _verdict(verdict: str) -> str:

@@ -1,24 +1,37 @@
-"""Numbers as people read them."""
+"""Numbers and outcomes as people read them."""
 
 from __future__ import annotations
 
 import math
 
+#: Where an affine went, by its outcome.
+OUTCOMES = {
+    "backward": "into the layer before", "forward": "into the layer after", "merged": "with a parallel branch",
+    "left": "still there",
+}  # fmt: skip
+
+
+def _scaled(value: float, units: dict[str, float], small: str) -> str:
+    """Three digits in the first unit that the value reaches; ``small`` where it reaches none."""
+    for unit, size in units.items():
+        if value >= size:
+            return f"{value / size:{'.3g' if value < 999.5 * size else '.0f'}} {unit}"
+    return small
+
 
 def count(number: int) -> str:
     """A count with its unit, as 61 K."""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
-    return str(number)
+    return _scaled(number, {"G": 1e9, "M": 1e6, "K": 1e3}, str(number))
 
 
 def size(count: int) -> str:
     """Bytes with their unit."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
-    return f"{count} bytes"
+    return _scaled(count, {"GB": 1e9, "MB": 1e6, "KB": 1e3}, f"{count} bytes")
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    return _scaled(value, {"s": 1.0, "ms": 1e-3}, f"{value * 1e6:.3g} µs")
 
 
 def number(value: float) -> str:

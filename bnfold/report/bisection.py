@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Culprit:
 
 
 @dataclass(frozen=True)
-class Bisection:
+class Bisection(Report):
     """What ``bisect`` found.
 
     Attributes:
@@ -68,7 +68,3 @@ class Bisection:
     def passed(self) -> bool:
         """Whether nothing leaves the noise."""
         return self.culprit is None and not self.optimizers and max(self.worst, self.optimized) <= self.limit
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; NaN and infinities become null."""
-        return as_json(self, indent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CalibratedLayer:
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(Report):
     """What ``calibrate`` did.
 
     Attributes:
@@ -58,7 +58,3 @@ class CalibrationReport:
     circular: tuple[str, ...] = ()
     path: str | None = None
     bytes: int = 0
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; NaN and infinities become null."""
-        return as_json(self, indent)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from bnfold.report.drawing import Operator
 from bnfold.report.interface import Port
 from bnfold.report.ledger import Ledger
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 from bnfold.report.ranges import LayerRange, NormRange
 from bnfold.report.verdict import CheckReport
 
@@ -30,7 +30,7 @@ class FileReport:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Report):
     """Everything that a run found out; ``operators`` before and after folding, ``timings`` in seconds.
 
     ``layers`` and ``norms`` are the ranges of the contractions and of the BatchNorms, ``kind`` is the run's command, or
@@ -48,7 +48,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
     layers: tuple[LayerRange, ...] = ()
     norms: tuple[NormRange, ...] = ()
-    kind: Literal["export", "fold", "plan"] = "export"
+    kind: Literal["export", "fold", "plan"] = "export"  # type: ignore[misc]
     interface: tuple[Port, ...] = ()
     graph: tuple[Operator, ...] = ()
 
@@ -56,7 +56,3 @@ class ExportReport:
     def passed(self) -> bool:
         """Whether the file was judged and passed."""
         return self.check is not None and self.check.passed
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; NaN and infinities become null."""
-        return as_json(self, indent)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 
 Outcome = Literal["pass", "fail", "inconclusive", "not judged", "error"]
 #: Exit codes, the gravest first: a wrong file is worse than one that is not there.
@@ -60,7 +60,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class FleetReport:
+class FleetReport(Report):
     """Every model of a fleet, in the order of the list.
 
     Attributes:
@@ -87,10 +87,6 @@ class FleetReport:
         """That of the command."""
         codes = {row.exit_code for row in self.rows}
         return next((code for code in GRAVEST if code in codes), max(codes, default=0))
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; NaN and infinities become null."""
-        return as_json(self, indent)
 
 
 def row_of(found: dict[str, Any]) -> ModelRow:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from bnfold.report.export import ExportReport
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 
 Severity = Literal["error", "warning", "note"]
 NormKind = Literal["batch_norm", "instance_norm", "frozen", "custom"]
@@ -200,7 +200,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Report):
     """The health of every BatchNorm of a model, and what folding would do to them.
 
     Attributes:
@@ -229,7 +229,3 @@ class Diagnosis:
     def of(self, code: str) -> tuple[Finding, ...]:
         """The findings of one code."""
         return tuple(finding for finding in self.findings if finding.code == code)
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The diagnosis as JSON; NaN and infinities become null."""
-        return as_json(self, indent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class LatencyReport:
+class LatencyReport(Report):
     """A paired measurement: in every round each contestant has one turn, in random order.
 
     Attributes:
@@ -67,7 +67,3 @@ class LatencyReport:
     inputs: dict[str, str]
     machine: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; times in seconds, memory in bytes."""
-        return as_json(self, indent)

@@ -9,7 +9,7 @@ import platform
 import sys
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, ClassVar
 
 from bnfold._version import __version__
 
@@ -17,11 +17,16 @@ from bnfold._version import __version__
 SCHEMA_VERSION = 1
 
 
-def as_json(report: Any, indent: int | None) -> str:
-    """A report as a JSON document; ``schema.json`` says what is in it. NaN and infinities become null."""
-    head = {"schema": SCHEMA_VERSION, "bnfold": __version__, "kind": report.kind, "versions": versions()}
-    document = head | plain(report)
-    return json.dumps(document, allow_nan=False) if indent is None else lines(document, indent)
+class Report:
+    """A result that is a document of its own; ``schema.json`` says what is in it."""
+
+    kind: ClassVar[Any]
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON. NaN and infinities become null; times are in seconds, memory in bytes."""
+        head = {"schema": SCHEMA_VERSION, "bnfold": __version__, "kind": self.kind, "versions": versions()}
+        document = head | plain(self)
+        return json.dumps(document, allow_nan=False) if indent is None else lines(document, indent)
 
 
 def versions() -> dict[str, str]:

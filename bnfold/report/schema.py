@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bnfold import report
-from bnfold.report.plain import SCHEMA_VERSION, lines
+from bnfold.report.plain import SCHEMA_VERSION, Report, lines
 
 PATH = Path(__file__).with_name("schema.json")
 _PLAIN = {str: "string", bool: "boolean", int: "integer", type(None): "null"}
@@ -22,7 +22,8 @@ _PLAIN = {str: "string", bool: "boolean", int: "integer", type(None): "null"}
 def schema() -> dict[str, Any]:
     """The schema, in the dialect of 2020-12: one kind of document per command."""
     definitions: dict[str, Any] = {}
-    documents = {kind: _document(kind, found, definitions) for found in _reports() for kind in _kinds(found)}
+    reports = [found for found in vars(report).values() if isclass(found) and found in Report.__subclasses__()]
+    documents = {kind: _document(kind, found, definitions) for found in reports for kind in _kinds(found)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A report of bnfold",
@@ -36,11 +37,6 @@ def schema() -> dict[str, Any]:
         ],
         "$defs": dict(sorted(definitions.items())),
     }
-
-
-def _reports() -> list[type]:
-    classes = [found for found in vars(report).values() if isclass(found) and hasattr(found, "to_json")]
-    return [found for found in classes if "kind" in get_type_hints(found)]
 
 
 def _kinds(found: type) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from bnfold.report.accuracy import Accuracy
 from bnfold.report.baseline import BaselineReport
 from bnfold.report.interface import Port
-from bnfold.report.plain import as_json
+from bnfold.report.plain import Report
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -84,7 +84,7 @@ class Adversarial:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Report):
     """The verdict of the gate and the numbers it rests on.
 
     ``ratio`` is the largest output ratio, ``site_ratio`` the largest at a fold site; ``problems`` says in words what
@@ -129,7 +129,3 @@ class CheckReport:
     def site_ratio(self) -> float:
         """The largest ratio at any fold site, channels included."""
         return max((max(s.ratio, s.channel_ratio) for s in self.sites), default=0.0)
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON; NaN and infinities become null."""
-        return as_json(self, indent)
