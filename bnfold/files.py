@@ -1,7 +1,8 @@
-"""What may be opened for reading at all."""
+"""What may be opened for reading at all, and what it is told apart by."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from contextlib import suppress
@@ -41,3 +42,13 @@ def require_file(path: str | os.PathLike[str], *, hint: str | None = None) -> No
         raise InputError(
             f"this is {what}, not a file", where=where, hint="Save what comes out of it and name that file"
         )
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from bnfold.errors import UsageError
 from bnfold.graph.capture import Captured, tensor_inputs
@@ -23,15 +24,20 @@ def interface(captured: Captured, options: Options | None = None) -> tuple[Port,
     found: list[tuple[Role, str, Any]] = [
         ("input", new.get(name, name), values[name]) for name in tensor_inputs(program)
     ]
-    (returned,) = program.graph.output_node().args
-    kept = [node for node in cast("tuple[Any, ...]", returned) if isinstance(node, fx.Node | int | float)]
     wanted = names.get("outputs") or number_names(program)
-    found += [("output", name, getattr(node, "meta", {}).get("val")) for name, node in zip(wanted, kept)]
+    found += [("output", name, value) for name, value in zip(wanted, returned(program))]
     return tuple(
         Port(role, name, str(value.dtype).removeprefix("torch."), tuple(_named(n, captured.dims) for n in value.shape))
         for role, name, value in found
         if isinstance(value, Tensor)
     )
+
+
+def returned(program: ExportedProgram) -> list[Any]:
+    """What stands for every output that holds numbers, in the order of their names: a fake tensor, or None."""
+    (values,) = program.graph.output_node().args
+    kept = [value for value in cast("tuple[Any, ...]", values) if isinstance(value, fx.Node | int | float)]
+    return [getattr(value, "meta", {}).get("val") for value in kept]
 
 
 def _named(size: Any, dims: Mapping[str, str]) -> int | str:

@@ -14,6 +14,7 @@ from bnfold import store
 from bnfold.affine import Meaning
 from bnfold.drawing import of_files
 from bnfold.errors import BnfoldError, InputError, LowerError, ResourceError, UsageError
+from bnfold.files import sha256_of
 from bnfold.gate.data import load_data
 from bnfold.gate.file_bisection import FileBisector
 from bnfold.gate.file_gate import FileGate
@@ -21,22 +22,13 @@ from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.loading.onnx_file import OnnxFile, bytes_of, put, read_onnx
 from bnfold.lowering.lower import EXTERNAL_BYTES, simplified
 from bnfold.options import Clock, Options
+from bnfold.output import committed, file_metadata, keep_baseline
 from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import Bisection, CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
 from bnfold.runtime.runtime import resolve_device
-from bnfold.stages import (
-    committed,
-    compared,
-    expect,
-    file_metadata,
-    judging,
-    keep_baseline,
-    provenance_facts,
-    refuse_nonfinite,
-    sha256_of,
-)
+from bnfold.stages import compared, expect, judging, refuse_nonfinite, source_facts
 from bnfold.statistics.diagnose import worst_first
 from bnfold.statistics.file_layers import file_layers, findings_of
 
@@ -135,7 +127,7 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
                     source.path, target, device, options.seed, options.limit, data=data, progress=options.progress
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
-        facts = provenance_facts(options.provenance, str(source.path.name), source.elements)
+        facts = source_facts(options, source.path.name, source.elements)
         report = ExportReport(
             facts, folded.ledger, verdict, None, folded.operators, clock.spent, kind="export", graph=folded.graph
         )
@@ -154,7 +146,7 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
     clock = Clock(options.progress)
     with clock("fold"):
         folded = fold_file(source, replace(options, allow_nonfinite=True))
-    facts = provenance_facts(options.provenance, str(source.path.name), source.elements)
+    facts = source_facts(options, source.path.name, source.elements)
     plan = ExportReport(
         facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan", graph=folded.graph
     )
@@ -185,7 +177,7 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
     ).judge()  # fmt: skip
     verdict = compared(verdict, options)
     keep_baseline(verdict, options)
-    facts = provenance_facts(options.provenance, source.path.name, source.elements)
+    facts = source_facts(options, source.path.name, source.elements)
     return replace(verdict, source=facts, file=str(path))
 
 
@@ -209,7 +201,7 @@ def bisect_file(path: Path, source: OnnxFile | str | Path, options: Options) -> 
             device=resolve_device(options.device, options.provider_options), seed=options.seed, limit=options.limit,
             data=_data(options.data, source), progress=options.progress,
         ).find()  # fmt: skip
-    facts = provenance_facts(options.provenance, source.path.name, source.elements)
+    facts = source_facts(options, source.path.name, source.elements)
     return replace(found, source=facts, file=str(path))
 
 

@@ -22,17 +22,12 @@ from bnfold.graph.capture import Captured
 from bnfold.graph.wrapped import unwrapped
 from bnfold.loading.load import Provenance
 from bnfold.report import Ledger
+from bnfold.report.progress import Progress, silent
 from bnfold.runtime.runner import TIME_LIMIT
 from bnfold.user_code import unended
 
 Model = nn.Module | ExportedProgram
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-#: Called with a stage's name, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Reports nothing."""
 
 
 @dataclass(frozen=True)

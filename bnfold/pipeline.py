@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from bnfold import store
 from bnfold.errors import CaptureError, InputError, LowerError, UsageError
+from bnfold.files import sha256_of
 from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
@@ -28,31 +29,12 @@ from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
 from bnfold.lowering.lower import lower
 from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
-from bnfold.options import Clock, Folded, Model, OptionFields, Options, asked, public
+from bnfold.options import Folded, Model, OptionFields, Options, asked, public
+from bnfold.output import committed, file_metadata, keep_baseline, write_file
 from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FileReport, Ledger
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
-from bnfold.stages import (
-    capture_model,
-    committed,
-    compared,
-    expect,
-    fold_captured,
-    judging,
-    keep_baseline,
-    known_inputs,
-    make_report,
-    metadata,
-    opset,
-    prepare,
-    read,
-    refuse_nonfinite,
-    sha256_of,
-    source_facts,
-    traced,
-    write_failed,
-    write_file,
-)
+from bnfold.stages import Run, compared, expect, fold_captured, judging, model_facts, opset, refuse_nonfinite, traced
 from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scheme, measure
 from bnfold.statistics.diagnose import captured_failure, examine, worst_first
@@ -76,8 +58,7 @@ def fold(
 
     Args:
         model: a module in any mode (eval mode is what is folded), or an ExportedProgram.
-        args: positional example inputs, as for ``torch.export.export``.
-        kwargs: keyword example inputs.
+        args, kwargs: positional and keyword example inputs, as for ``torch.export.export``.
         dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
         dtype: convert to this floating-point dtype, a name will do; folding still starts from the stored constants.
         static: make no dimension dynamic by default.
@@ -90,8 +71,8 @@ def fold(
         CaptureError: torch.export cannot capture the model.
         FoldError: NaN or infinite constants and not ``allow_nonfinite``.
     """
-    captured = capture_model(model, args, kwargs, dynamic_shapes, dtype, static)
-    folded = fold_captured(captured, merge=merge, equalize=equalize)
+    run = Run(model, args, kwargs, dynamic_shapes, Options(dtype=dtype, static=static))
+    folded = fold_captured(run.capture(), merge=merge, equalize=equalize)
     if not allow_nonfinite:
         refuse_nonfinite(folded.ledger)
     return folded
@@ -113,8 +94,7 @@ def export(
     Args:
         model: a module in any mode, or an ExportedProgram; not touched.
         path: where the file goes; untouched unless the verdict is a pass.
-        args: positional example inputs, as for ``torch.export.export``.
-        kwargs: keyword example inputs.
+        args, kwargs: positional and keyword example inputs, as for ``torch.export.export``.
         dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
         options: everything else, or its fields one by one as keyword arguments (``device="cpu"``); see ``Options``.
 
@@ -124,37 +104,39 @@ def export(
     Raises:
         BnfoldError: any stage failed; ``exit_code`` says which kind. A failed verdict is no exception: ask ``passed``.
     """
-    options = asked(options, more)
-    path, clock = Path(path), Clock(options.progress)
+    options, path = asked(options, more), Path(path)
     if not isinstance(model, Model):
         return export_file(model, path, options)
     expect(options)
     store.check_destination(path, sources=options.sources)
     judge = judging(options, writes=True) if options.check else {}
-    folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
-    with clock("lower"):
+    run = Run(model, args, kwargs, dynamic_shapes, options)
+    folded, data, labels = run.prepare()
+    with run.clock("lower"):
         lowered = lower(
             folded.program, opset=opset(options, folded.program), simplify=options.simplify is not False,
-            dims=folded.captured.dims, sites=traced(folded), metadata=metadata(options, folded),
+            dims=folded.captured.dims, sites=traced(folded), metadata=file_metadata(options, folded.ledger),
             **renamed(options, folded.captured),
         )  # fmt: skip
         if options.opset not in (None, lowered.opset):
             raise LowerError(f"torch.onnx wrote opset {lowered.opset} instead of {options.opset}", where="--opset")
     with store.stage(path) as staging:
-        with clock("write"):
+        with run.clock("write"):
             file = write_file(lowered, staging, options.external_data)
         verdict = None
         if options.check:
-            with clock("check"):
+            with run.clock("check"):
                 verdict = Gate(
                     folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
                     lowered.sites, data=data, labels=labels, **judge,
                 ).judge()  # fmt: skip
             verdict = compared(verdict, options)
-        report = make_report("export", model, options, folded, verdict, clock)
-        return committed(
-            report, file, staging, options, lambda said: write_failed(lowered, said, staging, options.external_data)
-        )
+
+        def failed(said: str) -> FileReport:
+            lowered.model.metadata_props["bnfold.verdict"] = said
+            return write_file(lowered, staging, options.external_data)
+
+        return committed(run.report("export", folded, verdict), file, staging, options, failed)
 
 
 @public
@@ -180,30 +162,30 @@ def save_folded(
     Raises:
         BnfoldError: any stage failed; ``exit_code`` says which kind.
     """
-    options = asked(options, more)
-    path, clock = Path(path), Clock(options.progress)
+    options, path = asked(options, more), Path(path)
     store.check_destination(path, sources=options.sources)
     expect(options)
-    folded, data, labels = prepare(model, args, kwargs, dynamic_shapes, options, clock)
+    run = Run(model, args, kwargs, dynamic_shapes, options)
+    folded, data, labels = run.prepare()
     written = None
     if options.eager:
-        with clock("write back"):
+        with run.clock("write back"):
             written = folded.write_back(model)
             folded = replace(folded, program=written.program, ledger=written.ledger)
     verdict = None
     if options.check:
-        with clock("check"):
+        with run.clock("check"):
             verdict = Gate(
                 folded.captured, folded.ledger, folded.program, data=data, labels=labels,
                 eager=written.module if written else None, **judging(options, runs=False),
             ).judge()  # fmt: skip
         verdict = compared(verdict, options)
-    report = make_report("fold", model, options, folded, verdict, clock)
-    if options.dry_run or not (verdict is None or verdict.passed or options.keep_failed):
+    report = run.report("fold", folded, verdict)
+    failed = verdict is not None and not verdict.passed
+    if options.dry_run or (failed and not options.keep_failed):
         return report
-    if not (verdict is None or verdict.passed):
-        path = path.with_name(f"{path.stem}.failed{path.suffix}")
-    with clock("write"), store.atomic(path) as staged:
+    path = path.with_name(f"{path.stem}.failed{path.suffix}") if failed else path
+    with run.clock("write"), store.atomic(path) as staged:
         if written is None:
             save_program(folded.program, staged)
         else:
@@ -234,9 +216,8 @@ def plan(
         CaptureError: torch.export cannot capture the model.
     """
     options = replace(asked(options, more), allow_nonfinite=True, data=None)
-    clock = Clock(options.progress)
-    folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock)
-    return make_report("plan", model, options, folded, None, clock)
+    run = Run(model, args, kwargs, dynamic_shapes, options)
+    return run.report("plan", run.prepare()[0])
 
 
 @public
@@ -253,11 +234,9 @@ def inspect(
 
     Args:
         model: a module in any mode, or a program, of which only its graph's normalisations can be known.
-        args: positional example inputs, as for ``torch.export.export``. Without any the data or the model must say what
-            it takes, or there is no fold plan.
-        kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.onnx.export``: strings, ``Dim``, hints; by default the batch is dynamic.
-        options: as for ``export``; with ``data=`` running statistics are compared with those of the data.
+        args, kwargs: example inputs as for ``export``. Without any the data or the model must say what it takes, or
+            there is no fold plan.
+        dynamic_shapes, options: as for ``export``; with ``data=`` running statistics are compared with the data's.
 
     Returns:
         One ``NormHealth`` per BatchNorm, findings from the closed list ``bnfold.report.FINDINGS``, and the plan. A
@@ -267,27 +246,27 @@ def inspect(
         InputError: the data cannot be read or the model fails on it, or the inputs are not those of the program.
     """
     options = replace(asked(options, more), allow_nonfinite=True)
-    clock = Clock(options.progress)
     if not isinstance(model, Model):
         return plan_file(model, options)
-    captured, planned, missing, notes = None, None, list[Any](), tuple[str, ...]()
     model = model if isinstance(model, ExportedProgram) else unwrapped(model)
+    run = Run(model, args, kwargs, dynamic_shapes, options)
+    planned, captured, missing = None, None, list[Any]()
     try:
-        if args is None and not kwargs and not isinstance(model, ExportedProgram):
-            args, kwargs, dynamic_shapes, notes = known_inputs(model, dynamic_shapes, None, options)
+        run = run.with_inputs()
     except (CaptureError, InputError) as error:
-        notes = (f"no fold plan: {error}",)
+        run = replace(run, notes=(f"no fold plan: {error}",))
     else:
         try:
-            folded, _, _ = prepare(model, args, kwargs, dynamic_shapes, replace(options, data=None), clock)
-            planned, captured = make_report("plan", model, options, folded, None, clock), folded.captured
+            planning = replace(run, options=replace(options, data=None), notes=())
+            folded, _, _ = planning.prepare()
+            planned, captured = planning.report("plan", folded), folded.captured
         except CaptureError as error:
             missing.append(captured_failure(error))
-    with clock("health"):
-        found = examine(model, args, kwargs, captured=captured, data=options.data, progress=options.progress)
+    with run.clock("health"):
+        found = examine(model, run.args, run.kwargs, captured=captured, data=options.data, progress=options.progress)
     return Diagnosis(
-        source_facts(options.provenance, model), found.norms, worst_first((*found.findings, *missing)), planned,
-        found.samples, (*notes, *found.notes),
+        model_facts(options, model), found.norms, worst_first((*found.findings, *missing)), planned,
+        found.samples, (*run.notes, *found.notes),
     )  # fmt: skip
 
 
@@ -333,7 +312,7 @@ def save_calibrated(
         write_calibrated(calibrated, staged, measured.like, options.notes)
         size = staged.stat().st_size
     return CalibrationReport(
-        source_facts(options.provenance, model), scheme, measured.rows or samples, measured.passes, measured.layers,
+        model_facts(options, model), scheme, measured.rows or samples, measured.passes, measured.layers,
         measured.unreached, measured.circular, str(path), size,
     )  # fmt: skip
 
@@ -356,29 +335,26 @@ def bisect(
     Args:
         path: the ONNX file; every value of one that ``export`` wrote is compared with the model's own.
         model: the unfolded model; or an ONNX file, with which the other is compared.
-        args: positional example inputs, as for ``torch.export.export``.
-        kwargs: keyword example inputs.
-        dynamic_shapes: as for ``torch.onnx.export``.
-        options: as for ``export``; whether to fold and to merge is taken from the file.
+        args, kwargs, dynamic_shapes, options: as for ``export``; whether to fold and to merge is taken from the file.
 
     Raises:
         InputError: the file is missing or damaged, does not run, or its inputs do not fit the model's.
         CaptureError: torch.export cannot capture the model.
     """
     options, path = replace(asked(options, more), allow_nonfinite=True), Path(path)
-    device, clock = resolve_device(options.device, options.provider_options), Clock(options.progress)
-    made = FileGraph.read(path).metadata.get("bnfold.rewritten", "")
-    if made:
+    device = resolve_device(options.device, options.provider_options)
+    if made := FileGraph.read(path).metadata.get("bnfold.rewritten"):
         options = replace(options, fold=made != "no", merge="merged" in made, equalize="equalised" in made)
     if not isinstance(model, Model):
         return bisect_file(path, model, options)
-    folded, data, _ = prepare(model, args, kwargs, dynamic_shapes, options, clock, path)
-    with clock("bisect"):
+    run = Run(model, args, kwargs, dynamic_shapes, options, path)
+    folded, data, _ = run.prepare()
+    with run.clock("bisect"):
         found = Bisector(
             captured=folded.captured, path=path, ledger=folded.ledger, meanings=meanings(folded.program), device=device,
             samples=options.samples, seed=options.seed, data=data, progress=options.progress,
         ).find()  # fmt: skip
-    return replace(found, source=source_facts(options.provenance, model), file=str(path))
+    return replace(found, source=model_facts(options, model), file=str(path))
 
 
 @public
@@ -414,11 +390,11 @@ def check(
     if not isinstance(model, Model):
         return check_file(path, model, options, whole=spread is None)
     expect(options)
-    judge, clock = judging(options), Clock(options.progress)
-    captured, data, labels = read(model, args, kwargs, dynamic_shapes, options, clock, path)
+    judge = judging(options)
+    captured, data, labels = Run(model, args, kwargs, dynamic_shapes, options, path).read()
     verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **judge).judge()
     verdict = compared(
         replace(verdict, notes=(*captured.notes, *verdict.notes), interface=interface(captured)), options
     )
     keep_baseline(verdict, options)
-    return replace(verdict, source=source_facts(options.provenance, model), file=None if path is None else str(path))
+    return replace(verdict, source=model_facts(options, model), file=None if path is None else str(path))

@@ -16,9 +16,10 @@ from torch.export import ExportedProgram
 from bnfold.errors import UsageError
 from bnfold.gate.gate import Gate
 from bnfold.gate.parts import Facts, Part
-from bnfold.options import Clock, Model, Options, silent
+from bnfold.options import Model, Options
 from bnfold.report import Ledger
-from bnfold.stages import judging, read, read_data
+from bnfold.report.progress import silent
+from bnfold.stages import Run, judging, read_data
 from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scratch
 from bnfold.statistics.schemes import Pass, Seen
@@ -35,7 +36,8 @@ def looker(
 ) -> Callable[[Path, Facts], Part]:
     """Sees how the file does on parts of the data, for the ``spread`` of ``check``, which has the same arguments."""
     path, asked = None if path is None else Path(path), judging(options)
-    captured, _, _ = read(model, args, kwargs, dynamic_shapes, replace(options, data=None), Clock(silent), path)
+    quiet = replace(options, data=None, progress=silent)
+    captured, _, _ = Run(model, args, kwargs, dynamic_shapes, quiet, path).read()
 
     def look(part: Path, facts: Facts) -> Part:
         data, labels = read_data(part, captured)

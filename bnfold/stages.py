@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from bnfold import store
-from bnfold._version import __version__
 from bnfold.drawing import of_programs
 from bnfold.errors import CaptureError, FoldError, InputError, UsageError
-from bnfold.gate.baseline import expect_baseline, judge_baseline, write_baseline
+from bnfold.gate.baseline import expect_baseline, judge_baseline
 from bnfold.gate.data import Labels, assign, examine, load_data, select
 from bnfold.gate.decisions import places
 from bnfold.gate.stored import Rows, open_arrays
@@ -27,18 +25,17 @@ from bnfold.graph.capture import Captured, capture, input_shapes
 from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
 from bnfold.graph.wrapped import refuse_mixed, unwrapped
-from bnfold.interface import interface
+from bnfold.interface import interface, returned
 from bnfold.loading.assumed import assumed, proposed
 from bnfold.loading.inputs import model_inputs, specs_for, specs_of_arrays
-from bnfold.loading.load import Provenance
 from bnfold.loading.onnx_file import specs_of_file
 from bnfold.loading.specs import dtype_name
-from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
-from bnfold.options import Clock, Folded, Model, Options, Progress, silent
+from bnfold.options import Clock, Folded, Model, Options
 from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
-from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
+from bnfold.report import CheckReport, ExportReport, Ledger
+from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import FORMATS, resolve_device
@@ -94,105 +91,105 @@ def compared(verdict: CheckReport, options: Options) -> CheckReport:
     return judge_baseline(verdict, Path(options.baseline), update=options.update_baseline)
 
 
-def keep_baseline(verdict: CheckReport | None, options: Options) -> None:
-    """Writes the baseline where that is asked for, on no dry run, and the verdict is a pass."""
-    asked = options.update_baseline and not options.dry_run
-    if asked and options.baseline is not None and verdict is not None and verdict.passed:
-        write_baseline(verdict, Path(options.baseline))
+@dataclass(frozen=True)
+class Run:
+    """One run on a torch model.
 
-
-def prepare(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock, file: Path | None = None
-) -> tuple[Folded, dict[str, Rows] | None, Labels | None]:
-    """Captures and folds, and reads the data that the gate will need; ``file`` is the ONNX file of a run on one."""
-    captured, data, labels = read(model, args, kwargs, dynamic_shapes, options, clock, file)
-    with clock("fold"):
-        folded = (
-            fold_captured(captured, merge=options.merge, equalize=options.equalize)
-            if options.fold
-            else Folded(captured.program, Ledger(), captured)
-        )
-        if not options.allow_nonfinite:
-            refuse_nonfinite(folded.ledger)
-    return folded, data, labels
-
-
-def read(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, options: Options, clock: Clock, file: Path | None
-) -> tuple[Captured, dict[str, Rows] | None, Labels | None]:
-    """Captures, and reads the data that the gate will need."""
-    with clock("capture"):
-        notes: tuple[str, ...] = ()
-        if args is None and not kwargs and not isinstance(model, ExportedProgram):
-            args, kwargs, dynamic_shapes, notes = known_inputs(unwrapped(model), dynamic_shapes, file, options)
-        captured = capture_model(model, args, kwargs, dynamic_shapes, options.dtype, options.static, options.progress)
-        captured = replace(captured, notes=(*notes, *captured.notes))
-        return captured, *read_data(options.data, captured, options.progress)
-
-
-def known_inputs(
-    model: nn.Module, dynamic_shapes: Any, file: Path | None, options: Options
-) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    """Example inputs where none are given: as the run's ONNX file says, else its data, else the model's first layer.
-
-    Returns:
-        ``args``, ``kwargs``, ``dynamic_shapes``, and a note of what was assumed.
-
-    Raises:
-        InputError: the file's inputs are more than the model's, or nothing says what the model takes.
+    Attributes:
+        model: a module or a program.
+        args, kwargs, dynamic_shapes: as for ``torch.export``; ``with_inputs`` finds some where none are given.
+        options: everything else that is asked for.
+        file: the ONNX file of a run on one.
+        notes: what was assumed.
+        clock: times the stages.
     """
-    found = specs_of_file(read_model(file)) if file is not None else []
-    data, extra = options.data, not found
-    if extra and data is not None:
-        found = specs_of_arrays(data if isinstance(data, Mapping) else open_arrays(Path(data)))
-    specs, notes = specs_for(model, found, extra=extra), tuple[str, ...]()
-    if not specs:
-        if (own := assumed(model)) is None:
-            where = options.provenance.source if options.provenance else type(model).__name__
-            hint = f"Give {proposed(model)} or --data, or set example_inputs on the module or beside its factory"
-            raise InputError("nothing says what the model takes", where=where, hint=hint)
-        specs, notes = [own], (f'assumed, after its first layer: --input "{own}"; give your own where it is not that',)
-    args, kwargs, shapes = model_inputs(model, None, {}, specs, {}, seed=options.seed)
-    return args, kwargs, None if options.static else dynamic_shapes or shapes, notes
 
+    model: Model
+    args: Any
+    kwargs: Mapping[str, Any] | None
+    dynamic_shapes: Any
+    options: Options
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
 
-def make_report(
-    kind: Literal["export", "fold", "plan"],
-    model: Model,
-    options: Options,
-    folded: Folded,
-    verdict: CheckReport | None,
-    clock: Clock,
-) -> ExportReport:
-    """The report of a run, before a file is written."""
-    return ExportReport(
-        source_facts(options.provenance, model), folded.ledger, verdict, None, count_operators(folded), clock.spent,
-        folded.captured.notes, layer_ranges(folded.captured, folded.program, folded.ledger),
-        norm_ranges(folded.captured, folded.ledger), kind, interface(folded.captured, options),
-        of_programs(folded.captured, folded.program, folded.ledger),
-    )  # fmt: skip
+    @cached_property
+    def clock(self) -> Clock:
+        """Of this run alone."""
+        return Clock(self.options.progress)
 
+    def with_inputs(self) -> Run:
+        """With example inputs: those given, else as the run's ONNX file says, its data, or the model's first layer.
 
-def capture_model(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, dtype: torch.dtype | str | None, static: bool,
-    progress: Progress = silent,
-) -> Captured:  # fmt: skip
-    """Captures the model, and tells the progress where that takes long."""
-    if args is not None and not isinstance(args, tuple):
-        raise InputError(f"args must be a tuple of inputs, not {type(args).__name__}", hint="Write (x,) for one input")
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise CaptureError(
-            "the model is on the meta device, without values", hint="Load its weights: to_empty(), then load_state_dict"
-        )
-    if not isinstance(model, ExportedProgram):
-        model = unwrapped(model)
-        if dtype is None:
-            refuse_mixed(model, args or (), kwargs or {})
-    wanted = None if dtype is None else getattr(torch, dtype_name(dtype))
-    return capture(
-        model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, dtype=wanted, static=static,
-        say=lambda words: progress(f"capture: {words}", 0, 1),
-    )  # fmt: skip
+        Raises:
+            InputError: the file's inputs are more than the model's, or nothing says what the model takes.
+        """
+        if self.args is not None or self.kwargs or isinstance(self.model, ExportedProgram):
+            return self
+        model, options = unwrapped(self.model), self.options
+        found = specs_of_file(read_model(self.file)) if self.file is not None else []
+        data, extra = options.data, not found
+        if extra and data is not None:
+            found = specs_of_arrays(data if isinstance(data, Mapping) else open_arrays(Path(data)))
+        specs, notes = specs_for(model, found, extra=extra), tuple[str, ...]()
+        if not specs:
+            if (own := assumed(model)) is None:
+                where = options.provenance.source if options.provenance else type(model).__name__
+                hint = f"Give {proposed(model)} or --data, or set example_inputs on the module or beside its factory"
+                raise InputError("nothing says what the model takes", where=where, hint=hint)
+            specs = [own]
+            notes = (f'assumed, after its first layer: --input "{own}"; give your own where it is not that',)
+        args, kwargs, shapes = model_inputs(model, None, {}, specs, {}, seed=options.seed)
+        shapes = None if options.static else self.dynamic_shapes or shapes
+        return replace(self, args=args, kwargs=kwargs, dynamic_shapes=shapes, notes=(*self.notes, *notes))
+
+    def capture(self) -> Captured:
+        """Captures the model on the inputs that are given, and tells the progress where that takes long."""
+        model, args, kwargs, options = self.model, self.args, dict(self.kwargs or {}), self.options
+        if args is not None and not isinstance(args, tuple):
+            hint = "Write (x,) for one input"
+            raise InputError(f"args must be a tuple of inputs, not {type(args).__name__}", hint=hint)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            hint = "Load its weights: to_empty(), then load_state_dict"
+            raise CaptureError("the model is on the meta device, without values", hint=hint)
+        if not isinstance(model, ExportedProgram):
+            model = unwrapped(model)
+            if options.dtype is None:
+                refuse_mixed(model, args or (), kwargs)
+        captured = capture(
+            model, args, kwargs, dynamic_shapes=self.dynamic_shapes, static=options.static,
+            dtype=None if options.dtype is None else getattr(torch, dtype_name(options.dtype)),
+            say=lambda words: options.progress(f"capture: {words}", 0, 1),
+        )  # fmt: skip
+        return replace(captured, notes=(*self.notes, *captured.notes))
+
+    def read(self) -> tuple[Captured, dict[str, Rows] | None, Labels | None]:
+        """Captures, on inputs that are found where none are given, and reads the data that the gate will need."""
+        with self.clock("capture"):
+            captured = self.with_inputs().capture()
+            return captured, *read_data(self.options.data, captured, self.options.progress)
+
+    def prepare(self) -> tuple[Folded, dict[str, Rows] | None, Labels | None]:
+        """The same, and folds."""
+        captured, data, labels = self.read()
+        with self.clock("fold"):
+            folded = Folded(captured.program, Ledger(), captured)
+            if self.options.fold:
+                folded = fold_captured(captured, merge=self.options.merge, equalize=self.options.equalize)
+            if not self.options.allow_nonfinite:
+                refuse_nonfinite(folded.ledger)
+        return folded, data, labels
+
+    def report(
+        self, kind: Literal["export", "fold", "plan"], folded: Folded, verdict: CheckReport | None = None
+    ) -> ExportReport:
+        """What was found out, before a file is written."""
+        captured, program, ledger = folded.captured, folded.program, folded.ledger
+        return ExportReport(
+            model_facts(self.options, self.model), ledger, verdict, None,
+            (_operators(captured.program), _operators(program)), self.clock.spent, captured.notes,
+            layer_ranges(captured, program, ledger), norm_ranges(captured, ledger), kind,
+            interface(captured, self.options), of_programs(captured, program, ledger),
+        )  # fmt: skip
 
 
 def fold_captured(captured: Captured, *, merge: bool, equalize: bool = False) -> Folded:
@@ -233,117 +230,25 @@ def opset(options: Options, program: ExportedProgram) -> int | None:
     return 22 if half else None  # ONNX knows a bfloat16 Conv from there on
 
 
-def write_file(lowered: Lowered, staging: store.Staging, external: bool | None) -> FileReport:
-    """Writes the lowered model into the staging folder, its weights beside it where they are too many."""
-    target, data = staging.folder / staging.path.name, None
-    if external if external is not None else lowered.weight_bytes > EXTERNAL_BYTES:
-        save(lowered, target, external="weights")
-        data, sealed = staging.seal_data("weights")
-        relocate(target, data, sealed)
-    else:
-        save(lowered, target)
-    size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
-    return FileReport(str(target), size, lowered.nodes, lowered.opset, lowered.batch_norms, data, sha256_of(target))
-
-
-def write_failed(lowered: Lowered, verdict: str, staging: store.Staging, external: bool | None) -> FileReport:
-    """Writes the file anew with the verdict that it got, for a file that is kept all the same."""
-    lowered.model.metadata_props["bnfold.verdict"] = verdict
-    return write_file(lowered, staging, external)
-
-
-def committed(
-    report: ExportReport,
-    file: FileReport,
-    staging: store.Staging,
-    options: Options,
-    failed: Callable[[str], FileReport],
-) -> ExportReport:
-    """The report of what is there at last: the staged file where it passed, and one that failed where it is kept.
-
-    ``failed`` writes the file anew, with the verdict that it got.
-    """
-    verdict, path = report.check, staging.asked
-    if options.dry_run:
-        return report
-    if verdict is None or verdict.passed:
-        staging.commit(staging.path.name, file.data)
-        keep_baseline(verdict, options)
-        return replace(report, file=replace(file, path=str(path)))
-    if options.keep_failed:
-        name = f"{path.stem}.failed{path.suffix}"
-        file = failed(verdict.verdict)
-        staging.commit(staging.path.name, file.data, name=name)
-        return replace(report, file=replace(file, path=str(path.with_name(name))))
-    return report
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def metadata(options: Options, folded: Folded) -> dict[str, str]:
-    """What the file says about where it comes from."""
-    return file_metadata(options, folded.ledger)
-
-
-def file_metadata(options: Options, ledger: Ledger) -> dict[str, str]:
-    """The same, of what was folded."""
-    gone, total = ledger.count()
-    found = {
-        "bnfold.version": __version__,
-        "bnfold.torch_version": str(torch.__version__),
-        "bnfold.batch_norms_folded": str(gone),
-        "bnfold.batch_norms_left": str(total - gone),
-        "bnfold.rewritten": _rewritten(options),
-        # A file that passes is stored byte for byte as it was judged; one that is kept all the same is written anew.
-        "bnfold.verdict": "pass" if options.check else "not checked",
-    }
-    if taken := [key for key in options.metadata if key.startswith("bnfold.")]:
-        raise UsageError(f"'{taken[0]}' is what bnfold writes itself", where="--metadata", hint="Choose another key")
-    found |= options.metadata
-    if options.provenance is not None:
-        found["bnfold.source"] = options.provenance.source
-        if options.provenance.sha256:
-            found["bnfold.source_sha256"] = options.provenance.sha256
-    return found
-
-
-def _rewritten(options: Options) -> str:
-    words = ["folded", *(["merged"] if options.merge else []), *(["equalised"] if options.equalize else [])]
-    return ", ".join(words) if options.fold else "no"
-
-
-def source_facts(provenance: Provenance | None, model: Model | None = None) -> dict[str, Any]:
+def model_facts(options: Options, model: Model | None = None) -> dict[str, Any]:
     """What a report says about the model: its source, its weights' file and SHA-256, how many parameters."""
-    held = () if model is None or provenance is not None else model.parameters()
-    return provenance_facts(provenance, type(model).__name__, sum(p.numel() for p in held if not is_lazy(p)))
+    held = () if model is None or options.provenance is not None else model.parameters()
+    return source_facts(options, type(model).__name__, sum(p.numel() for p in held if not is_lazy(p)))
 
 
-def provenance_facts(provenance: Provenance | None, source: str, parameters: int) -> dict[str, Any]:
+def source_facts(options: Options, source: str, parameters: int) -> dict[str, Any]:
     """The same of what has a name and so many parameters, where nothing else is known."""
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    if provenance is None:
+    date, known = datetime.now(UTC).isoformat(timespec="seconds"), options.provenance
+    if known is None:
         return {"source": source, "parameters": parameters, "date": date}
     return {
-        "date": date,
-        "source": provenance.source,
-        "weights": provenance.weights,
-        "sha256": provenance.sha256,
-        "parameters": provenance.parameters,
-        "left_out": list(provenance.left_out),
-    }
+        "date": date, "source": known.source, "weights": known.weights, "sha256": known.sha256,
+        "parameters": known.parameters, "left_out": list(known.left_out),
+    }  # fmt: skip
 
 
-def count_operators(folded: Folded) -> tuple[int, int]:
-    """Operators before and after folding."""
-
-    def count(program: ExportedProgram) -> int:
-        return sum(n.op == "call_function" and isinstance(n.meta.get("val"), Tensor) for n in program.graph.nodes)
-
-    return count(folded.captured.program), count(folded.program)
+def _operators(program: ExportedProgram) -> int:
+    return sum(n.op == "call_function" and isinstance(n.meta.get("val"), Tensor) for n in program.graph.nodes)
 
 
 def read_data(
@@ -391,11 +296,8 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
 
 def _float_outputs(captured: Captured) -> dict[str, tuple[int | None, ...]]:
     """The shape of every floating-point output by name, None where it is dynamic."""
-    (values,) = captured.program.graph.output_node().args
-    nodes: list[Any] = [value for value in values if isinstance(value, (torch.fx.Node, int, float))]
-    metas = {name: getattr(node, "meta", {}).get("val") for name, node in zip(number_names(captured.program), nodes)}
     return {
         name: tuple(size if isinstance(size, int) else None for size in value.shape)
-        for name, value in metas.items()
+        for name, value in zip(number_names(captured.program), returned(captured.program))
         if isinstance(value, Tensor) and value.is_floating_point()
     }

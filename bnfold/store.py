@@ -14,7 +14,6 @@ the model that needs them). Where a file system cannot lock folders, old weights
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import re
@@ -30,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bnfold.errors import BnfoldError, ResourceError, UsageError
-from bnfold.files import there
+from bnfold.files import sha256_of, there
 
 if sys.platform != "win32":
     import fcntl
@@ -166,8 +165,7 @@ class Staging:
         Returns:
             The new name, to be written as ``location`` into the ONNX file, and the full SHA-256 in hex.
         """
-        with (self.folder / file).open("rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        digest = sha256_of(self.folder / file)
         name = f"{self.path.stem}.{digest[:16]}.data"
         (self.folder / file).replace(self.folder / name)
         return name, digest

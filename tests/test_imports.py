@@ -20,12 +20,13 @@ ALLOWED: dict[str, str] = {
     "cli": "_version commands errors",
     "commands": "errors files fleet gate loading options pipeline render report runtime sharding store timing",
     "fleet": "_version errors graph lowering pipeline render report runtime store",
-    "pipeline": "errors gate graph interface loading lowering onnx_flow options report runtime stages statistics store",
-    "onnx_flow": "affine drawing errors gate graph loading lowering options passes report runtime stages"
+    "pipeline": "errors files gate graph interface loading lowering onnx_flow options output report runtime stages"
+    " statistics store",
+    "onnx_flow": "affine drawing errors files gate graph loading lowering options output passes report runtime stages"
     " statistics store",
     "sharding": "errors gate options report stages statistics",
-    "stages": "_version drawing errors gate graph interface loading lowering options passes report runtime"
-    " statistics store",
+    "output": "_version errors files gate lowering options report store",
+    "stages": "drawing errors gate graph interface loading options passes report runtime statistics",
     "interface": "errors graph options report",
     "options": "eager errors gate graph loading report runtime user_code",
     "eager": "aten errors gate graph loading passes report semantics",

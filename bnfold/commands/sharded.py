@@ -65,7 +65,7 @@ def sharded(job: Job, make: Make, progress: Progress, stage: str) -> Iterator[tu
 def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
     """Sees how an ONNX file, or a runner, does on a shard of the data, against the model that the job names."""
     from bnfold import sharding
-    from bnfold.options import silent
+    from bnfold.report.progress import silent
 
     with quiet():
         loaded, inputs = load_model(job)

@@ -28,6 +28,7 @@ from bnfold.graph.interpret import constant_of
 from bnfold.loading.structure import restructure
 from bnfold.passes.folding import DIRECTIONS, Folder
 from bnfold.report import Change, Entry, Ledger
+from bnfold.report.progress import silent
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _verify(captured: Captured, written: nn.Module) -> None:
     """Raises FoldError unless the written module computes what the unfolded model does."""
     made = batches(captured.program, captured.names, captured.flat, sizes=captured.sizes)
     model, findings = Model(captured), Findings()
-    cases, reason = run_cases(model, made[:2], findings, lambda stage, done, total: None)
+    cases, reason = run_cases(model, made[:2], findings, silent)
     if cases:
         judge, candidate = Judge(model, cases, findings, LIMIT), EagerCandidate("it", replace(captured, eager=written))
         judge_outside(judge, candidate)

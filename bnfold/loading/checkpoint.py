@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bnfold.errors import InputError
-from bnfold.files import require_file, there
+from bnfold.files import require_file, sha256_of, there
 from bnfold.loading import inert
 
 #: Keys under which training code puts its weights. Others are reached with ``--weights-key`` only: an optimizer's
@@ -182,8 +182,7 @@ def sha256(path: Path) -> str:
     if path.name.endswith(INDEX):
         parts = [f"{sha256(path.parent / name)}  {name}\n" for name in sorted(set(shards_of(path).values()))]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def unpickle(path: Path, kind: Kind, *, unsafe: bool = False, mmap: bool = True) -> Any:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bnfold.errors import InputError, UsageError
 from bnfold.graph.copies import copied, eval_copy
 from bnfold.report import CalibratedLayer
+from bnfold.report.progress import Progress, silent
 from bnfold.statistics.batches import Batches, rereadable
 from bnfold.statistics.batchnorms import (
     EPS,
@@ -40,7 +41,7 @@ from bnfold.statistics.batchnorms import (
     without_numbers,
 )
 from bnfold.statistics.moments import Moments
-from bnfold.statistics.schemes import Pass, Progress, Read, Seen, Spread, observe, one_pass, sequential, write
+from bnfold.statistics.schemes import Pass, Read, Seen, Spread, observe, one_pass, sequential, write
 from bnfold.user_code import unended
 
 Scheme = Literal["sequential", "one-pass"]
@@ -181,7 +182,7 @@ def measure(
     *,
     only: str | Sequence[str] | None = None,
     scheme: Scheme = "sequential",
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     spread: Spread | None = None,
 ) -> Measured:
     """What ``calibrate`` writes, and raises.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,9 @@ from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.copies import eval_copy
 from bnfold.graph.interpret import Runner
 from bnfold.report import FINDINGS, Finding, NormHealth
+from bnfold.report.progress import Progress, silent
 from bnfold.statistics.batches import call, data_batches
-from bnfold.statistics.batchnorms import (
-    batch_norms,
-    is_unshaped,
-    lacks_statistics,
-    watching_inputs,
-    without_numbers,
-)
+from bnfold.statistics.batchnorms import batch_norms, is_unshaped, lacks_statistics, watching_inputs, without_numbers
 from bnfold.statistics.distance import FREEDOM, Distance, Sampled
 from bnfold.statistics.findings import channel_finding, layer_findings, model_findings
 from bnfold.statistics.layers import Layer, module_layers, program_layers, spread
@@ -33,7 +28,6 @@ from bnfold.statistics.layers import Layer, module_layers, program_layers, sprea
 #: Samples of the data in a batch.
 BATCH = 32
 _SEVERITIES = ("error", "warning", "note")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ def examine(
     *,
     captured: Captured | None = None,
     data: Path | str | Mapping[str, Any] | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Examined:
     """Examines every BatchNorm; ``model`` is not touched.
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.errors import InputError
+from bnfold.report.progress import Progress
 from bnfold.statistics.batches import Batch, call
 from bnfold.statistics.batchnorms import STATISTICS, channels_of, own_tensors, watching_inputs
 from bnfold.statistics.moments import Moments
 from bnfold.statistics.waves import Schedule, Site, schedule, trace
 
-Progress = Callable[[str, int, int], None]
 #: By name, modules that have one set of running statistics between them.
 Targets = Mapping[str, Sequence[nn.Module]]
 Read = Callable[[], Iterator[Batch]]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bnfold.report import Latency, LatencyReport
+from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import Device, installed_runtimes, pip_problem, resolve_device
 from bnfold.timing.contestants import (
@@ -47,9 +48,6 @@ CONFIDENCE = 0.95
 #: p95 over the median from which on a reader is told that the machine was busy.
 BUSY = 1.5
 
-#: Called with a stage's name, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-
 
 def bench(
     paths: Sequence[str | os.PathLike[str]],
@@ -67,7 +65,7 @@ def bench(
     warmup: int = 5,
     seed: int = 0,
     memory: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> LatencyReport:
     """Latency of ONNX files, and of a torch module beside them, on the same random inputs.
 
@@ -89,8 +87,7 @@ def bench(
     Raises:
         BnfoldError: a file cannot be opened, the inputs differ or their sizes are unknown, or the model fails on them.
     """
-    tell = progress or (lambda stage, done, total: None)
-    tell("open", 0, 1)
+    progress("open", 0, 1)
     others = _others()
     where = resolve_device(device, provider_options)
     for path in paths:
@@ -106,7 +103,7 @@ def bench(
         if model is not None:
             given, named = torch_arguments(model, args, kwargs or {}, feeds[0], name)
             contestants.append(torch_contestant(name, model, given, named, device=_torch_device(where)))
-        measured = measure(contestants, rounds=rounds, warmup=warmup, seed=seed, progress=tell)
+        measured = measure(contestants, rounds=rounds, warmup=warmup, seed=seed, progress=progress)
     notes = (*filter(None, [pip_problem()]), *others, *_notes(contestants, measured))
     return LatencyReport(
         measured, rounds, warmup, threads, {n: written(array.dtype, array.shape) for n, array in feeds[0].items()},
@@ -124,7 +121,7 @@ def measure(
     rounds: int = 50,
     warmup: int = 5,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> tuple[Latency, ...]:
     """Runs all contestants in turn, ``rounds`` times, in random order within a round.
 
@@ -152,8 +149,7 @@ def measure(
             shuffle.shuffle(order)
             for i in order:
                 times[row, i] = _turn(contestants[i].run, calls[i])
-            if progress is not None:
-                progress("measure", row + 1, rounds)
+            progress("measure", row + 1, rounds)
     finally:
         if collecting:
             gc.enable()
