@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bnfold.errors import LowerError
 from bnfold.graph.capture import capture
 from bnfold.lowering import lower as lower_module
 from bnfold.lowering import translate as translate_module
 from bnfold.lowering.lower import lower, save
+from bnfold.lowering.registry import gathered_once
 from bnfold.runtime.runtime import open_session
 
 torch.set_num_threads(1)
@@ -52,6 +56,35 @@ def in_full(program: ExportedProgram, monkeypatch: pytest.MonkeyPatch) -> ir.Mod
     with monkeypatch.context() as patch:
         patch.setattr(translate_module, "_rewrite", lambda module: False)
         return lower(program).model
+
+
+def test_translations_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all models, without what the exporter adds for one; and they are what torch.onnx gathers itself."""
+    module, x = Call(lambda x, conv: conv(x).relu(), nn.Conv2d(3, 5, 3)), torch.randn(2, 3, 7, 11)
+
+    def written() -> bytes:
+        return bytes(ir.to_proto(lower(capture(module, (x,)).program).model).SerializeToString(deterministic=True))
+
+    first, parsed = written(), []
+    own = TracedOnnxFunction.function_ir.fget
+    monkeypatch.setattr(TracedOnnxFunction, "function_ir", property(lambda each: parsed.append(each.name) or own(each)))
+    assert written() == first and not parsed
+    with gathered_once():
+        one, other = (ONNXRegistry.from_torchlib() for _ in range(2))
+    one.register_op(torch.ops.aten.relu.default, lambda x: x)
+    plain = ONNXRegistry.from_torchlib()
+    assert {name: len(kept) for name, kept in other.functions.items()} == {
+        name: len(kept) for name, kept in plain.functions.items()
+    }
+    monkeypatch.setattr(translate_module, "gathered_once", nullcontext)
+    assert written() == first and parsed
+
+
+def test_of_a_torch_with_other_insides_they_are_gathered_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(TracedOnnxFunction, "function_ir")
+    gather = ONNXRegistry.from_torchlib
+    with gathered_once():
+        assert ONNXRegistry.from_torchlib == gather
 
 
 def rms(value: Tensor) -> float:

@@ -34,6 +34,12 @@ from bnfold.report import OutputResult
 CERTAIN = 100.0
 
 
+def settled(rows: Iterable[Row], limit: float, step: int) -> bool:
+    """Whether no further draw changes what is said of any value: one alone says little of how far off it is."""
+    certain = CERTAIN if step >= MANY else CERTAIN**2
+    return not any(1 < row.misfit(limit) <= certain for row in rows)
+
+
 class Claim(Protocol):
     """What claims to equal the reference, run in float64."""
 
@@ -158,7 +164,7 @@ class Judge:
         for step in range(len(STEPS)):
             draws.more(step)
             rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise)
-            if misfit <= 1 or (step >= MANY and misfit > CERTAIN):
+            if settled(rows, self.limit, step):
                 break
         return rows, misfit
 

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
 from bnfold.gate.claims import FileClaim, ProgramClaim
-from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Draws, Row, compare, specials
-from bnfold.gate.judge import CERTAIN, Case, Judge, listed
+from bnfold.gate.evidence import ELEMENT, STEPS, Draws, Row, compare, specials
+from bnfold.gate.judge import Case, Judge, listed, settled
 from bnfold.gate.models import batched, first_line
 from bnfold.report import Ledger, SiteResult
 
@@ -133,7 +133,6 @@ def compared(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meanin
             else:
                 wrong = bool((given[i] != right[i]).any())
                 rows[name] = Row(case.words, claim.name, name, *((math.inf,) * 2 if wrong else (0.0, 0.0)), inside=True)
-        worst = max((row.misfit(judge.limit) for row in rows.values()), default=0.0)
-        if worst <= 1 or (step >= MANY and worst > CERTAIN):
+        if settled(rows.values(), judge.limit, step):
             break
     return rows

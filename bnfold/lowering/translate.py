@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 
 from bnfold.errors import LowerError
 from bnfold.graph.whole_layers import whole_recurrent
+from bnfold.lowering.registry import gathered_once
 from bnfold.lowering.translations import TRANSLATIONS
 
 _ATEN = torch.ops.aten
@@ -70,7 +71,7 @@ class _Decomposed(ExportedProgram):
 
 def _by_torch(program: ExportedProgram, opset: int | None) -> ir.Model:
     try:
-        with quiet(), torch.no_grad(), whole_recurrent():
+        with quiet(), torch.no_grad(), whole_recurrent(), gathered_once():
             result = torch.onnx.export(
                 program, dynamo=True, optimize=False, verbose=False, opset_version=opset,
                 custom_translation_table=TRANSLATIONS,
