@@ -20,7 +20,7 @@ from bnfold.errors import UsageError
 from bnfold.gate.gate import LIMIT
 from bnfold.graph.capture import Captured
 from bnfold.graph.wrapped import unwrapped
-from bnfold.loading.load import Provenance
+from bnfold.loading.source import Provenance
 from bnfold.report import Ledger
 from bnfold.report.progress import Progress, silent
 from bnfold.runtime.runner import TIME_LIMIT

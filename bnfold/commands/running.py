@@ -21,7 +21,7 @@ from bnfold.commands.terminal import Unfailing, fail, show, write
 from bnfold.errors import UsageError
 
 if TYPE_CHECKING:
-    from bnfold.loading.load import Loaded
+    from bnfold.loading.source import Loaded
     from bnfold.options import Options
     from bnfold.render import Progress, Report
 
@@ -63,11 +63,10 @@ def load_source(job: Job) -> Loaded:
 
     given = job.given
     by_hand = Normalization.parse(given["mean_std"]) if given.get("mean_std") else None
+    same = ("weights", "weights_key", "strip_prefix", "unsafe_pickle", "ignore")
     return load(
-        job.source, weights=given["weights"], weights_key=given["weights_key"], strip_prefix=given["strip_prefix"],
-        factory_args=job.factory_args, unsafe_pickle=given["unsafe_pickle"],
-        strict=bool(given.get("strict")), ignore=given["ignore"],
-        normalize=by_hand or bool(given.get("normalize")),
+        job.source, factory_args=job.factory_args, strict=bool(given.get("strict")),
+        normalize=by_hand or bool(given.get("normalize")), **{name: given[name] for name in same},
     )  # fmt: skip
 
 

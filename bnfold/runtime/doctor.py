@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bnfold._version import __version__
 from bnfold.runtime import runtime
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 @dataclass(frozen=True)
@@ -54,51 +56,31 @@ def _reinstall(name: str) -> str:
 
 def _packages() -> Iterator[Finding]:
     """Every package that bnfold's own metadata requires here, its version against the required minimum."""
+    from packaging.requirements import Requirement  # it comes with onnxruntime
+
     try:
         required = importlib.metadata.requires("bnfold") or []
     except importlib.metadata.PackageNotFoundError:
         yield Finding("note", "bnfold runs from a folder and is not installed", "Install it: pip install -e .")
         return
-    for requirement in required:
-        spec, _, marker = requirement.partition(";")
-        parsed = re.match(r"\s*([\w.-]+)\s*(?:>=\s*([\w.]+))?", spec)
-        if parsed is None or "extra" in marker or not _applies(marker):
-            continue
-        yield _package(parsed[1], parsed[2])
+    for requirement in map(Requirement, required):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _package(requirement)
 
 
-def _package(name: str, minimum: str | None) -> Finding:
-    install = f"pip install '{name}>={minimum}'" if minimum else f"pip install {name}"
+def _package(requirement: Requirement) -> Finding:
+    name = requirement.name
+    wanted = f"{name}{requirement.specifier}"
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         others = [other for other in runtime.installed_runtimes() if other != name]
         if name.startswith("onnxruntime") and others:
             return Finding("note", f"{others[0]} {importlib.metadata.version(others[0])} stands in for {name}")
-        return Finding("problem", f"{name} is missing", f"Install it: {install}")
-    if minimum and _release(version) < _release(minimum):
-        return Finding("problem", f"{name} {version} is too old, bnfold needs {minimum}", f"Update it: {install}")
+        return Finding("problem", f"{name} is missing", f"Install it: pip install '{wanted}'")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding("problem", f"{name} {version} is not what bnfold needs", f"Update it: pip install '{wanted}'")
     return Finding("ok", f"{name} {version}")
-
-
-def _applies(marker: str) -> bool:
-    """Whether an environment marker of bnfold's metadata holds here."""
-    if not marker.strip():
-        return True
-    try:
-        from packaging.markers import Marker
-    except ImportError:  # it comes with onnxruntime, whose absence is for _package to tell
-        return True
-    return Marker(marker).evaluate()
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The numbers a version starts with: "2.13.0+cpu" is (2, 13)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    numbers = [int(part) for part in found[0].split(".")] if found else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _runtimes() -> Iterator[Finding]:

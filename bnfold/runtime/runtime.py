@@ -24,33 +24,6 @@ from bnfold.runtime.providers import (
 )
 from bnfold.runtime.session import Array, Session, ValueInfo, open_on
 
-__all__ = [
-    "CPU",
-    "CUDA",
-    "FLOAT32",
-    "FORMATS",
-    "PROVIDERS",
-    "Arithmetic",
-    "Array",
-    "Device",
-    "Provider",
-    "Session",
-    "ValueInfo",
-    "arithmetic",
-    "cpu_problem",
-    "cuda_problem",
-    "device_of",
-    "driver_problem",
-    "has_bfloat16",
-    "installed_runtimes",
-    "listed_providers",
-    "open_session",
-    "pip_problem",
-    "problem",
-    "provider_notes",
-    "resolve_device",
-]
-
 
 def open_session(
     model: str | os.PathLike[str] | bytes,
