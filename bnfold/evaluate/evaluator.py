@@ -223,7 +223,7 @@ class _Evaluator(ReferenceEvaluator):
     def __init__(self, proto: Any, *, new_ops: Any = None, where: str = "", **options: Any) -> None:
         self._where = where
         try:
-            super().__init__(proto, new_ops=new_ops or OPERATORS, **options)
+            super().__init__(proto, **options)
         except BnfoldError:
             raise
         except Exception as error:  # attributes of other names and kinds than the operators'
@@ -240,6 +240,10 @@ class _Evaluator(ReferenceEvaluator):
         #: Numbers that sizes are computed from.
         sizing = [node for node in self.nodes_ if node.op_type in _SIZING]
         self._exact = {n for node in sizing for n in node.input[node.op_type != "Range" :]}
+
+    def _init(self) -> None:
+        self.new_ops_ = OPERATORS  # which the base would go through once for every node
+        super()._init()  # type: ignore[no-untyped-call]
 
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
         try:

@@ -154,14 +154,10 @@ class ConstantOfShape(OpRun):
         return (np.full(tuple(int(n) for n in shape), fill.reshape(()), fill.dtype),)
 
 
-OPERATORS: list[type[OpRun]] = [
-    *(
-        type(name, (_TorchOperator,), {"op_domain": domain, "row": staticmethod(row)})
-        for (domain, name), row in TABLE.items()
-    ),
-    Cast,
-    CastLike,
-    ConstantOfShape,
-    Loop,
-    Scan,
-]
+_ROWS = {
+    key: type(key[1], (_TorchOperator,), {"op_domain": key[0], "row": staticmethod(row)}) for key, row in TABLE.items()
+}
+#: What computes an operator, by domain and name.
+OPERATORS: dict[tuple[str, str], type[OpRun]] = {
+    **{("", own.__name__): own for own in (Cast, CastLike, ConstantOfShape, Loop, Scan)}, **_ROWS,
+}  # fmt: skip

@@ -221,21 +221,21 @@ class Gauges:
     def latest(self, system: str, *wrong: int) -> set[Node]:
         """What adds the equations of the latest batch that contradict together: with all of these they do."""
         held = self.equations.systems[system]
-        return {self._adder(system, number) for number in held.why(*wrong, latest=True)}
+        return {self._adder(held.equation(number)[3]) for number in held.why(*wrong, latest=True)}
 
     def alone(self, system: str, wrong: Ints) -> dict[Node, Contradiction]:
         """What contradicts without anything else of the latest batch, and how."""
-        held, mine = self.equations.systems[system], dict[Node, list[int]]()
-        for index in wrong.tolist():
-            mine.setdefault(self._adder(system, held.latest(index)), []).append(index)
+        origins, mine = self.equations.systems[system].origins(wrong), dict[Node, list[Ints]]()
+        for origin in np.unique(origins).tolist():
+            mine.setdefault(self._adder(origin), []).append(wrong[origins == origin])
         return {
-            node: self.contradiction(system, np.array(own))
-            for node, own in mine.items()
-            if self.latest(system, own[0], own[-1]) == {node}
+            node: self.contradiction(system, own)
+            for node, own in ((node, np.concatenate(each)) for node, each in mine.items())
+            if self.latest(system, int(own[0]), int(own[-1])) == {node}
         }
 
-    def _adder(self, system: str, number: int) -> Node:
-        node: Node = self.equations.origins[self.equations.systems[system].equation(number)[3]][0]
+    def _adder(self, origin: int) -> Node:
+        node: Node = self.equations.origins[origin][0]
         return node
 
     def contradiction(self, system: str, wrong: Ints) -> Contradiction:
@@ -250,5 +250,4 @@ class Gauges:
                 total[variable] += by
             terms = {v: c for v, c in total.items() if (c % 2 if held.binary else c)}
             found.append(Equation(tuple(terms), tuple(map(float, terms.values())), rhs, node, reason))
-        latest = [held.equation(held.latest(int(i)))[0] for i in wrong]
-        return Contradiction(system, tuple(found), tuple(int(v.max()) for v in latest))
+        return Contradiction(system, tuple(found), tuple(held.highest(wrong).tolist()))

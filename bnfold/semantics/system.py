@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 ROUNDING = 1e-12
 
 
+#: Of so many substitutions at a time it is followed which came of which.
+_SPAN = 1 << 15
 #: See ``System.solved``.
 Choose = Callable[[Ints, Ints, Floats, Floats], Floats]
 
@@ -115,12 +117,8 @@ class System:
         self._cols, self._vals = _Column(np.int64), _Column(np.float64)
         self._batches: list[Batch] = []
         self._ends: list[int] = [0]
-        #: Which rows were put into which equations, in pieces (equations, rows).
-        self._uses: list[tuple[Ints, Ints]] = []
-        self._used: dict[int, list[int]] = {}
-        self._read = self._settled = 0
-        #: The same of what came after the latest mark, from a number of equations on.
-        self._late: dict[int, dict[int, list[int]]] = {}
+        #: Into which equations the rows of which others were put, one after the other, and where the latest batch begins.
+        self._users, self._used, self._began = _Column(np.int64), _Column(np.int64), 0
 
     def grow(self, ranks: Ints) -> None:
         """Adds variables, with their places in the total order."""
@@ -134,8 +132,7 @@ class System:
 
     def mark(self) -> tuple[int, int, int, int]:
         """A state to come back to."""
-        self._settled, self._late = len(self._uses), {}
-        return self._pivot.size, self._cols.size, len(self._batches), len(self._uses)
+        return self._pivot.size, self._cols.size, len(self._batches), self._used.size
 
     def undo(self, mark: tuple[int, int, int, int]) -> None:
         """Forgets what was added since."""
@@ -144,16 +141,14 @@ class System:
         for column in (self._pivot, self._start, self._length, self._right, self._source):
             column.size = rows
         self._cols.size = self._vals.size = entries
-        del self._batches[batches:], self._ends[batches + 1 :], self._uses[uses:]
-        self._settled, self._late = uses, {}
-        if self._read > uses:
-            self._used, self._read = {}, 0
+        self._users.size = self._used.size = uses
+        del self._batches[batches:], self._ends[batches + 1 :]
 
     # -- elimination -----------------------------------------------------------------------------------------------
 
     def add(self, batch: Batch) -> Ints:
         """Adds equations; answers those that contradict, by their index in the batch, and then has to be undone."""
-        base, self._late = self._ends[-1], {}
+        base, self._began = self._ends[-1], self._used.size
         self._batches.append(batch)
         self._ends.append(base + len(batch.rhs))
         left, marked = np.arange(len(batch.rhs)), np.zeros(len(batch.rhs), dtype=bool)
@@ -232,8 +227,12 @@ class System:
     def _reduced(self, equation: Ints, var: Ints, val: Floats, right: Floats, base: int) -> tuple[Ints, Ints, Floats]:
         while (found := self._put_in(equation, var, val, right)) is not None:
             equation, var, val, at, rows = found
-            self._uses.append((at + base, rows))
+            self._note(at + base, rows)
         return equation, var, val
+
+    def _note(self, equations: Ints, rows: Ints) -> None:
+        self._users.extend(equations)
+        self._used.extend(self._source.now[rows])
 
     def _compress(self, rows: Ints) -> None:
         """Puts rows into one another; each round doubles how far a row sees."""
@@ -247,7 +246,7 @@ class System:
             if found is None:
                 return
             owner, cols, vals, at, used = found
-            self._uses.append((self._source.now[rows][at], used))
+            self._note(self._source.now[rows][at], used)
             self._right.now[rows] = times(right, minus)
             if self.binary:
                 self._right.now[rows, _RHS] %= 2
@@ -290,14 +289,14 @@ class System:
     def _unchanged(self) -> Iterator[None]:
         """Leaves rows as they are, whatever is put into them meanwhile."""
         columns = (self._start, self._length, self._right)
-        held, entries, uses = [column.now.copy() for column in columns], self._cols.size, len(self._uses)
+        held, entries, uses = [column.now.copy() for column in columns], self._cols.size, self._used.size
         try:
             yield
         finally:
             for column, numbers in zip(columns, held):
                 column.now[:] = numbers
             self._cols.size = self._vals.size = entries
-            del self._uses[uses:]
+            self._users.size = self._used.size = uses
 
     def _values(self, choose: Choose | None) -> Floats:
         right = given(np.zeros(self._rank.size), self.logs)
@@ -335,33 +334,25 @@ class System:
         """The number of an equation of the latest batch."""
         return self._ends[-2] + index
 
+    def origins(self, indices: Ints) -> Ints:
+        """Where equations of the latest batch come from."""
+        return self._batches[-1].origin[indices]
+
+    def highest(self, indices: Ints) -> Ints:
+        """The highest variables of equations of the latest batch."""
+        batch = self._batches[-1]
+        return np.maximum.reduceat(batch.var, batch.starts[:-1])[indices]
+
     def why(self, *indices: int, latest: bool = False) -> list[int]:
-        """The equations that some of the latest batch contradict or follow from, themselves among them.
+        """The equations that some of the latest batch contradict or follow from, themselves among them, latest first.
 
         ``latest``: of those only what is of that batch too.
         """
-        base = self.latest(0) if latest else 0
-        self._index(self._used, self._uses[self._read : self._settled])
-        self._read = max(self._read, self._settled)
-        if base not in self._late:
-            self._late[base] = {}
-            self._index(self._late[base], self._uses[self._settled :], base)
-        new = self._late[base]
-        found: dict[int, None] = {}
-        for start in map(self.latest, indices):
-            waiting = [] if start in found else [start]
-            found[start] = None
-            while waiting:
-                each = waiting.pop()
-                for source in (*self._used.get(each, ()), *new.get(each, ())):
-                    if source not in found:
-                        found[source] = None
-                        waiting.append(source)
-        return list(found)
-
-    def _index(self, into: dict[int, list[int]], uses: Iterable[tuple[Ints, Ints]], base: int = 0) -> None:
-        for equations, rows in uses:
-            sources = self._source.now[rows]
-            late = sources >= base
-            for equation, source in zip(equations[late].tolist(), sources[late].tolist()):
-                into.setdefault(equation, []).append(source)
+        found = np.zeros(self.count, dtype=bool)
+        found[[self.latest(index) for index in indices]] = True
+        low, base = (self._began, self.latest(0)) if latest else (0, 0)
+        for end in range(self._used.size, low, -_SPAN):  # what was put in is of earlier ones
+            users, used = (column.now[max(end - _SPAN, low) : end] for column in (self._users, self._used))
+            while (more := used[found[users] & ~found[used] & (used >= base)]).size:
+                found[more] = True
+        return np.flatnonzero(found)[::-1].tolist()
