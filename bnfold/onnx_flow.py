@@ -20,7 +20,6 @@ from bnfold.gate.file_bisection import FileBisector
 from bnfold.gate.file_gate import FileGate
 from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.loading.onnx_file import OnnxFile, bytes_of, put, read_onnx
-from bnfold.lowering.lower import EXTERNAL_BYTES, simplified
 from bnfold.options import Clock, Options
 from bnfold.output import committed, file_metadata, keep_baseline
 from bnfold.passes.equalize import equalize as equalize_graph
@@ -65,6 +64,8 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
             what = f"onnx cannot convert the file to opset {options.opset}: {text}"
             raise LowerError(what, where="--opset") from error
     if options.simplify:
+        from bnfold.lowering.lower import simplified  # onnx_ir takes long to import
+
         model = simplified(model)
     ledger, meant, beside = Ledger(), dict[str, Meaning | None](), dict[str, Callable[[], bytes]]()
     before = len(model.graph.node)
@@ -234,7 +235,7 @@ def _write(
 
     outside = [t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)]
     weights = model.ByteSize() + sum(map(bytes_of, outside))
-    if external if external is not None else weights > EXTERNAL_BYTES:
+    if external if external is not None else weights > store.EXTERNAL_BYTES:
         apart = _put_apart(model, raw, staging.folder / "weights")
         data, sealed = staging.seal_data("weights")
         for tensor in apart:

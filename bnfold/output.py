@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,10 +13,12 @@ from bnfold._version import __version__
 from bnfold.errors import UsageError
 from bnfold.files import sha256_of
 from bnfold.gate.baseline import write_baseline
-from bnfold.lowering.lower import EXTERNAL_BYTES, Lowered, relocate, save
 from bnfold.options import Options
 from bnfold.report import CheckReport, ExportReport, FileReport, Ledger
-from bnfold.store import Staging
+from bnfold.store import EXTERNAL_BYTES, Staging
+
+if TYPE_CHECKING:
+    from bnfold.lowering.lower import Lowered
 
 
 def file_metadata(options: Options, ledger: Ledger) -> dict[str, str]:
@@ -47,6 +50,8 @@ def file_metadata(options: Options, ledger: Ledger) -> dict[str, str]:
 
 def write_file(lowered: Lowered, staging: Staging, external: bool | None) -> FileReport:
     """Writes the lowered model into the staging folder, its weights beside it where they are too many."""
+    from bnfold.lowering.lower import relocate, save  # onnx_ir takes long to import, and no ONNX file needs it
+
     target, data = staging.folder / staging.path.name, None
     if external if external is not None else lowered.weight_bytes > EXTERNAL_BYTES:
         save(lowered, target, external="weights")

@@ -27,7 +27,6 @@ from bnfold.interface import interface, renamed
 from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
-from bnfold.lowering.lower import lower
 from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
 from bnfold.options import Folded, Model, OptionFields, Options, asked, public
 from bnfold.output import committed, file_metadata, keep_baseline, write_file
@@ -107,6 +106,8 @@ def export(
     options, path = asked(options, more), Path(path)
     if not isinstance(model, Model):
         return export_file(model, path, options)
+    from bnfold.lowering.lower import lower  # onnx_ir and onnxscript take long to import, and no ONNX file needs them
+
     expect(options)
     store.check_destination(path, sources=options.sources)
     judge = judging(options, writes=True) if options.check else {}

@@ -34,6 +34,8 @@ from bnfold.files import sha256_of, there
 if sys.platform != "win32":
     import fcntl
 
+#: Weights of more bytes are written beside their model.
+EXTERNAL_BYTES = 1 << 30
 _SUFFIX = ".bnfold-tmp"
 #: How the name of external data ends.
 _DATA = re.compile(r"\.[0-9a-f]{16}\.data$")

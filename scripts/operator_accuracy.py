@@ -37,7 +37,7 @@ from onnx import helper, numpy_helper
 from torch.nn import functional as F
 
 from bnfold.evaluate.attributes import Attributes
-from bnfold.evaluate.evaluator import node_evaluator
+from bnfold.evaluate.single import node_evaluator
 from bnfold.gate.operator_bounds import MAGNITUDES, SMALLEST, UNITS, _one, _operand, magnitude
 from bnfold.runtime.session import _from_ort, _to_ort
 

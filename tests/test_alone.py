@@ -10,7 +10,7 @@ import pytest
 from onnx import NodeProto
 from onnx.helper import make_node
 
-from bnfold.evaluate.evaluator import node_evaluator
+from bnfold.evaluate.single import node_evaluator
 from bnfold.gate import alone as module
 from bnfold.gate.alone import EDGE, _thinned, alone
 

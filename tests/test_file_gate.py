@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import bnfold
 from bnfold.errors import InputError
-from bnfold.evaluate.evaluator import File64, node_evaluator
+from bnfold.evaluate.evaluator import File64
 from bnfold.evaluate.limits import asked
+from bnfold.evaluate.single import node_evaluator
 from bnfold.gate.by_operator import ask
 from bnfold.loading.onnx_file import read_onnx
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,16 @@ def path(tmp_path: Path) -> Path:
 
 def run(*args: Any) -> Any:
     return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def test_a_run_without_the_check_imports_nothing_that_it_does_not_use(path: Path) -> None:
+    """Each of them takes as long to import as a file of some megabytes takes to fold."""
+    script = "import sys\nfrom bnfold.cli import cli\ntry:\n    cli()\nfinally:\n    print(*sys.modules)"
+    command = [sys.executable, "-c", script, "export", str(path), "-o", str(path.with_name("o.onnx")), "-q"]
+    done = subprocess.run([*command, "--no-check"], capture_output=True, text=True, timeout=600)
+    assert path.with_name("o.onnx").exists(), done.stderr
+    heavy = {"sympy", "onnx_ir", "onnxscript", "onnxruntime", "onnxsim", "transformers", "torch._dynamo"}
+    assert {"torch", "onnx"} < set(done.stdout.split()) and not heavy & set(done.stdout.split())
 
 
 # ---- what stays ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import io
 import logging
 import shlex
@@ -94,6 +96,11 @@ def working(job: Job) -> Iterator[Progress]:
     progress = Progress(stderr, quiet=job.given["quiet"])
     with progress, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quiet():
         progress("load", 0, 1)  # importing torch included
+        if "bnfold.pipeline" not in sys.modules:
+            gc.disable()
+            importlib.import_module("bnfold.pipeline")
+            gc.freeze()  # what was imported stays as long as the process: no collection need go through it
+            gc.enable()
         yield progress
 
 

@@ -26,7 +26,8 @@ from bnfold.errors import BnfoldError, InputError, ResourceError
 from bnfold.evaluate.attributes import Attributes
 from bnfold.evaluate.deciding import deciding
 from bnfold.evaluate.limits import MAX_ELEMENTS, asked
-from bnfold.evaluate.nodes import OPERATORS, raised, tensor
+from bnfold.evaluate.nodes import OPERATORS, tensor
+from bnfold.evaluate.reading import outer_names, raised
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
 from bnfold.evaluate.weights import Weight
 from bnfold.rounding import disturb
@@ -118,7 +119,7 @@ class File64:
                 *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
             )
         )
-        self._evaluator = _Evaluator(_weightless(model), where=self._where)
+        self._evaluator = Evaluator(_weightless(model), where=self._where)
         self._evaluator.rt_inits_.update(weights)  # type: ignore[arg-type]
 
     def run(
@@ -217,7 +218,7 @@ def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
 # ---- the evaluator ---------------------------------------------------------------------------------------------------
 
 
-class _Evaluator(ReferenceEvaluator):
+class Evaluator(ReferenceEvaluator):
     """A graph, the body of a control flow operator or a function."""
 
     def __init__(self, proto: Any, *, new_ops: Any = None, where: str = "", **options: Any) -> None:
@@ -243,7 +244,7 @@ class _Evaluator(ReferenceEvaluator):
 
     def _init(self) -> None:
         self.new_ops_ = OPERATORS  # which the base would go through once for every node
-        super()._init()  # type: ignore[no-untyped-call]
+        super()._init()
 
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
         try:
@@ -351,38 +352,8 @@ def _is_short(number: float) -> bool:
     return not np.isfinite(number) or float(np.frexp(number)[0] * 32).is_integer()
 
 
-def node_evaluator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Callable[[Mapping[str, Array]], list[Any]]:
-    """One node in float64, from the values that it reads by name to one result per name of ``node.output``."""
-    if node.op_type == "Constant" and not node.domain and node.attribute and node.attribute[0].HasField("t"):
-        held = raised(onnx.numpy_helper.to_array(node.attribute[0].t))  # a file has hundreds
-        return lambda given: [held]
-    graph = onnx.GraphProto(node=[node])
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
-    evaluator = _Evaluator(graph, opsets=dict(opsets))
-
-    def run(given: Mapping[str, Array]) -> list[Any]:
-        with np.errstate(all="ignore"), torch.no_grad():
-            found = iter(evaluator.run(None, {name: raised(x) for name, x in given.items()}))
-        return [raised(next(found)) if name else None for name in node.output]
-
-    return run
-
-
 def _stored(value: Any) -> Any:
     return value.array() if isinstance(value, Weight) else value
-
-
-def outer_names(node: onnx.NodeProto) -> set[str]:
-    """What the bodies of a node may read from outside."""
-    found: set[str] = set()
-    stack = list(node.attribute)
-    while stack:
-        attribute = stack.pop()
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            found.update(name for inner in graph.node for name in inner.input)
-            found.update(value.name for value in graph.output)
-            stack += [a for inner in graph.node for a in inner.attribute]
-    return found
 
 
 def _decided(node: OpRun, values: Mapping[str, Any], results: Sequence[Any], watch: _Watch) -> Sequence[Any]:

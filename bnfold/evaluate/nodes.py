@@ -13,17 +13,8 @@ from torch import Tensor
 
 from bnfold.evaluate.attributes import Attributes, Row
 from bnfold.evaluate.operators import TABLE
+from bnfold.evaluate.reading import raised
 from bnfold.evaluate.subject import Array
-
-_NARROW = {"float16", "bfloat16", "float32"}
-
-
-def raised(value: Any) -> Any:
-    """``value`` in float64 where it is an array, or a sequence of arrays, of a narrower float."""
-    if isinstance(value, list):
-        return [raised(each) for each in value]
-    dtype = getattr(value, "dtype", None)
-    return value.astype(np.float64) if dtype is not None and dtype.name in _NARROW else value
 
 
 def tensor(value: Array) -> Tensor:

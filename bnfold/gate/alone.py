@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.evaluate.evaluator import outer_names
+from bnfold.evaluate.reading import outer_names
 from bnfold.evaluate.subject import Array
 from bnfold.gate.by_operator import SKIPPED, Asked, Fault, ask
 from bnfold.runtime.runtime import open_session

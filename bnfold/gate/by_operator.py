@@ -23,8 +23,9 @@ import torch
 
 from bnfold.errors import BnfoldError
 from bnfold.evaluate.attributes import Attributes
-from bnfold.evaluate.evaluator import node_evaluator, outer_names
 from bnfold.evaluate.operators import TABLE
+from bnfold.evaluate.reading import outer_names
+from bnfold.evaluate.single import node_evaluator
 from bnfold.evaluate.subject import Array
 from bnfold.gate.evidence import typical
 from bnfold.gate.operator_bounds import SMALLEST, UNITS, bound

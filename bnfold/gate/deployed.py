@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnfold.errors import BnfoldError, InputError
-from bnfold.evaluate.evaluator import outer_names
+from bnfold.evaluate.reading import outer_names
 from bnfold.evaluate.subject import Run
 from bnfold.gate.alone import alone
 from bnfold.gate.by_operator import Asked, as_kernels_round, ask

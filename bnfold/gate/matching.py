@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import sympy
 import torch
 
 from bnfold.errors import InputError
@@ -196,6 +195,8 @@ def _pins(mine: _Input, theirs: ValueInfo) -> dict[str, int] | None:
         return {}
     if len(theirs.shape) != len(mine.shape):
         return None
+    import sympy  # takes long, and between files there are no symbols of its
+
     pins: dict[str, int] = {}
     for size, wanted in zip(theirs.shape, mine.shape):
         if not isinstance(size, int) or size == wanted:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -145,6 +144,8 @@ def _is_tensor(node: torch.fx.Node) -> bool:
 
 def _symbols(shapes: Mapping[str, Sequence[Any]]) -> dict[Any, int]:
     """Every symbol in the shapes with its size in the example; ``8*h`` in a shape makes ``h`` one of them."""
+    import sympy  # takes long, and no file has symbols of its
+
     found: dict[Any, int] = {}
     sizes = [size for shape in shapes.values() for size in shape if isinstance(size, torch.SymInt)]
     for size in sorted(sizes, key=lambda size: not size.node.expr.is_symbol):
@@ -268,6 +269,8 @@ def _prime(least: int) -> int:
 
 
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:
+    import sympy
+
     return size if isinstance(size, int) else int(sympy.sympify(size.node.expr).subs(sizes))
 
 

@@ -11,7 +11,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from bnfold.evaluate.evaluator import node_evaluator, outer_names
+from bnfold.evaluate.reading import outer_names
+from bnfold.evaluate.single import node_evaluator
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 

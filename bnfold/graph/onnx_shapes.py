@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError
-from bnfold.evaluate.evaluator import File64, MissingOperatorError, node_evaluator
+from bnfold.evaluate.single import node_evaluator
 from bnfold.evaluate.subject import Array
 from bnfold.evaluate.weights import Weight
 from bnfold.graph.onnx_inference import infer
@@ -114,6 +114,8 @@ def _run_for_missing(
     """Adds the shapes that only a run shows; False where other sizes may show more."""
     if all(name in known.shapes for node in model.graph.node for name in node.output if name):
         return True
+    from bnfold.evaluate.evaluator import MissingOperatorError  # onnx's reference takes long to import
+
     try:
         found = _run(model, weights, light)
     except MissingOperatorError:
@@ -216,6 +218,8 @@ def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.Mode
     Raises:
         BnfoldError: it fails at these sizes.
     """
+    from bnfold.evaluate.evaluator import File64
+
     rng, feeds = np.random.default_rng(0), dict[str, Any]()
     wanted = {value.name for value in model.graph.input} - weights.keys()
     for value in light.graph.input:

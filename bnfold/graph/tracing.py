@@ -17,7 +17,6 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bnfold.graph.copies import twin
@@ -86,6 +85,8 @@ def _called(module: nn.Module) -> nn.Module:
 @contextmanager
 def _placing(places: dict[str, str]) -> Iterator[None]:
     """Notes, for every size that becomes a number, which line of the user's code made it one."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes long, and an ONNX file needs none of it
+
     fix = ShapeEnv._set_replacement
 
     def noting(self: ShapeEnv, symbol: Any, number: Any, *more: Any) -> None:

@@ -29,8 +29,6 @@ from bnfold.lowering.translate import quiet, translate
 
 #: Initializers above this many bytes are hidden from onnxsim.
 SKELETON_BYTES = 1024
-#: Files above this many bytes keep their weights in a file beside them.
-EXTERNAL_BYTES = 1 << 30
 #: What ONNX Runtime's layout optimisation moves past a Pad, or takes away.
 _MOVABLE = {"Transpose", "Identity", "Squeeze", "Unsqueeze", "Reshape"}
 

@@ -26,7 +26,6 @@ from torch.export import ExportedProgram
 from bnfold.errors import LowerError
 from bnfold.graph.whole_layers import whole_recurrent
 from bnfold.lowering.registry import gathered_once
-from bnfold.lowering.translations import TRANSLATIONS
 
 _ATEN = torch.ops.aten
 
@@ -70,6 +69,8 @@ class _Decomposed(ExportedProgram):
 
 
 def _by_torch(program: ExportedProgram, opset: int | None) -> ir.Model:
+    from bnfold.lowering.translations import TRANSLATIONS  # onnxscript takes long, and no file needs it
+
     try:
         with quiet(), torch.no_grad(), whole_recurrent(), gathered_once():
             result = torch.onnx.export(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -121,6 +120,8 @@ class Sizes:
 
     def _rules(self) -> list[_Rule]:
         """What legal sizes keep: the guards, that no size vanishes, and that a view has as many elements as before."""
+        import sympy  # here and below: it takes long, and a graph without symbols needs none of it
+
         rules: dict[Any, None] = dict.fromkeys(guard.expr for guard in self._environment.guards)
         sizes = dict[Any, None]()
         for node in self._graph.nodes:
@@ -142,16 +143,22 @@ class _Rule:
         self._expression, self.failed = expression, 0
 
     def holds(self, sizes: dict[Any, int]) -> bool:
+        import sympy
+
         broken = bool(_at(self._expression, sizes) == sympy.false)
         self.failed += broken
         return not broken
 
 
 def _expression(size: Any) -> Any:
+    import sympy
+
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
 def _at(expression: Any, sizes: dict[Any, int]) -> Any:
+    import sympy
+
     return expression.xreplace({symbol: sympy.Integer(number) for symbol, number in sizes.items()}).doit()
 
 

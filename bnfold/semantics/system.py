@@ -117,7 +117,7 @@ class System:
         self._cols, self._vals = _Column(np.int64), _Column(np.float64)
         self._batches: list[Batch] = []
         self._ends: list[int] = [0]
-        #: Into which equations the rows of which others were put, one after the other, and where the latest batch begins.
+        #: Into which equations the rows of which others were put, in that order, and where the latest batch begins.
         self._users, self._used, self._began = _Column(np.int64), _Column(np.int64), 0
 
     def grow(self, ranks: Ints) -> None:
@@ -355,4 +355,4 @@ class System:
             users, used = (column.now[max(end - _SPAN, low) : end] for column in (self._users, self._used))
             while (more := used[found[users] & ~found[used] & (used >= base)]).size:
                 found[more] = True
-        return np.flatnonzero(found)[::-1].tolist()
+        return [int(number) for number in np.flatnonzero(found)[::-1]]

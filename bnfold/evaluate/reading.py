@@ -1,0 +1,31 @@
+"""What a node of an ONNX file reads: from bodies too, and in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+_NARROW = {"float16", "bfloat16", "float32"}
+
+
+def raised(value: Any) -> Any:
+    """``value`` in float64 where it is an array, or a sequence of arrays, of a narrower float."""
+    if isinstance(value, list):
+        return [raised(each) for each in value]
+    dtype = getattr(value, "dtype", None)
+    return value.astype(np.float64) if dtype is not None and dtype.name in _NARROW else value
+
+
+def outer_names(node: onnx.NodeProto) -> set[str]:
+    """What the bodies of a node may read from outside."""
+    found: set[str] = set()
+    stack = list(node.attribute)
+    while stack:
+        attribute = stack.pop()
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            found.update(name for inner in graph.node for name in inner.input)
+            found.update(value.name for value in graph.output)
+            stack += [a for inner in graph.node for a in inner.attribute]
+    return found

@@ -1,0 +1,32 @@
+"""One node of an ONNX file in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from bnfold.evaluate.reading import raised
+from bnfold.evaluate.subject import Array
+
+
+def node_evaluator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Callable[[Mapping[str, Array]], list[Any]]:
+    """One node in float64, from the values that it reads by name to one result per name of ``node.output``."""
+    if node.op_type == "Constant" and not node.domain and node.attribute and node.attribute[0].HasField("t"):
+        held = raised(onnx.numpy_helper.to_array(node.attribute[0].t))  # a file has hundreds
+        return lambda given: [held]
+    from bnfold.evaluate.evaluator import Evaluator  # onnx's reference takes long to import, and not all need it
+
+    graph = onnx.GraphProto(node=[node])
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+    evaluator = Evaluator(graph, opsets=dict(opsets))
+
+    def run(given: Mapping[str, Array]) -> list[Any]:
+        with np.errstate(all="ignore"), torch.no_grad():
+            found = iter(evaluator.run(None, {name: raised(x) for name, x in given.items()}))
+        return [raised(next(found)) if name else None for name in node.output]
+
+    return run
