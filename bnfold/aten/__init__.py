@@ -6,146 +6,134 @@ A row is the operator's name and a function from a call to its semantics. To add
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch._ops import OpOverload
 
-from bnfold.aten.common import OPAQUE, Row
-from bnfold.aten.contraction import addmm, conv_transpose, convolution, einsum, linear, matmul, recurrent
+from bnfold.aten.common import OPAQUE, Row, constant_operands
+from bnfold.aten.contraction import addmm, conv_transpose, convolution, linear, matmul, recurrent
 from bnfold.aten.moving import (
     cast,
     chosen,
-    dropout,
-    embedding,
     extremum,
     masked,
     max_pool,
-    max_pool_with_indices,
     maximum,
     mean,
     move,
     pad,
     pool,
-    prelu,
-    relu,
-    same,
     sdpa,
     total,
-    upsample,
 )
-from bnfold.aten.scaling import (
-    additive,
-    batch_norm,
-    div,
-    instance_norm,
-    layer_norm,
-    mul,
-    native_batch_norm,
-    neg,
-    per_channel,
-    rsub,
-)
+from bnfold.aten.normalisation import batch_norm, layer_norm, per_channel
 from bnfold.semantics import (
     Average,
     Homogeneous,
+    Lookup,
     Movement,
     No,
     Product,
     Refused,
+    Same,
     Scaling,
     Semantics,
     ShapeOnly,
     Sum,
     Unknown,
+    build,
 )
 from bnfold.semantics.call import Call
 from bnfold.semantics.sizes import UnknownSizeError
 
 
-def _row(semantics: Semantics) -> Row:
-    return lambda call: semantics
+def _first(call: Call) -> str:
+    return next(slot for slot, _ in call.slots())
 
 
-def _rows(names: str, row: Row) -> Iterable[tuple[str, Row]]:
-    return ((f"aten.{name}", row) for name in names.split())
+def _added(call: Call, sign: float) -> Semantics:
+    return build.added(call, "self", "other", sign * float(call.arguments.get("alpha", 1)))
 
 
-def shape_only(call: Call) -> Semantics:
-    """Reads the shape of its first operand."""
-    return ShapeOnly(next(slot for slot, _ in call.slots()))
+def _div(call: Call) -> Semantics:
+    rounds = call.arguments.get("rounding_mode") is not None  # and then it is no affine
+    return OPAQUE if rounds else build.divided(call, "self", "other")
 
 
-TABLE: dict[str, Row] = dict(
-    [
-        # Scaling: multiplies and adds constants
-        *_rows("batch_norm", batch_norm),
-        *_rows("_native_batch_norm_legit_no_training native_batch_norm", native_batch_norm),
-        *_rows("instance_norm", instance_norm),
-        *_rows("mul multiply", mul),
-        *_rows("div divide true_divide", div),
-        *_rows("add", additive(+1.0)),
-        *_rows("sub subtract", additive(-1.0)),
-        *_rows("rsub", rsub),
-        *_rows("neg negative", neg),
-        # Contraction: linear in its data, with a constant weight
-        *_rows("conv1d conv2d conv3d convolution", convolution),
-        *_rows("conv_transpose1d conv_transpose2d conv_transpose3d", conv_transpose),
-        *_rows("linear", linear),
-        *_rows("addmm", addmm),
-        *_rows("matmul mm bmm", matmul),
-        *_rows("einsum", einsum),
-        *_rows("lstm gru rnn_tanh rnn_relu", recurrent),
-        # Movement: moves elements and changes none
-        *_rows("view reshape _unsafe_view flatten unflatten view_as reshape_as ravel", move),
-        *_rows("permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT adjoint", move),
-        *_rows("squeeze unsqueeze expand expand_as repeat repeat_interleave tile broadcast_to", move),
-        *_rows("slice select narrow split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk", move),
-        *_rows("cat concat concatenate stack hstack vstack flip roll rot90 unfold im2col", move),
-        *_rows("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle", move),
-        *_rows("index index_select gather take_along_dim", move),
-        *_rows("pad constant_pad_nd", pad),
-        *_rows("reflection_pad1d reflection_pad2d reflection_pad3d", move),
-        *_rows("replication_pad1d replication_pad2d replication_pad3d", move),
-        *_rows("clone contiguous detach alias lift_fresh_copy positive", same),
-        *_rows("to _to_copy", cast),
-        *_rows("dropout feature_dropout alpha_dropout feature_alpha_dropout", dropout),
-        *_rows("embedding", embedding),
-        # Average: a weighted mean
-        *_rows("avg_pool1d avg_pool2d avg_pool3d", pool),
-        *_rows("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", pool),
-        *_rows("_adaptive_avg_pool2d _adaptive_avg_pool3d", pool),
-        *_rows("mean", mean),
-        *_rows("sum", total),
-        *_rows("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d", upsample),
-        *_rows("upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d", upsample),
-        *_rows("_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d", upsample),
-        *_rows("_upsample_bilinear2d_aa _upsample_bicubic2d_aa", upsample),
-        *_rows("scaled_dot_product_attention", sdpa),
-        # Homogeneous: a positive scale passes
-        *_rows("relu leaky_relu abs", relu),
-        *_rows("prelu", prelu),
-        *_rows("max_pool1d max_pool2d max_pool3d", max_pool),
-        *_rows("max_pool2d_with_indices max_pool3d_with_indices", max_pool_with_indices),
-        *_rows("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", max_pool_with_indices),
-        *_rows("amax amin", extremum),
-        *_rows("where", chosen),
-        *_rows("masked_fill", masked),
-        *_rows("maximum minimum", maximum),
-        # Normalised: an affine after it goes into its own constants
-        *_rows("layer_norm", layer_norm),
-        *_rows("group_norm", per_channel),
-        # Read for their shape alone
-        *_rows("sym_size sym_numel sym_stride sym_is_contiguous _assert_tensor_metadata", shape_only),
-        *_rows("zeros_like ones_like full_like empty_like rand_like randn_like", shape_only),
-        *_rows("new_zeros new_ones new_full new_empty", shape_only),
-        # Known to let nothing pass
-        *_rows("relu6 hardtanh clamp clamp_min clamp_max clip hardswish hardsigmoid hardshrink", _row(OPAQUE)),
-        *_rows("gelu silu mish elu selu celu sigmoid log_sigmoid tanh softplus", _row(OPAQUE)),
-        *_rows("exp log sqrt rsqrt pow square reciprocal erf sin cos var std", _row(OPAQUE)),
-        *_rows("softmax log_softmax rms_norm native_layer_norm native_group_norm", _row(OPAQUE)),
-    ]
-)  # fmt: skip
+def _upsample(call: Call) -> Semantics:
+    ndim = len(call.out_shape)  # whatever the mode, its weights sum to one
+    return Average("input" if "input" in call else "self", tuple(range(2, ndim)), ndim)
+
+
+#: Names and what they do, by what holds of their gauges.
+_ROWS: dict[str, Row] = {
+    # Scaling: multiplies and adds constants. With two values: Product, Sum.
+    "batch_norm": batch_norm,
+    "_native_batch_norm_legit_no_training native_batch_norm": lambda c: batch_norm(c) if c.item == 0 else OPAQUE,
+    "instance_norm": lambda c: per_channel(c) if c["use_input_stats"] else batch_norm(c),
+    "mul multiply": lambda c: build.multiplied(c, "self", "other"),
+    "div divide true_divide": _div,
+    "add": lambda c: _added(c, +1.0),
+    "sub subtract": lambda c: _added(c, -1.0),
+    "rsub": lambda c: build.added(c, "other", "self", -float(c["alpha"])),
+    "neg negative": lambda c: build.negated(c, "self"),
+    # Contraction: linear in its data, with a constant weight
+    "conv1d conv2d conv3d convolution": convolution,
+    "conv_transpose1d conv_transpose2d conv_transpose3d": conv_transpose,
+    "linear": linear,
+    "addmm": addmm,
+    "matmul mm bmm": matmul,
+    "einsum": lambda c: build.einsum(c, c["equation"], [f"tensors.{i}" for i in range(len(c["tensors"]))]),
+    "lstm gru rnn_tanh rnn_relu": recurrent,
+    "embedding": lambda c: Lookup("weight", c.constant) if constant_operands(c, "weight") else OPAQUE,
+    # Movement: moves elements and changes none
+    "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel": move,
+    "permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT adjoint": move,
+    "squeeze unsqueeze expand expand_as repeat repeat_interleave tile broadcast_to": move,
+    "slice select narrow split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk": move,
+    "cat concat concatenate stack hstack vstack flip roll rot90 unfold im2col": move,
+    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle": move,
+    "index index_select gather take_along_dim": move,
+    "pad constant_pad_nd": pad,
+    "reflection_pad1d reflection_pad2d reflection_pad3d": move,
+    "replication_pad1d replication_pad2d replication_pad3d": move,
+    "clone contiguous detach alias lift_fresh_copy positive": lambda c: Same(_first(c)),
+    "to _to_copy": cast,
+    "dropout feature_dropout alpha_dropout feature_alpha_dropout": lambda c: OPAQUE if c["train"] else Same("input"),
+    # Average: a weighted mean
+    "avg_pool1d avg_pool2d avg_pool3d": pool,
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d": pool,
+    "mean": mean,
+    "sum": total,
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d": _upsample,
+    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d": _upsample,
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d": _upsample,
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa": _upsample,
+    "scaled_dot_product_attention": sdpa,
+    # Homogeneous: a positive scale passes
+    "relu": lambda c: Homogeneous(("self",), clips=True),
+    "leaky_relu abs": lambda c: Homogeneous(("self",)),
+    "prelu": lambda c: Homogeneous(("self",)) if constant_operands(c, "weight") else OPAQUE,
+    "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d": max_pool,
+    "max_pool2d_with_indices max_pool3d_with_indices": max_pool,
+    "amax amin": extremum,
+    "where": chosen,
+    "masked_fill": masked,
+    "maximum minimum": maximum,
+    # Normalised: an affine after it goes into its own constants
+    "layer_norm": layer_norm,
+    "group_norm": per_channel,
+    # Read for their shape alone
+    "sym_size sym_numel sym_stride sym_is_contiguous _assert_tensor_metadata": lambda c: ShapeOnly(_first(c)),
+    "zeros_like ones_like full_like empty_like rand_like randn_like": lambda c: ShapeOnly(_first(c)),
+    "new_zeros new_ones new_full new_empty": lambda c: ShapeOnly(_first(c)),
+    # Known to let nothing pass
+    "relu6 hardtanh clamp clamp_min clamp_max clip hardswish hardsigmoid hardshrink": lambda c: OPAQUE,
+    "gelu silu mish elu selu celu sigmoid log_sigmoid tanh softplus": lambda c: OPAQUE,
+    "exp log sqrt rsqrt pow square reciprocal erf sin cos var std": lambda c: OPAQUE,
+    "softmax log_softmax rms_norm native_layer_norm native_group_norm": lambda c: OPAQUE,
+}
+TABLE = {f"aten.{name}": row for names, row in _ROWS.items() for name in names.split()}
 
 
 def semantics(call: Call) -> Semantics:

@@ -93,11 +93,6 @@ def bilinear(call: Call, left: str, right: str) -> Semantics:
     return Bilinear((left, right), summed=(-1, -2) if matrices and len(call.shape(right)) == call.rank else None)
 
 
-def einsum(call: Call) -> Semantics:
-    """One constant operand, no ellipsis, no letter twice in an operand; else a product of two values."""
-    return build.einsum(call, call["equation"], [f"tensors.{i}" for i in range(len(call["tensors"]))])
-
-
 def recurrent(call: Call) -> Semantics:
     """lstm, gru, rnn_tanh, rnn_relu: their first layer reads the input through weight_ih and bias_ih, per direction."""
     if "batch_sizes" in call:

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from bnfold.aten.common import OPAQUE, constant_operands, geometry, per_axis
-from bnfold.semantics import (
-    Average,
-    Homogeneous,
-    Lookup,
-    Movement,
-    Same,
-    Semantics,
-)
+from bnfold.aten.common import OPAQUE, geometry, per_axis
+from bnfold.semantics import Average, Homogeneous, Movement, Same, Semantics
 from bnfold.semantics.moving import reshaped
 
 if TYPE_CHECKING:
@@ -124,13 +117,6 @@ def _reduced(call: Call) -> tuple[tuple[int, ...], int, bool]:
     return axes, ndim, bool(call.arguments.get("keepdim", False))
 
 
-def upsample(call: Call) -> Semantics:
-    """nearest, linear, bilinear, bicubic, trilinear, with or without antialiasing: weights sum to one."""
-    ndim = len(call.out_shape)
-    slot = "input" if "input" in call else "self"
-    return Average(slot, tuple(range(2, ndim)), ndim)
-
-
 def move(call: Call) -> Semantics:
     """Runs the operator itself on indices; operands that it reads only for their shape do not move."""
     if call.arguments.get("dtype") is not None:
@@ -221,39 +207,8 @@ def _size(call: Call) -> Tensor | None:
     return (mean.square() + variance).sqrt().reshape([-1 if axis == 1 else 1 for axis in range(len(call.out_shape))])
 
 
-def same(call: Call) -> Semantics:
-    """Every element stays where it is."""
-    return Same("self" if "self" in call else "input")
-
-
-def dropout(call: Call) -> Semantics:
-    """Dropout in eval mode."""
-    return OPAQUE if call["train"] else Same("input")
-
-
-def embedding(call: Call) -> Semantics:
-    """Rows of a constant table."""
-    return Lookup("weight", call.constant) if constant_operands(call, "weight") else OPAQUE
-
-
-def relu(call: Call) -> Semantics:
-    """relu and leaky_relu: ``f(s*x) = s*f(x)`` for s > 0."""
-    return Homogeneous(("self",), clips=call.operator == "aten.relu")
-
-
-def prelu(call: Call) -> Semantics:
-    """PReLU with a constant slope."""
-    return Homogeneous(("self",)) if constant_operands(call, "weight") else OPAQUE
-
-
 def max_pool(call: Call) -> Semantics:
-    """max_pool1d/2d/3d and adaptive_max_pool: padding is -inf, so shifts pass."""
-    ndim, dims = len(call.out_shape), int(call.operator[-2])
-    return Homogeneous(("self",), tuple(range(ndim - dims, ndim)), shifts=True)
-
-
-def max_pool_with_indices(call: Call) -> Semantics:
-    """A max pool, and which elements it chose: those stay the same under an affine that the values pass."""
+    """Max pools, adaptive or not: padding is -inf, so shifts pass. Which elements they chose an affine leaves as is."""
     ndim, dims = len(call.shape("self")), next(n for n in (1, 2, 3) if f"{n}d" in call.operator)
     return Homogeneous(("self",), tuple(range(ndim - dims, ndim)), shifts=True)
 

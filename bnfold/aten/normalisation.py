@@ -1,4 +1,4 @@
-"""The normalisations with statistics in a graph, as a doctor sees them: whether or not they can be folded."""
+"""Rows for normalisations, and those with statistics as a doctor sees them: whether or not they can be folded."""
 
 from __future__ import annotations
 
@@ -6,17 +6,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnfold.aten.scaling import STATISTICS
+from bnfold.semantics import Semantics, build
 
 if TYPE_CHECKING:
     from bnfold.semantics.call import Call
 
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
 _FLAGS = {
     "aten.batch_norm": "training",
     "aten.native_batch_norm": "training",
     "aten._native_batch_norm_legit_no_training": "",
     "aten.instance_norm": "use_input_stats",
 }
+
+
+def batch_norm(call: Call) -> Semantics:
+    """Eval-mode BatchNorm, and InstanceNorm with running statistics."""
+    training = bool(call.arguments.get("training"))
+    return build.normalisation(call, "input", STATISTICS, float(call["eps"]), batch_statistics=training)
+
+
+def per_channel(call: Call) -> Semantics:
+    """group_norm, and instance_norm with the statistics of each sample: a weight and a bias along axis 1."""
+    return build.normalised(call, (1,), "weight", "bias")
+
+
+def layer_norm(call: Call) -> Semantics:
+    """A weight and a bias along the last axes."""
+    axes = range(call.rank - len(call["normalized_shape"]), call.rank)
+    return build.normalised(call, axes, "weight", "bias")
 
 
 @dataclass(frozen=True)
