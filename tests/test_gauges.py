@@ -93,14 +93,14 @@ def best_by_force(gauges: Gauges) -> tuple[int, int]:
     able = [s for s in gauges.sites if isinstance(gauges.at(s), Scaling) and gauges.at(s).stays is None]
     always, parts = mandatory(gauges), {}
     for site in able:
-        parts[site, "stay"] = equations(gauges, lambda s=site: gauges.stay(s))
-        parts[site, "goes"] = equations(gauges, lambda s=site: gauges.go(s))
-        parts[site, "dead"] = equations(gauges, lambda s=site: gauges.go(s, dead=True))
+        parts[site, "stay"] = equations(gauges, lambda s=site: gauges.ask(s, "stays"))
+        parts[site, "goes"] = equations(gauges, lambda s=site: gauges.ask(s, "goes"))
+        parts[site, "dead"] = equations(gauges, lambda s=site: gauges.ask(s, "dead"))
     zero = {s: bool((gauges.at(s).affine.scale == 0).any()) for s in able}
     best = (-1, -1)
     for count in range(len(able), -1, -1):
         for gone in combinations(able, count):
-            worth = (sum(map(gauges.is_norm, gone)), count)
+            worth = (len(gauges.norms.intersection(gone)), count)
             if worth <= best:
                 continue
             for ways in product(*((["goes", "dead"] if zero[s] else ["goes"]) for s in gone)):
@@ -126,7 +126,7 @@ def check(graph: RandomGraph) -> bool:
     choice = Choices(gauges).choose()
     assert all(contradicts(why) for why in choice.why.values())
     assert all(contradicts(why.dead) for why in choice.why.values() if why.dead is not None)
-    worth = (sum(map(gauges.is_norm, choice.gone)), len(choice.gone))
+    worth = (len(gauges.norms.intersection(choice.gone)), len(choice.gone))
     assert worth == best_by_force(gauges), (graph, worth)
     return True
 

@@ -8,14 +8,15 @@ puts the affine last that stands in most of the others' way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bnfold.graph.graph import Node
-from bnfold.passes.gauges import Contradiction, Gauges
-from bnfold.semantics import Scaling
+from bnfold.passes.gauges import Contradiction, Gauges, How
+from bnfold.semantics import Contraction, Scaling
 from bnfold.semantics.base import pin
 from bnfold.semantics.equations import EMPTY
+from bnfold.semantics.system import Ints
 
 #: Exchanges tried without one that helps, in nets of up to so many affines, and in larger ones.
 PATIENCE, MANY = 12, 300
@@ -23,26 +24,29 @@ PATIENCE, MANY = 12, 300
 
 @dataclass
 class Choice:
-    """Which affines go, those with ``dead`` channels, which contractions do without a new bias, and why others stay."""
+    """What is asked of every affine and of contractions with no place for a bias, and why affines stay."""
 
-    gone: list[Node] = field(default_factory=list)
-    dead: set[Node] = field(default_factory=set)
-    closed: list[Node] = field(default_factory=list)
+    asked: dict[Node, How] = field(default_factory=dict)
     why: dict[Node, Contradiction] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> list[Node]:
+        """The affines that go."""
+        return [item for item, how in self.asked.items() if how in ("goes", "dead")]
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run starts from: affines that stay or go first, contractions that get no bias, and that may have one.
+    """What a run starts from: what is asked before anything else and holds, and affines that are tried before others.
 
-    ``dead``: affines with zeros that their readers leave out where they can, in place of their operand being emptied.
+    ``open``: contractions that may get a bias. ``dead``: affines with zeros that their readers leave out where they
+    can, in place of their operand being emptied.
     """
 
-    dead: frozenset[Node] = frozenset()
-    stay: tuple[Node, ...] = ()
+    held: Mapping[Node, How]
     first: tuple[Node, ...] = ()
-    closed: tuple[Node, ...] = ()
-    open: tuple[Node, ...] = ()
+    open: frozenset[Node] = frozenset()
+    dead: frozenset[Node] = frozenset()
 
 
 class Choices:
@@ -55,25 +59,25 @@ class Choices:
 
     def __init__(self, gauges: Gauges, excluded: Callable[[Node], Collection[str]] = lambda site: ()) -> None:
         self._gauges, self._equations, self._excluded = gauges, gauges.equations, excluded
-        self._spared: frozenset[Node] = frozenset()
-        self._norms = {s for s in gauges.sites if isinstance(gauges.at(s), Scaling) and gauges.is_norm(s)}
 
     def choose(self) -> Choice:
         """The most affines that can go, BatchNorms first; the systems then hold their equations."""
-        affines = [site for site in self._gauges.sites if isinstance(self._gauges.at(site), Scaling)]
-        able = [s for s in affines if self._gauges.at(s).stays is None and len(self._excluded(s)) < 2]  # type: ignore
+        able = [s for s in self._gauges.affines if self._scaling(s).stays is None and len(self._excluded(s)) < 2]
         self._hopeless = self._alone(able)
         asked = set(able)
-        terms = Terms(stay=tuple(site for site in affines if site not in asked))
+        terms = Terms({s: "stays" for s in self._gauges.affines if s not in asked})
         best = self._run(able, terms)
-        gone = set(best.gone) - best.dead
-        if emptied := {n for why in best.why.values() if why.system == EMPTY for n in why.nodes & gone}:
+        emptied = {item for item, how in best.asked.items() if how == "goes"}
+        emptied &= {node for why in best.why.values() if why.system == EMPTY for node in why.nodes}
+        if emptied:
             spared = replace(terms, dead=frozenset(emptied))
             other = self._run(able, spared)
-            best, terms = (other, spared) if self._worth(other) > self._worth(best) else (best, terms)
+            if self._worth(other) > self._worth(best):
+                best, terms = other, spared
         if len(best.why) > 1 + len(self._hopeless):
             best = self._exchanged(self._better(best, self._run(able[::-1], terms)), terms)
-        assert self.holds(best), "a choice contradicts itself"
+        held = self.holds(best)
+        assert held, "a choice contradicts itself"
         return best
 
     def _alone(self, able: Sequence[Node]) -> dict[Node, Contradiction]:
@@ -81,11 +85,8 @@ class Choices:
         found = dict[Node, Contradiction]()
         while True:
             self._equations.undo(self._gauges.start)
-            for site in able:
-                if site not in found and not self._zeros(site):
-                    self._go(site)
-            wrong = self._equations.commit()
-            more = self._gauges.alone(*next(iter(wrong.items()))) if wrong else {}
+            wrong = self._add({site: "goes" for site in able if site not in found and not self._has_zeros(site)})
+            more = self._gauges.alone(*wrong) if wrong else {}
             if not more:
                 return found
             found |= more
@@ -93,22 +94,14 @@ class Choices:
     def holds(self, choice: Choice) -> bool:
         """Whether a choice that was made holds here; the systems then hold its equations."""
         self._equations.undo(self._gauges.start)
-        for site in choice.gone:
-            self._go(site, dead=site in choice.dead)
-        for value in choice.closed:
-            self._gauges.close(value)
-        wrong = self._equations.commit()
-        gone = set(choice.gone)
-        for site in self._gauges.sites:
-            if site not in gone and isinstance(self._gauges.at(site), Scaling):
-                self._gauges.stay(site)
-        return not wrong and not self._equations.commit()
+        return not self._add(choice.asked)
 
     def _better(self, one: Choice, other: Choice) -> Choice:
         return other if self._worth(other) > self._worth(one) else one
 
     def _worth(self, choice: Choice) -> tuple[int, int]:
-        return sum(map(self._is_norm, choice.gone)), len(choice.gone)
+        gone = choice.gone
+        return len(self._gauges.norms.intersection(gone)), len(gone)
 
     def _exchanged(self, best: Choice, terms: Terms) -> Choice:
         patience, tried = PATIENCE if len(self._gauges.sites) <= MANY else 2, set[Node]()
@@ -137,107 +130,95 @@ class Choices:
 
         that have no place for a bias, and do without one where that is possible.
         """
-        able = [s for s in order if s not in self._hopeless and s not in terms.stay]
-        norms, rest = ([s for s in able if self._is_norm(s) is first] for first in (True, False))
         self._equations.undo(self._gauges.start)
-        self._spared = terms.dead
-        choice, stay = Choice(why=dict(self._hopeless)), set(terms.stay)
-        for site in terms.stay:
-            self._gauges.stay(site)
-        for value in terms.closed:
-            self._gauges.close(value)
-        assert not self._equations.commit()
-        choice.closed = list(terms.closed)
-        self._take(terms.first, choice)
-        self._take([s for s in norms if s not in terms.first], choice)
-        self._take([v for v in self._gauges.unbiased if v not in terms.closed and v not in terms.open], choice)
-        self._take([s for s in rest if s not in terms.first], choice)
-        gone, failed = set(choice.gone), Choice()
-        self._take([s for s in order if s not in gone and s not in stay], failed, self._gauges.stay)
-        if failed.why:  # those that can neither go nor stay after the others: one or the other before them
-            again = self._run(order, replace(terms, stay=(*terms.stay, *failed.why)))
-            why = {site: choice.why.get(site, stays) for site, stays in failed.why.items()}
-            again = replace(again, why={**why, **again.why})
+        wrong = self._add(terms.held)
+        assert not wrong, "what must hold contradicts itself"
+        choice, norms = Choice(dict(terms.held), dict(self._hopeless)), self._gauges.norms
+        able = [s for s in order if not (s in terms.held or s in terms.first or s in self._hopeless)]
+        bare = [v for v in self._gauges.unbiased if v not in terms.held and v not in terms.open]
+        for items in (terms.first, [s for s in able if s in norms], bare, [s for s in able if s not in norms]):
+            self._take({item: self._way(item, terms) for item in items}, choice)
+        staying = Choice()
+        self._take({s: "stays" for s in order if s not in choice.asked}, staying)
+        if staying.why:  # those that can neither go nor stay after the others: one or the other before them
+            held: dict[Node, How] = {**terms.held, **dict.fromkeys(staying.why, "stays")}
+            again = self._run(order, replace(terms, held=held))
+            again.why = {**staying.why, **{s: why for s, why in choice.why.items() if s in staying.why}, **again.why}
             if terms.first:
                 return again
-            return self._better(again, self._run(order, replace(terms, first=tuple(failed.why))))
-        added = [v for v in self._gauges.unbiased if v not in choice.closed and v not in terms.open]
-        if len(added) > sum(map(self._is_norm, choice.gone)):  # more operators than before
-            return self._run(
-                order, replace(terms, closed=tuple(v for v in self._gauges.unbiased if v not in terms.open))
-            )
+            return self._better(again, self._run(order, replace(terms, first=tuple(staying.why))))
+        choice.asked |= staying.asked
+        added = [v for v in bare if v not in choice.asked]
+        if len(added) > len(norms.intersection(choice.gone)):  # more operators than before
+            held = {**terms.held, **dict.fromkeys(bare, "closed")}
+            return self._run(order, replace(terms, held=held))
         paid = self._paid(choice)
-        return self._run(order, replace(terms, open=(*terms.open, *paid))) if paid else choice
+        return self._run(order, replace(terms, open=terms.open | paid)) if paid else choice
 
-    def _paid(self, choice: Choice) -> list[Node]:
+    def _way(self, item: Node, terms: Terms) -> How:
+        if isinstance(self._gauges.at(item), Contraction):
+            return "closed"
+        return "dead" if item in terms.dead else "goes"
+
+    def _paid(self, choice: Choice) -> frozenset[Node]:
         """Contractions for which an addition pays: with the affine that they hold up a multiply beside it goes."""
-        gone, found = set(choice.gone), dict[Node, None]()
+        gone, found = set(choice.gone), set[Node]()
         for site, why in choice.why.items():
             beside = [*self._gauges.call(site).node.all_input_nodes, *self._gauges.graph.readers(site)]
-            if not self._is_norm(site) and gone.intersection(beside):
-                found |= dict.fromkeys(
-                    e.node for e in why.equations if e.reason == "no-saving" and e.node in choice.closed
-                )
-        return list(found)
+            if site not in self._gauges.norms and gone.intersection(beside):
+                found |= {e.node for e in why.equations if e.reason == "no-saving"}
+        return frozenset(node for node in found if choice.asked.get(node) == "closed")
 
-    def _take(self, items: Sequence[Node], choice: Choice, add: Callable[[Node], None] | None = None) -> None:
+    def _take(self, items: Mapping[Node, How], choice: Choice) -> None:
         """Accepts one after the other, as many at once as do not contradict."""
         waiting = [list(items)] if items else []
         while waiting:
             chunk = waiting.pop()
             mark = self._equations.mark()
-            for item in chunk:
-                (add or self._add)(item)
-            wrong = self._equations.commit()
+            wrong = self._add({item: items[item] for item in chunk})
             if not wrong:
-                self._accept(chunk, choice)
-                continue
-            (found,) = wrong.items()
-            if len(chunk) > 1:
-                blamed = self._gauges.latest(found[0], int(found[1][0]))
+                choice.asked |= {item: items[item] for item in chunk}
+            elif len(chunk) > 1:
+                blamed = self._gauges.latest(wrong[0], int(wrong[1][0]))
                 self._equations.undo(mark)
                 waiting += _parts(chunk, max(i for i, item in enumerate(chunk) if item in blamed))
-                continue
-            why = self._gauges.contradiction(*found)
-            self._equations.undo(mark)
-            (item,) = chunk
-            semantics = self._gauges.at(item)
-            if add is None and isinstance(semantics, Scaling) and self._zeros(item):
-                dead = item not in self._spared
-                self._go(item, dead=dead)
-                wrong = self._equations.commit()
-                if not wrong:
-                    self._accept(chunk, choice, dead)
-                    continue
-                other = self._gauges.contradiction(*next(iter(wrong.items())))
-                why = replace(why, dead=other) if dead else replace(other, dead=why)
+            else:
+                why = self._gauges.contradiction(*wrong)
                 self._equations.undo(mark)
-            if isinstance(semantics, Scaling):
-                choice.why[item] = why
+                self._refused(chunk[0], items[chunk[0]], why, choice)
 
-    def _accept(self, chunk: Sequence[Node], choice: Choice, dead: bool | None = None) -> None:
-        for item in chunk:
-            (choice.gone if isinstance(self._gauges.at(item), Scaling) else choice.closed).append(item)
-            if item in self._spared if dead is None else dead:
-                choice.dead.add(item)
+    def _refused(self, item: Node, how: How, why: Contradiction, choice: Choice) -> None:
+        """One that contradicts what is accepted may do so no more where zeros are left to the other side."""
+        if how == "closed":
+            return
+        if how != "stays" and self._has_zeros(item):
+            other: How = "dead" if how == "goes" else "goes"
+            mark = self._equations.mark()
+            wrong = self._add({item: other})
+            if not wrong:
+                choice.asked[item] = other
+                return
+            also = self._gauges.contradiction(*wrong)
+            self._equations.undo(mark)
+            why = replace(why, dead=also) if other == "dead" else replace(also, dead=why)
+        choice.why[item] = why
 
-    def _add(self, item: Node) -> None:
-        if isinstance(self._gauges.at(item), Scaling):
-            self._go(item, dead=item in self._spared)
-        else:
-            self._gauges.close(item)
+    def _add(self, asked: Mapping[Node, How]) -> tuple[str, Ints] | None:
+        """Adds what holds then; answers what contradicts, which then has to be undone."""
+        for item, how in asked.items():
+            self._gauges.ask(item, how)
+            for way in self._excluded(item) if how in ("goes", "dead") else ():
+                pin(self._equations, self._gauges.of[self._gauges.operand(item) if way == "backward" else item],
+                    "inexpressible")  # fmt: skip
+        return self._equations.commit()
 
-    def _zeros(self, site: Node) -> bool:
-        return bool((self._gauges.at(site).affine.scale == 0).any())  # type: ignore[attr-defined]
+    def _has_zeros(self, site: Node) -> bool:
+        return bool((self._scaling(site).affine.scale == 0).any())
 
-    def _is_norm(self, site: Node) -> bool:
-        return site in self._norms
-
-    def _go(self, site: Node, *, dead: bool = False) -> None:
-        self._gauges.go(site, dead=dead)
-        for way in self._excluded(site):
-            held = self._gauges.operand(site) if way == "backward" else site
-            pin(self._equations, self._gauges.of[held], "inexpressible")
+    def _scaling(self, site: Node) -> Scaling:
+        found = self._gauges.at(site)
+        assert isinstance(found, Scaling)
+        return found
 
 
 def _parts(items: list[Node], last: int) -> list[list[Node]]:

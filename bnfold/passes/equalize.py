@@ -59,7 +59,7 @@ def equalize(graph: Graph, ledger: Ledger) -> Ledger:
     rewriter = Rewriter(graph)
     mixed = {v: "dynamic-size" for v, gauge in Gauges(rewriter).of.items() if _mixes(graph, v, gauge.scale)}
     gauges = Gauges(rewriter, mixed)
-    held = Choices(gauges).holds(Choice())  # every affine stays
+    held = Choices(gauges).holds(Choice(dict.fromkeys(gauges.affines, "stays")))
     assert held, "affines that stay contradict"
     frozen: set[int] = set()
     while True:

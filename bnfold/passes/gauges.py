@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from bnfold.semantics.call import Call
 from bnfold.semantics.equations import DEAD, EMPTY, Blocks, pinned
 from bnfold.semantics.sizes import UnknownSizeError
 from bnfold.semantics.system import Ints
+
+#: What can be asked: of an affine that it goes, its operand emptied where it multiplies by zero, or its readers leaving
+#: those channels out ("dead"), or that it stays; of a contraction with no place for a bias that it needs none.
+How = Literal["goes", "dead", "stays", "closed"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,18 @@ class Gauges:
         self._rewriter, self.graph, self._fixed = rewriter, rewriter.graph, fixed or {}
         self.equations = Equations()
         self.of: dict[Node, Gauge] = {}
-        #: The affines, and the contractions without a place for a bias, in the graph's order.
+        #: In the graph's order: the affines, those and what would be one, and contractions with no place for a bias.
+        self.affines: list[Node] = []
         self.sites: list[Node] = []
         self.unbiased: list[Node] = []
+        #: The affines that are (part of) a BatchNorm.
+        self.norms: set[Node] = set()
         self._neutral: dict[Node, Scaling] = {}
         self._calls: dict[Node, Call] = {}
-        self._recorded: dict[tuple[Node, str], Blocks] = {}
+        self._recorded: dict[tuple[Node, How], Blocks] = {}
         self._build()
-        assert not self.equations.commit(), "a graph contradicts itself as it is"
+        wrong = self.equations.commit()
+        assert not wrong, "a graph contradicts itself as it is"
         self.start = self.equations.mark()
 
     # -- equations -------------------------------------------------------------------------------------------------
@@ -99,8 +108,8 @@ class Gauges:
         graph, equations = self.graph, self.equations
         values = list(graph.values())
         self._neutralise(values)
-        affines = [s for s in map(self.at, values) if isinstance(s, Scaling)]
-        equations.zeros = any(bool((s.affine.scale == 0).any()) for s in affines)
+        scalings = [s for s in map(self.at, values) if isinstance(s, Scaling)]
+        equations.zeros = any(bool((s.affine.scale == 0).any()) for s in scalings)
         for node in graph.graph.nodes:
             if node.op == "placeholder" and not graph.is_constant(node) and graph.is_float(node):
                 self.of[node] = pinned(graph.rank(node))
@@ -114,42 +123,48 @@ class Gauges:
                 self._pin(node.all_input_nodes, "nonlinear" if whole else "model-output")
 
     def _relate(self, value: Node) -> None:
+        """Adds the equations of one operator, and notes what can be asked of it."""
         graph, equations, semantics = self.graph, self.equations, self.at(value)
-        call = self.call(value)
-        read = {
-            slot: self.of[node] for slot, node in call.slots() if node in self.of and slot not in semantics.shape_only
-        }
-        made = None
-        try:
-            relates = graph.is_float(value) or isinstance(semantics, Homogeneous)
-            if relates and not isinstance(semantics, Opaque) and self._reads(semantics, call, read):
-                made = semantics.relate(read, equations, self._shape(value))
-            reason = semantics.reason
-        except UnknownSizeError:
-            reason = "dynamic-size"
-        except (RuntimeError, NotImplementedError):  # what cannot be run on indices
-            reason = "unknown-operator"
-        if made is None:
-            self._pin(() if isinstance(semantics, ShapeOnly) else call.node.all_input_nodes, reason)
+        made = self._made(value, semantics)
         if not graph.is_float(value):
             if made is not None:  # which elements were chosen, among those of a channel that is not stored
                 equations.scale.pin(made.scale, "nonlinear", (DEAD, EMPTY))
             return
-        self.of[value] = made or pinned(graph.rank(value))
+        gauge = self.of[value] = made or pinned(graph.rank(value))
         if value in self._fixed:
-            equations.shift.pin(self.of[value].base, self._fixed[value])
+            equations.shift.pin(gauge.base, self._fixed[value])
             if self._fixed[value] != "dtype":
-                equations.scale.pin(self.of[value].scale, self._fixed[value])
-        if isinstance(semantics, Scaling) and self.of[value] is made:
-            x = read[semantics.slot]
-            if len(semantics.affine.varies()) <= 1:
+                equations.scale.pin(gauge.scale, self._fixed[value])
+        if made is None:
+            if isinstance(semantics, Refused) and semantics.kind == "batch_norm":
                 self.sites.append(value)
-            else:  # a table (a position embedding, an attention bias) is no per-channel affine
-                semantics.remains(x, made, equations)
-        elif isinstance(semantics, Refused) and semantics.kind == "batch_norm":
-            self.sites.append(value)
-        elif isinstance(semantics, Contraction) and semantics.set_bias is None and self.of[value] is made:
+        elif isinstance(semantics, Contraction) and semantics.set_bias is None:
             self.unbiased.append(value)
+        elif isinstance(semantics, Scaling) and len(semantics.affine.varies()) > 1:
+            # A table (a position embedding, an attention bias) is no per-channel affine.
+            semantics.remains(self.of[self.operand(value)], made, equations)
+        elif isinstance(semantics, Scaling):
+            self.sites.append(value)
+            self.affines.append(value)
+            if semantics.kind == "batch_norm" or "BatchNorm" in graph.module_class(value):
+                self.norms.add(value)
+
+    def _made(self, value: Node, semantics: Semantics) -> Gauge | None:
+        """The gauge of an operator's result; None where it relates nothing, and what it reads is pinned."""
+        graph, call = self.graph, self.call(value)
+        read = {s: self.of[node] for s, node in call.slots() if node in self.of and s not in semantics.shape_only}
+        reason = semantics.reason
+        try:
+            relates = graph.is_float(value) or isinstance(semantics, Homogeneous)
+            if relates and not isinstance(semantics, Opaque) and self._reads(semantics, call, read):
+                return semantics.relate(read, self.equations, self._shape(value))
+        except UnknownSizeError:
+            reason = "dynamic-size"
+        except (RuntimeError, NotImplementedError):  # what cannot be run on indices
+            reason = "unknown-operator"
+        if not isinstance(semantics, ShapeOnly):
+            self._pin(call.node.all_input_nodes, reason)
+        return None
 
     def _shape(self, value: Node) -> tuple[int, ...]:
         """The shape of a value; -1 along an axis whose size depends on data."""
@@ -184,39 +199,28 @@ class Gauges:
                 if len(found.varies()) <= 1:
                     self._neutral[before] = replace(first, affine=found)
 
-    # -- affines ---------------------------------------------------------------------------------------------------
+    # -- what is asked ---------------------------------------------------------------------------------------------
 
-    def is_norm(self, site: Node) -> bool:
-        """Whether an affine is (part of) a BatchNorm."""
-        return self.at(site).kind == "batch_norm" or "BatchNorm" in self.graph.module_class(site)  # type: ignore
+    def ask(self, item: Node, how: How) -> None:
+        """Adds what holds then; it is worked out once."""
+        self.equations.node = item
+        if (item, how) not in self._recorded:
+            self._recorded[item, how] = self.equations.recorded(lambda: self._ask(item, how))
+        self.equations.again(self._recorded[item, how])
 
-    def go(self, site: Node, *, dead: bool = False) -> None:
-        """Adds what holds where an affine goes."""
-        semantics, y = self.at(site), self.of[site]
+    def _ask(self, item: Node, how: How) -> None:
+        semantics, y = self.at(item), self.of[item]
+        if isinstance(semantics, Contraction):
+            data = self.call(item).at(semantics.data)
+            if data in self.of:
+                semantics.without_bias(self.of[data], y, self.equations)
+            return
         assert isinstance(semantics, Scaling)
-        x = self.of[self.operand(site)]
-        self._again((site, "dead" if dead else "goes"), lambda: semantics.goes(x, y, self.equations, dead=dead))
-
-    def stay(self, site: Node) -> None:
-        """Adds what holds where it stays."""
-        semantics, y = self.at(site), self.of[site]
-        assert isinstance(semantics, Scaling)
-        self._again((site, "stays"), lambda: semantics.remains(self.of[self.operand(site)], y, self.equations))
-
-    def close(self, value: Node) -> None:
-        """Adds what holds where a contraction without a place for a bias needs none."""
-        semantics = self.at(value)
-        assert isinstance(semantics, Contraction)
-        data = self.call(value).at(semantics.data)
-        if data in self.of:
-            self._again((value, ""), lambda: semantics.without_bias(self.of[data], self.of[value], self.equations))
-
-    def _again(self, key: tuple[Node, str], add: Callable[[], None]) -> None:
-        """Adds equations that are worked out once."""
-        self.equations.node = key[0]
-        if key not in self._recorded:
-            self._recorded[key] = self.equations.recorded(add)
-        self.equations.again(self._recorded[key])
+        x = self.of[self.operand(item)]
+        if how == "stays":
+            semantics.remains(x, y, self.equations)
+        else:
+            semantics.goes(x, y, self.equations, dead=how == "dead")
 
     def latest(self, system: str, *wrong: int) -> set[Node]:
         """What adds the equations of the latest batch that contradict together: with all of these they do."""

@@ -167,15 +167,15 @@ class Equations:
             self.shift.pin(np.array([variable]), "shift-through-activation")
         self.node = node
 
-    def commit(self) -> dict[str, Ints]:
-        """Adds what waits; answers which equations contradict, by system, and then it has to be undone."""
+    def commit(self) -> tuple[str, Ints] | None:
+        """Adds what waits; answers a system and which of its new equations contradict: then it has to be undone."""
         blocks, self._blocks = self._blocks, {}
         for name in SYSTEMS:
             if name in blocks:
                 wrong = self.systems[name].add(Batch.joined(blocks[name]))
                 if len(wrong):
-                    return {name: wrong}
-        return {}
+                    return name, wrong
+        return None
 
     def recorded(self, add: Callable[[], None]) -> Blocks:
         """What ``add`` would add, by system, for ``again``."""
