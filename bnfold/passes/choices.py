@@ -105,24 +105,20 @@ class Choices:
 
     def _exchanged(self, best: Choice, terms: Terms) -> Choice:
         patience, tried = PATIENCE if len(self._gauges.sites) <= MANY else 2, set[Node]()
-        order = [*best.gone, *best.why]
         while patience and best.why:
-            gone = set(best.gone)
-            blamed = Counter(n for why in best.why.values() for n in why.nodes & gone)
+            gone = best.gone
+            blamed = Counter(n for why in best.why.values() for n in why.nodes.intersection(gone))
             # Whoever makes room for one other alone gains nothing.
-            blamed = Counter({site: n for site, n in blamed.items() if site not in tried and n > 1})
-            if not blamed:
+            worst = [site for site, count in blamed.items() if site not in tried and count > 1]
+            if not worst:
                 break
-            last = min(blamed, key=lambda site: (-blamed[site], self._gauges.graph.order[site]))
+            last = min(worst, key=lambda site: (-blamed[site], self._gauges.graph.order[site]))
             tried.add(last)
-            waiting = [s for s in order if s in best.why]
-            order = [*(s for s in order if s is not last and s not in best.why), *waiting, last]
-            found = self._run(order, terms)
+            found = self._run([*(s for s in gone if s is not last), *best.why, last], terms)
             if self._worth(found) > self._worth(best):
-                best, order = found, [*found.gone, *found.why]
+                best = found
             else:
                 patience -= 1
-                order = [*best.gone, *best.why]
         return best
 
     def _run(self, order: Sequence[Node], terms: Terms) -> Choice:

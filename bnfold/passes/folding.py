@@ -13,13 +13,13 @@ from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.threads import torch_threads
 from bnfold.passes.bodies import fold_regions
-from bnfold.passes.choices import Choice, Choices
+from bnfold.passes.choices import Choices
 from bnfold.passes.gauges import Gauges
 from bnfold.passes.normalisations import recognise
 from bnfold.passes.plan import Edit, Path, Plan, downstream, upstream
 from bnfold.passes.reasons import reasons
 from bnfold.passes.rewriter import Rewriter
-from bnfold.passes.solution import Solution, solved
+from bnfold.passes.solution import solved
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Refused, Same, Scaling
 from bnfold.semantics.sizes import WAYS
@@ -59,77 +59,75 @@ class Folder:
 
     def run(self) -> Ledger:
         """Folds; the ledger has an entry for every affine there was."""
-        gauges, choice, solution, plan = self._planned()
-        gone = set(choice.gone)
-        info = {site: self._describe(gauges, site) for site in gauges.sites}
-        left = {site: _two(self._refusals(gauges, choice, site)) for site in gauges.sites if site not in gone}
-        up, down = upstream(gauges, solution, gone), downstream(gauges, solution, gone)
-        told = {site: self._told(gauges, solution, site, up, down) for site in choice.gone}
-        entries = {site: Entry(*info[site], "left", refusals=left[site]) for site in left}
-        for site, (direction, path) in told.items():
-            into = sorted(path.into, key=self.graph.order.__getitem__)
-            names = tuple(dict.fromkeys(map(self.rewriter.where, into)))
-            entries[site] = Entry(*info[site], direction, names, path.through)
-        by = self._apply(gauges, plan, solution, gone)
-        self._noted = told, plan, by
+        self._settle()
+        up, down = (find(self._gauges, self._solution, self._gone) for find in (upstream, downstream))
+        self._went = {site: self._told(site, up, down) for site in self._choice.gone}
+        entries = {site: self._entry(site) for site in self._gauges.sites}
+        self._by = self._apply()
         self.graph.refresh()
-        where = {s: (by[s],) if direction == "backward" else path.into for s, (direction, path) in told.items()}
-        return Ledger(tuple(self._with_sites(entries[site], where.get(site, ())) for site in gauges.sites))
+        return Ledger(tuple(self._with_sites(entry, site) for site, entry in entries.items()))
 
     # -- planning --------------------------------------------------------------------------------------------------
 
-    def _planned(self) -> tuple[Gauges, Choice, Solution, Plan]:
-        fixed: dict[Node, str] = {}
-        gauges = Gauges(self.rewriter)
+    def _settle(self) -> None:
+        """Chooses and plans until every constant fits its dtype, and holds at every size."""
+        self._fixed: dict[Node, str] = {}
+        self._gauges = Gauges(self.rewriter)
         while True:
-            choice = Choices(gauges, self._ways).choose()
-            solution = solved(gauges, choice.gone)
-            plan = Plan.of(gauges, solution, set(choice.gone))
-            if self._overflows(gauges, choice, solution, plan):
+            self._choice = Choices(self._gauges, self._ways).choose()
+            self._gone = set(self._choice.gone)
+            self._solution = solved(self._gauges, self._gone)
+            self._plan = Plan.of(self._gauges, self._solution, self._gone)
+            if self._overflows():
                 continue
-            moved = [value for value in gauges.of if not solution.is_kept(value)]
-            rounded = [v for v in moved if self._rounds(gauges, solution, v)]
-            made = upstream(gauges, solution, set(choice.gone)) if rounded else {}
-            more = dict.fromkeys((v for v in rounded if v in made and made[v].into), "dtype")
-            if not more:
-                more = dict.fromkeys((v for v in moved if self._mixes(gauges, v)), "dynamic-size")
-                if not more or self._holds(choice, plan):
-                    return gauges, choice, solution, plan
-            fixed |= more
-            gauges = Gauges(self.rewriter, fixed)
+            kept = self._must_be_kept()
+            if not kept:
+                return
+            self._fixed |= kept
+            self._gauges = Gauges(self.rewriter, self._fixed)
+
+    def _must_be_kept(self) -> dict[Node, str]:
+        """Values that have to be stored as they are although the gauges leave them free, and why."""
+        moved = [value for value in self._gauges.of if not self._solution.is_kept(value)]
+        if rounded := [value for value in moved if self._rounds(value)]:
+            made = upstream(self._gauges, self._solution, self._gone)
+            if rounded := [value for value in rounded if value in made and made[value].into]:
+                return dict.fromkeys(rounded, "dtype")
+        mixed = [value for value in moved if self._mixes(value)]
+        return dict.fromkeys(mixed, "dynamic-size") if mixed and not self._holds() else {}
 
     def _ways(self, site: Node) -> tuple[Outcome, ...]:
         if site in self._banned:
             return DIRECTIONS
         return tuple(d for d in DIRECTIONS if (self.graph.name(site), d) in self._excluded)
 
-    def _rounds(self, gauges: Gauges, solution: Solution, value: Node) -> bool:
+    def _rounds(self, value: Node) -> bool:
         """Whether a value is stored with a shift that a cast to a wider dtype would have to undo."""
         readers = [r for r in self.graph.readers(value) if r.op == "call_function" and not self.graph.is_list(r)]
-        casts = [s for s in map(gauges.at, readers) if isinstance(s, Same) and s.widens]
-        return any(cast.rounds(solution.after(value)) for cast in casts)
+        casts = [s for s in map(self._gauges.at, readers) if isinstance(s, Same) and s.widens]
+        return any(cast.rounds(self._solution.after(value)) for cast in casts)
 
-    def _mixes(self, gauges: Gauges, value: Node) -> bool:
+    def _mixes(self, value: Node) -> bool:
         """Whether a value's gauge varies along an axis into which a dynamic dimension was mixed."""
-        return any(map(gauges.of[value].varies, self.graph.dynamic_axes(value)))
+        return any(map(self._gauges.of[value].varies, self.graph.dynamic_axes(value)))
 
-    def _holds(self, choice: Choice, plan: Plan) -> bool:
+    def _holds(self) -> bool:
         """Whether the edits are the same at other sizes."""
         try:
             for way in range(1, WAYS):
                 self.graph.resize(way)
-                again = Gauges(Rewriter(self.graph))
-                if not Choices(again).holds(choice):
+                again = Gauges(Rewriter(self.graph), self._fixed)
+                if not Choices(again, self._ways).holds(self._choice):
                     return False
-                if not plan.equals(Plan.of(again, solved(again, choice.gone), set(choice.gone))):
+                if not self._plan.equals(Plan.of(again, solved(again, self._gone), self._gone)):
                     return False
             return True
         finally:
             self.graph.resize(0)
 
-    def _overflows(self, gauges: Gauges, choice: Choice, solution: Solution, plan: Plan) -> bool:
+    def _overflows(self) -> bool:
         """Keeps an affine from going because of which a constant does not fit its dtype."""
-        for (value, slot), tensor in plan.constants.items():
+        for (value, slot), tensor in self._plan.constants.items():
             overflow = self.graph.overflow(value, slot, tensor)
             if overflow is None:
                 continue
@@ -138,106 +136,104 @@ class Folder:
             reason = "overflow" if finite else "nonfinite"
             detail = f"{what} would be {overflow.largest:.3g}" if finite else f"{what} is NaN or infinite"
             refusal = Refusal(reason, self.rewriter.where(value), self.graph.call(value).operator, detail)
-            self._banned[self._nearest(choice, solution, value)] = refusal
+            self._banned[self._nearest(value)] = refusal
             return True
         return False
 
-    def _nearest(self, choice: Choice, solution: Solution, value: Node) -> Node:
+    def _nearest(self, value: Node) -> Node:
         """The affine that goes next to a value, past others that are stored otherwise."""
-        gone, seen, waiting = set(choice.gone), {value}, [value]
+        seen, waiting = {value}, [value]
         for node in waiting:
-            around = [n for n in (*node.all_input_nodes, *self.graph.readers(node)) if n not in seen]
-            for other in around:
-                if other in gone:
+            for other in (*node.all_input_nodes, *self.graph.readers(node)):
+                if other in self._gone:
                     return other
-                if not solution.is_kept(other):
+                if other not in seen and not self._solution.is_kept(other):
                     seen.add(other)
                     waiting.append(other)
-        return choice.gone[0]
+        return self._choice.gone[0]
 
     # -- applying --------------------------------------------------------------------------------------------------
 
-    def _apply(self, gauges: Gauges, plan: Plan, solution: Solution, gone: set[Node]) -> dict[Node, Node]:
+    def _apply(self) -> dict[Node, Node]:
         """Makes the edits; answers what takes the place of every affine that goes."""
-        kept = {value: solution.is_kept(value) for value in gauges.of}
-        rewriter, by = self.rewriter, dict[Node, Node]()
-        for (value, slot), tensor in plan.constants.items():
-            rewriter.set_constant(value, slot, tensor)
-        meanings = {value: self._meaning(value, solution) for value in gauges.of if not kept[value] or value in gone}
-        for value in meanings.keys() - gone:
-            rewriter.stands_for(value, meanings[value])
-        for value in [value for value in gauges.of if value in gone]:
-            operand = gauges.operand(value)
-            by[value] = by.get(operand, operand)
-            rewriter.stands_for(by[value], meanings[value])
-        rewriter.drop(by)
-        added = dict[Node, Node]()
-        for value, tensor in plan.adds.items():
-            meaning = self.graph.meaning(value)
-            added[value] = rewriter.add_after(value, tensor)
-            rewriter.stands_for(added[value], meaning)
+        moved = [v for v in self._gauges.of if v in self._gone or not self._solution.is_kept(v)]
+        meanings = {value: self._meaning(value) for value in moved}  # all of them before any is edited
+        for (value, slot), tensor in self._plan.constants.items():
+            self.rewriter.set_constant(value, slot, tensor)
+        by = dict[Node, Node]()
+        for value, meaning in meanings.items():
+            stored = value
+            if value in self._gone:  # its operand stands in its place, or what stands in that one's
+                operand = self._gauges.operand(value)
+                stored = by[value] = by.get(operand, operand)
+            self.rewriter.stands_for(stored, meaning)
+        self.rewriter.drop(by)
+        added = {value: self.rewriter.add_after(value, tensor) for value, tensor in self._plan.adds.items()}
         return {site: added.get(node, node) for site, node in by.items()}
 
-    def _meaning(self, value: Node, solution: Solution) -> Meaning | None:
+    def _meaning(self, value: Node) -> Meaning | None:
         """What a value stands for, and how it is stored; None where some of it is not."""
         name = self.graph.name(value)
-        if solution.is_kept(value):
+        if self._solution.is_kept(value):
             return Meaning(name)
-        return None if solution.is_lost(value) else Meaning(name, solution.after(value))
+        return None if self._solution.is_lost(value) else Meaning(name, self._solution.after(value))
 
     def journal(self) -> list[Edit]:
         """Which constants were touched for which affine, for who writes the fold into a class."""
-        told, plan, by = self._noted
         edits, at = list[Edit](), dict[Node, list[str]]()
-        for value, slot in plan.constants:
+        for value, slot in self._plan.constants:
             at.setdefault(value, []).append(slot)
-        named = {node for _, path in told.values() for node in path.into}
-        rest = tuple((value.name, slot) for value, slot in plan.constants if value not in named)
-        for site, (direction, path) in told.items():
+        named = {node for _, path in self._went.values() for node in path.into}
+        rest = tuple((value.name, slot) for value, slot in self._plan.constants if value not in named)
+        for site, (direction, path) in self._went.items():
             constants = (*((node.name, slot) for node in path.into for slot in at.get(node, ())), *rest)
-            adds = tuple(node.name for node in path.into if node in plan.adds)
-            edits.append(Edit(site.name, direction, constants, adds, ((site.name, by[site].name),)))
+            adds = tuple(node.name for node in path.into if node in self._plan.adds)
+            edits.append(Edit(site.name, direction, constants, adds, ((site.name, self._by[site].name),)))
         return edits
 
     # -- telling ---------------------------------------------------------------------------------------------------
 
-    def _describe(self, gauges: Gauges, site: Node) -> tuple[str, str, str, str]:
-        semantics = gauges.at(site)
+    def _entry(self, site: Node) -> Entry:
+        semantics = self._gauges.at(site)
         assert isinstance(semantics, (Scaling, Refused))
-        return self.graph.name(site), self.graph.module(site), self.graph.module_class(site), semantics.kind
+        graph = self.graph
+        what = graph.name(site), graph.module(site), graph.module_class(site), semantics.kind
+        if site not in self._gone:
+            # Why it can go neither backward nor forward, which may be one and the same.
+            return Entry(*what, "left", refusals=(self._refusals(site, semantics) * 2)[:2])
+        direction, path = self._went[site]
+        into = sorted(path.into, key=graph.order.__getitem__)
+        return Entry(*what, direction, tuple(dict.fromkeys(map(self.rewriter.where, into))), path.through)
 
-    def _told(
-        self, gauges: Gauges, solution: Solution, site: Node, up: dict[Node, Path], down: dict[Node, Path]
-    ) -> tuple[Outcome, Path]:
-        operand = gauges.operand(site)
-        back = up[site] if operand in up or not solution.is_kept(operand) else Path()
-        if solution.is_kept(site):
+    def _told(self, site: Node, up: dict[Node, Path], down: dict[Node, Path]) -> tuple[Outcome, Path]:
+        """Which way an affine went, and what took it up."""
+        operand = self._gauges.operand(site)
+        back = up[site] if operand in up or not self._solution.is_kept(operand) else Path()
+        if self._solution.is_kept(site):
             return "backward", back
         onward = down[site]
-        if not onward.into and not solution.is_kept(operand):  # composed with another one
+        if not onward.into and not self._solution.is_kept(operand):  # composed with another one
             return "backward", back
         return "forward", Path.joined([back, onward]) if back.into else onward
 
-    def _refusals(self, gauges: Gauges, choice: Choice, site: Node) -> tuple[Refusal, ...]:
-        semantics, operator = gauges.at(site), self.graph.call(site).operator
-        if isinstance(semantics, Refused):
-            return (Refusal(semantics.reason, self.rewriter.where(site), operator, semantics.detail),)
-        assert isinstance(semantics, Scaling)
-        if semantics.stays is not None:
-            return (Refusal(semantics.stays.reason, self.rewriter.where(site), operator, semantics.stays.detail),)
+    def _refusals(self, site: Node, semantics: Scaling | Refused) -> tuple[Refusal, ...]:
+        held = semantics if isinstance(semantics, Refused) else semantics.stays
+        if held is not None:
+            operator = self.graph.call(site).operator
+            return (Refusal(held.reason, self.rewriter.where(site), operator, held.detail),)
         if site in self._banned:
             return (self._banned[site],)
-        given = tuple(self._excluded[key] for d in DIRECTIONS if (key := (self.graph.name(site), d)) in self._excluded)
-        why = choice.why.get(site)
-        found = reasons(gauges, self.rewriter, site, why) if why is not None else ()
+        given = tuple(self._excluded[self.graph.name(site), way] for way in self._ways(site))
+        why = self._choice.why.get(site)
+        found = reasons(self._gauges, self.rewriter, site, why) if why is not None else ()
         return (*given, *(refusal for refusal in found if not given or refusal.reason != "inexpressible"))
 
-    def _with_sites(self, entry: Entry, values: tuple[Node, ...]) -> Entry:
+    def _with_sites(self, entry: Entry, site: Node) -> Entry:
+        """With the values that can be compared with what they were, as they are after the edits."""
+        if site not in self._gone:
+            return entry
+        direction, path = self._went[site]
+        values = (self._by[site],) if direction == "backward" else path.into
         still = [v for v in values if v in self.graph.order]
         sites = tuple((self.graph.name(v), m.value) for v in still if (m := self.graph.meaning(v)) is not None)
         return replace(entry, site=sites)
-
-
-def _two(refusals: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
-    """Why it can go neither backward nor forward, which may be one and the same."""
-    return (refusals * 2)[:2]

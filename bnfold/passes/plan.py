@@ -53,7 +53,9 @@ class Plan:
         """Whether both would make the same edits, up to rounding."""
 
         def alike(a: Tensor, b: Tensor) -> bool:
-            return a.shape == b.shape and bool(torch.isclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True).all())
+            return a.shape == b.shape and (
+                torch.equal(a, b) or bool(torch.isclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True).all())
+            )
 
         return (
             self.constants.keys() == other.constants.keys()

@@ -205,8 +205,11 @@ class Homogeneous(Semantics):
 
     def _passed(self, base: Ints, equations: Equations) -> Ints:
         """The shifts of the result: none but numbers that channels are which are left out, ``f(0*x + t) = f(t)``."""
+        if self.any_sign or not equations.lone:  # none has a number of its own
+            equations.shift.pin(base, "shift-through-activation")
+            return np.zeros((1,) * base.ndim, dtype=np.int64)
         found, (places,) = numbered(base)
-        number = np.array([0.0 if self.any_sign else equations.lone.get(v, 0.0) for v in found.tolist()])
+        number = np.array([equations.lone.get(v, 0.0) for v in found.tolist()])
         through = (number > 0) | ((number < 0) & self.clips)
         equations.passed |= dict.fromkeys(found[through].tolist(), equations.node)
         equations.shift.pin(found[~through], "shift-through-activation")
