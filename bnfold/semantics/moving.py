@@ -14,7 +14,7 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.semantics.base import Semantics, Shape, pin
 from bnfold.semantics.contraction import Geometry
-from bnfold.semantics.equations import DEAD, Equations, Gauge, numbered, pinned
+from bnfold.semantics.equations import DEAD, Equations, Gauge, pinned
 from bnfold.semantics.system import Ints
 
 #: A constant of more elements than this, joined to values, stays as it is.
@@ -66,22 +66,19 @@ class Movement(Semantics):
             return Gauge(np.full((1,) * len(shape), first.pop()), pinned(len(shape)).base)
         if len(parts) == 1 and self._stays(parts[0]):
             scale, base = parts[0].scale, parts[0].base
-            zero = made = self._moved([np.ones((1,) * len(shape), np.float32)]) == 0
+            zero = made = self._moved([np.ones((1,) * len(shape))]) == 0
         else:
-            scales, of_scale = numbered(*(part.scale for part in parts))
-            shifts, of_shift = numbered(*(part.base for part in parts))
-            # Few classes: floats hold each exactly, and every movement is implemented for them.
-            few = np.float32 if len(scales) * len(shifts) < 1 << 24 else np.float64
-            code = self._moved([(s * len(shifts) + t + 1).astype(few) for s, t in zip(of_scale, of_shift)])
-            zero = made = code == 0
-            scale, base = np.divmod(np.maximum(code - 1, 0), len(shifts))
-            scale, base = scales[scale], shifts[base]
+            # Where everything goes; 0, and here -1, is an element that it made up.
+            scale = self._moved([part.scale + 1 for part in parts]) - 1
+            base = pinned(len(shape)).base
+            if any(part.base.any() for part in parts):
+                base = self._moved([part.base + 1 for part in parts]) - 1
+            zero = made = scale < 0
             if any(part.made is not None for part in parts):
                 held = (np.zeros((1,) * len(n), bool) if p.made is None else p.made for p, n in zip(parts, self.shapes))
-                made = self._moved([(~each).astype(few) for each in held]) == 0
+                made = self._moved([~each for each in held]) == 0
             if zero.any():
-                base = np.maximum(_filled(np.where(zero, -1, base)), 0)
-                scale = _filled(np.where(zero, -1, scale))
+                scale, base = _filled(scale), np.maximum(_filled(base), 0)
                 if (scale < 0).any():
                     scale = np.where(scale < 0, equations.scale.fresh(()), scale)
         if zero.any() and np.broadcast(scale, base, made).size > LARGEST:
@@ -96,9 +93,11 @@ class Movement(Semantics):
         return bool(self.kept) and part.made is None and not any(map(part.varies, moves))
 
     def _moved(self, codes: Sequence[Any]) -> Ints:
+        # Every movement is implemented for floats, which hold whole numbers exactly up to here.
+        dtype = torch.float32 if max(int(code.max()) for code in codes) < 1 << 24 else torch.float64
         alike = [axis for axis in self.kept if all(code.shape[axis] == 1 for code in codes)]
         shapes = (tuple(1 if axis in alike else n for axis, n in enumerate(shape)) for shape in self.shapes)
-        wide = [torch.as_tensor(code).expand(shape) for code, shape in zip(codes, shapes)]
+        wide = [torch.as_tensor(code, dtype=dtype).expand(shape) for code, shape in zip(codes, shapes)]
         found: Ints = _narrowed(self.apply(wide)).to(torch.int64).numpy()
         return found
 
