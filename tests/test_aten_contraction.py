@@ -249,6 +249,9 @@ REFUSED = {
         lambda m, x: x @ m.w + m.c, {"w": noise(4, 5), "c": noise(5)}, [(2, 3, 4)], {"no-saving", "model-output"}),
     "a shift alone and no operand for it, before": (
         lambda m, x: (x + m.c) @ m.w, {"w": noise(4, 5), "c": noise(4)}, [(2, 3, 4)], {"model-input", "no-saving"}),
+    "a BatchNorm that would become two additions": (
+        lambda m, x: m.norm(torch.cat([x @ m.w, x @ m.v], 1)),
+        {"norm": nn.BatchNorm1d(9), "w": noise(4, 5), "v": noise(4, 4)}, [(2, 4)], {"no-saving", "model-output"}),
     "matmul of two values": (
         lambda m, x, y: (x @ y) * m.c, {"c": noise(5)}, [(2, 3, 4), (2, 4, 5)], {"model-input", "model-output"}),
     "matmul of two values, before": (
@@ -283,6 +286,12 @@ REFUSED = {
 def test_refused(case):
     run, parts, shapes, reasons = REFUSED[case]
     fold_exactly(build(run, **parts), *(noise(*shape, seed=i) for i, shape in enumerate(shapes)), left=reasons)
+
+
+def test_a_batch_norm_may_become_one_addition():
+    """The twin of a refusal: no operator more than before."""
+    after = {"norm": nn.BatchNorm1d(5), "w": noise(4, 5)}
+    fold_exactly(build(lambda m, x: m.norm(x @ m.w), **after), noise(2, 4))
 
 
 BILINEAR = {

@@ -116,37 +116,38 @@ class LinearMaps(Rewriter):
         channel = len(self.graph.shape(value)) - 1 - len(host.size)
         if nodes is None or channel < 0:
             return None
-        linear: dict[Node, Kernel] = {}
-        for node in nodes:
-            if isinstance(self.at(node), Same | Sum):
-                continue
-            found = self.kernel(node) or self.scaling(node, host)
-            if found is None or len(found[0].size) != len(host.size):
-                return None
-            # What neighbours of one tap make of it is no smaller: where it has no place, nothing has.
-            if prod(found[0].size) > 1 and not may_fit(found[0], host):
-                return None
-            linear[node] = found[0]
+        own = {node: self._own(node, host) for node in nodes if not isinstance(self.at(node), Same | Sum)}
         one = torch.ones(self.graph.shape(source)[channel], dtype=torch.float64)
         identity = depthwise(one, one * 0, len(host.size))
         made: dict[Node, Kernel] = {}
         for node in reversed(nodes):
             before = [made.get(operand, identity) for operand in self.operands(node)]
-            semantics, kernel = self.at(node), before[0] if node not in linear else linear[node]
-            if isinstance(semantics, Sum):
-                parts = [embedded(part, host) for part in before]
-                if parts[0] is None or parts[1] is None:
-                    return None
-                kernel = added(parts[0], parts[1], semantics.alpha)
-            elif node in linear and before[0] is not identity:
-                product = composed(linear[node], before[0])
-                if product is None:
-                    return None
-                kernel = product
+            kernel = self._step(node, own, before, host)
+            if kernel is None:
+                return None
             made[node] = kernel
         total = embedded(made.get(value, identity), host)
-        spent = sum(self.cost(node, kernel) for node, kernel in linear.items())
+        spent = sum(self.cost(node, kernel) for node, kernel in own.items() if kernel is not None)
         return None if total is None else Path(total, tuple(nodes), spent)
+
+    def _own(self, node: Node, host: Kernel) -> Kernel | None:
+        """An operator as a kernel that may have a place in the host's."""
+        found = self.kernel(node) or self.scaling(node, host)
+        if found is None or len(found[0].size) != len(host.size):
+            return None
+        # What neighbours of one tap make of it is no smaller: where it has no place, nothing has.
+        return found[0] if prod(found[0].size) == 1 or may_fit(found[0], host) else None
+
+    def _step(self, node: Node, own: dict[Node, Kernel | None], before: list[Kernel], host: Kernel) -> Kernel | None:
+        """What an operator makes of the source, ``before`` being what its operands are of it."""
+        semantics = self.at(node)
+        if isinstance(semantics, Sum):
+            first, second = (embedded(part, host) for part in before)
+            return None if first is None or second is None else added(first, second, semantics.alpha)
+        if node not in own:
+            return before[0]  # a copy
+        kernel = own[node]
+        return None if kernel is None else composed(kernel, before[0])
 
     def cost(self, node: Node, kernel: Kernel) -> int:
         """Multiply-adds of one sample or position; the batch is common to all that are compared."""

@@ -15,13 +15,13 @@ faster; siblings that go different ways (q, k and v) are not, because a split in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from bnfold.graph.graph import Graph, Node
-from bnfold.passes.kernels import Kernel, added, chained, composed
+from bnfold.passes.kernels import Kernel, added, composed
 from bnfold.passes.linear import LinearMaps
 from bnfold.report import Entry, Ledger, Merge
 from bnfold.semantics import Contraction, Movement, Sum
@@ -103,7 +103,7 @@ class Merger:
             for slot, own in zip(semantics.slots, (1.0, semantics.alpha)):
                 value = self.graph.call(node).at(slot)
                 term = Term(value, factor * own, node, slot)
-                alone = value.op == "call_function" and len(list(self.graph.readers(value))) == 1
+                alone = value.op == "call_function" and self._is_read_once(value)
                 same = self.graph.shape(value) == self.graph.shape(root)
                 adds = alone and same and isinstance(self.linear.at(value), Sum)
                 if adds and len(set(self.linear.operands(value))) == 2:
@@ -113,52 +113,50 @@ class Merger:
         return sorted(found, key=lambda term: self.graph.order[term.value])
 
     def _parallel(self, root: Node) -> Done | None:
+        """A branch of a sum goes into a convolution that is another one, with its kernel's place in that one's."""
         if not isinstance(self.linear.at(root), Sum) or self.graph.is_frozen(root):
             return None
         readers = list(self.graph.readers(root))
         if len(readers) == 1 and readers[0].op != "output" and isinstance(self.linear.at(readers[0]), Sum):
             return None  # part of a larger tree
         terms = self._terms(root)
-        hosts = []
-        for term in terms:
-            found = self.linear.kernel(term.value)
-            alone = len(list(self.graph.readers(term.value))) == 1
-            if found and alone and isinstance(self.linear.at(term.value), Contraction) and term.factor:
-                hosts.append((term, *found))
-        hosts.sort(key=lambda host: -host[1].weight.numel())
-        for host, kernel, slot in hosts:
-            source = self.graph.call(host.value).at(slot)
-            for term in terms:
-                if term is not host:
-                    done = self._absorb(root, host, kernel, source, term)
-                    if done is not None:
-                        return done
-        return None
+        pairs = ((host, kernel, term) for host, kernel in self._hosts(terms) for term in terms if term is not host)
+        return next((done for pair in pairs if (done := self._absorb(root, *pair)) is not None), None)
 
-    def _absorb(self, root: Node, host: Term, kernel: Kernel, source: Node, term: Term) -> Done | None:
+    def _hosts(self, terms: list[Term]) -> list[tuple[Term, Kernel]]:
+        """The convolutions among the terms that nobody else reads, the largest first."""
+        found = []
+        for term in terms:
+            kernel = self.linear.kernel(term.value)
+            contracts = kernel is not None and isinstance(self.linear.at(term.value), Contraction)
+            if kernel is not None and contracts and self._is_read_once(term.value) and term.factor:
+                found.append((term, kernel[0]))
+        return sorted(found, key=lambda host: -host[1].weight.numel())
+
+    def _absorb(self, root: Node, host: Term, kernel: Kernel, term: Term) -> Done | None:
         graph = self.graph
         semantics = self.linear.at(term.parent)
         assert isinstance(semantics, Sum)
-        other = next(slot for slot in semantics.slots if slot != term.slot)
-        sibling, left = graph.call(term.parent).at(other), semantics.alpha if other == semantics.slots[1] else 1.0
+        # What stands beside the term takes the place of the sum of both.
+        slot = next(slot for slot in semantics.slots if slot != term.slot)
+        sibling, left = graph.call(term.parent).at(slot), semantics.alpha if slot == semantics.slots[1] else 1.0
         if sibling is term.value or (left != 1.0 and sibling is not host.value):
             return None  # what is left of the sum would need a factor
+        source = self.linear.operand(host.value)
+        if source is None or graph.dtype(term.value) != graph.dtype(host.value):
+            return None
         path = self.linear.path(term.value, self.linear.through_same(source), kernel)
-        if path is None or graph.dtype(term.value) != graph.dtype(host.value):
+        if path is None:
             return None
         total = added(kernel, path.kernel, term.factor / host.factor).scaled(left)
-        if not self._fits(host.value, total):
-            return None
-        meaning, names = graph.meaning(root), self._names(host.value, *path.nodes)
-        gone = tuple(graph.name(node) for node in (*path.nodes, term.parent))
-        before = graph.dropped
-        self._write(host.value, total)
-        self.linear.stands_for(host.value, None)
-        self.linear.drop({term.parent: sibling})
-        final = sibling if term.parent is root else root
-        self.linear.stands_for(final, meaning)
-        saved = (graph.dropped - before, path.multiply_adds)
-        return self._done(final, "parallel", names, host.value, gone, saved)
+
+        def edit() -> Node:
+            self.linear.stands_for(host.value, None)
+            self.linear.drop({term.parent: sibling})
+            return sibling if term.parent is root else root
+
+        members, gone = (host.value, *path.nodes), (*path.nodes, term.parent)
+        return self._merged("parallel", root, members, gone, (host.value, total), edit, path.multiply_adds)
 
     # -- chains ----------------------------------------------------------------------------------------------------
 
@@ -167,45 +165,40 @@ class Merger:
         graph = self.graph
         operand = self.linear.operand(second)
         first = None if operand is None else self.linear.through_same(operand, alone=True)
-        if first is None or first.op != "call_function" or len(list(graph.readers(first))) != 1:
+        if first is None or first.op != "call_function" or not self._is_read_once(first):
             return None
         inner = self.linear.kernel(first)
-        if (
-            inner is None
-            or not isinstance(self.linear.at(first), Contraction)
-            or graph.dtype(first) != graph.dtype(second)
-        ):
+        contracts = isinstance(self.linear.at(first), Contraction)
+        if inner is None or not contracts or graph.dtype(first) != graph.dtype(second):
             return None
         pair = isinstance(self.linear.at(second), Contraction)
         outer = self.linear.kernel(second) if pair else self.linear.scaling(second, inner[0])
-        if outer is None or len(outer[0].size) != len(inner[0].size) or chained(outer[0], inner[0]) is None:
+        if outer is None or len(outer[0].size) != len(inner[0].size):
             return None
         source, total = graph.call(first).at(inner[1]), composed(outer[0], inner[0])
         if total is None or graph.is_constant(source):
             return None
         hosts = [(second, outer[0]), (first, inner[0])] if pair else [(first, inner[0])]
-        alike = [
-            (n, k) for n, k in hosts if (k.geometry, k.size, k.groups) == (total.geometry, total.size, total.groups)
-        ]
-        if not alike:
+        walk = (total.geometry, total.size, total.groups)
+        keeper = next((node for node, k in hosts if (k.geometry, k.size, k.groups) == walk), None)
+        if keeper is None:
             return None
-        keeper, _ = alike[0]
         old = self.linear.cost(first, inner[0]) + self.linear.cost(second, outer[0])
         new = self.linear.cost(keeper, total)
-        grows = new > old or total.weight.numel() > inner[0].weight.numel() + outer[0].weight.numel()
-        if grows or not self._fits(keeper, total):
+        if new > old or total.weight.numel() > inner[0].weight.numel() + outer[0].weight.numel():
             return None
-        names, before, meaning = self._names(first, second), graph.dropped, graph.meaning(second)
-        gone = graph.name(first if keeper is second else second)
-        self._write(keeper, total)
-        if keeper is second:
-            graph.set_operand(second, outer[1], source)
-        else:
-            graph.take_shape(first, second)
-            self.linear.drop({second: first})
-        self.linear.stands_for(keeper, meaning)
-        self.linear.forget(keeper)
-        return self._done(keeper, "serial", names, keeper, (gone,), (graph.dropped - before, old - new))
+
+        def edit() -> Node:
+            if keeper is second:
+                graph.set_operand(second, outer[1], source)
+            else:
+                graph.take_shape(first, second)
+                self.linear.drop({second: first})
+            self.linear.forget(keeper)
+            return keeper
+
+        gone = (first if keeper is second else second,)
+        return self._merged("serial", second, (first, second), gone, (keeper, total), edit, old - new)
 
     # -- concatenations --------------------------------------------------------------------------------------------
 
@@ -229,28 +222,46 @@ class Merger:
         )
         if not alike or host.geometry.transposed or semantics.joins != len(shape) - 1 - len(host.size):
             return None
-        if any(len(list(graph.readers(v))) != 1 or graph.dtype(v) != graph.dtype(root) for v in values):
+        if any(not self._is_read_once(v) or graph.dtype(v) != graph.dtype(root) for v in values):
             return None
         weight = torch.cat([k.weight for k in kernels], 1)
         total = Kernel(weight, torch.cat([k.bias for k in kernels]), host.geometry)
-        if not self._fits(values[0], total):
-            return None
-        names, before, meaning = self._names(*values), graph.dropped, graph.meaning(root)
-        keeper, gone = values[0], tuple(graph.name(value) for value in (*values[1:], root))
-        graph.take_shape(keeper, root)
-        self._write(keeper, total)
-        self.linear.drop({root: keeper})
-        self.linear.stands_for(keeper, meaning)
-        return self._done(keeper, "joined", names, keeper, gone, (graph.dropped - before, 0))
+        keeper: Node = values[0]
 
-    def _done(
-        self, value: Node, kind: str, names: tuple[str, ...], into: Node, gone: tuple[str, ...], saved: tuple[int, int]
-    ) -> Done:
-        meaning = self.graph.meaning(value)
-        site = () if meaning is None else ((self.graph.name(value), meaning.value),)
-        return Merge(self.graph.name(value), kind, names, self.graph.module(into), gone, *saved, site), value
+        def edit() -> Node:
+            graph.take_shape(keeper, root)
+            self.linear.forget(keeper)
+            self.linear.drop({root: keeper})
+            return keeper
+
+        return self._merged("joined", root, values, (*values[1:], root), (keeper, total), edit)
 
     # -- edits -----------------------------------------------------------------------------------------------------
+
+    def _merged(
+        self, kind: str, whole: Node, members: Sequence[Node], gone: Sequence[Node], host: tuple[Node, Kernel],
+        edit: Callable[[], Node], multiply_adds: int = 0,
+    ) -> Done | None:  # fmt: skip
+        """Gives the host its new kernel, and edits what is left to do: ``edit`` takes those out that are gone and
+
+        answers what stands for ``whole`` then. None, and nothing is done, where a constant does not fit its dtype.
+        """
+        graph, (value, kernel) = self.graph, host
+        stored = self._stored(value, kernel)
+        if any(graph.overflow(value, slot, tensor) is not None for slot, tensor in stored.items()):
+            return None
+        names = tuple(Counter(graph.module(node) or graph.call(node).operator for node in members))
+        meaning, before, dropped = graph.meaning(whole), graph.dropped, tuple(map(graph.name, gone))
+        for slot, tensor in stored.items():
+            self.linear.set_constant(value, slot, tensor)
+        final = edit()
+        self.linear.stands_for(final, meaning)
+        site = () if meaning is None else ((graph.name(final), meaning.value),)
+        saved = graph.dropped - before, multiply_adds
+        return Merge(graph.name(final), kind, names, graph.module(value), dropped, *saved, site), final
+
+    def _is_read_once(self, value: Node) -> bool:
+        return len(list(self.graph.readers(value))) == 1
 
     def _stored(self, value: Node, kernel: Kernel) -> dict[str, torch.Tensor]:
         semantics = self.linear.at(value)
@@ -262,16 +273,3 @@ class Merger:
         if semantics.get_bias() is not None or bool((kernel.bias != 0).any()):
             constants[semantics.bias] = kernel.bias
         return constants
-
-    def _fits(self, value: Node, kernel: Kernel) -> bool:
-        """Whether the kernel's constants fit the dtype they are rounded to."""
-        stored = self._stored(value, kernel)
-        return all(self.graph.overflow(value, slot, tensor) is None for slot, tensor in stored.items())
-
-    def _write(self, value: Node, kernel: Kernel) -> None:
-        for slot, tensor in self._stored(value, kernel).items():
-            self.linear.set_constant(value, slot, tensor)
-
-    def _names(self, *values: Node) -> tuple[str, ...]:
-        names = Counter(self.graph.module(v) or self.graph.call(v).operator for v in values)
-        return tuple(names)
