@@ -10,11 +10,10 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from bnfold.loading.weights_file import read_notes, save_weights
-from bnfold.statistics.batchnorms import keep_statistics, lacks_statistics
+from bnfold.statistics.batchnorms import keep_statistics, lacks_statistics, statistics_like
 
 #: The note that names the BatchNorms which have running statistics here, and none as their class builds them.
 NOTE = "running_statistics"
@@ -50,8 +49,7 @@ def switch_on(model: nn.Module, path: Path) -> None:
 def gain_statistics(model: nn.Module, norm: nn.Module) -> None:
     """Gives a module of ``model`` room for running statistics, where it is a BatchNorm that has none."""
     if lacks_statistics(norm):
-        weights = (p for module in (norm, model) for p in module.parameters() if p.is_floating_point())
-        keep_statistics(norm, next(weights, torch.zeros(())))
+        keep_statistics(norm, statistics_like(norm, model))
 
 
 def _named(notes: Mapping[str, str]) -> list[str]:

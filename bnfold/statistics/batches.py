@@ -71,14 +71,6 @@ def call(model: nn.Module, batch: Batch) -> Any:
         ) from error
 
 
-def inputs_of(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the inputs that ``forward`` needs, and of those that it can do without."""
-    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in signature(model).parameters.values() if p.kind not in many]
-    needed = [p.name for p in parameters if p.default is p.empty]
-    return needed, [p.name for p in parameters if p.default is not p.empty]
-
-
 def data_batches(
     model: nn.Module, data: Path | str | Mapping[str, Any], size: int
 ) -> tuple[Callable[[], Iterator[Batch]], int]:
@@ -94,15 +86,18 @@ def data_batches(
     Raises:
         InputError: see ``load_data``; no array is called like an input.
     """
-    needed, optional = inputs_of(model)
-    names = [*needed, *optional]
+    parameters = signature(model).parameters.values()
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [p for p in parameters if p.kind not in many]
+    optional = [p.name for p in named if p.default is not p.empty]
+    names = [*(p.name for p in named if p.default is p.empty), *optional]
     where = str(data) if isinstance(data, (str, Path)) else None
     known: Mapping[str, Rows]
     if isinstance(data, (str, Path)):
         known = open_arrays(Path(data))
     else:
         known = {name: np.asarray(value) for name, value in data.items()}
-    kinds = {p.kind for p in signature(model).parameters.values()}
+    kinds = {p.kind for p in parameters}
     positional = inspect.Parameter.POSITIONAL_ONLY in kinds
     if not names and inspect.Parameter.VAR_POSITIONAL in kinds:
         positional = True

@@ -106,6 +106,12 @@ def keep_statistics(module: nn.Module, like: Tensor) -> None:
     module.track_running_stats = True  # type: ignore[assignment]
 
 
+def statistics_like(module: nn.Module, model: nn.Module) -> Tensor:
+    """A tensor of the dtype and device for new statistics of a module of ``model``: its gamma, else any weight."""
+    weights = (p for owner in (module, model) for p in owner.parameters() if p.is_floating_point())
+    return next(weights, torch.zeros(()))
+
+
 @contextmanager
 def watching_inputs(
     norms: Iterable[tuple[str, nn.Module]], watch: Callable[[str, nn.Module, Tensor], None]

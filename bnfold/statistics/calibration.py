@@ -38,6 +38,7 @@ from bnfold.statistics.batchnorms import (
     keep_statistics,
     lacks_statistics,
     sharers,
+    statistics_like,
     without_numbers,
 )
 from bnfold.statistics.moments import Moments
@@ -167,7 +168,7 @@ class Scratch:
         like: dict[str, Tensor] = {}
         for name, (norm, *_) in targets.items():
             if lacks_statistics(norm):
-                like[name] = _like(norm, scratch)
+                like[name] = statistics_like(norm, scratch)
                 keep_statistics(norm, like[name])
         return cls(scratch, asked, owner, targets, like, before)
 
@@ -237,7 +238,8 @@ def chosen(model: nn.Module, only: str | Sequence[str] | None) -> tuple[str, ...
 
 
 def _measurable(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: norm for name, norm in batch_norms(model).items() if not _is_instance_norm(norm)}
+    instance_norm = nn.modules.instancenorm._InstanceNorm
+    return {name: norm for name, norm in batch_norms(model).items() if not isinstance(norm, instance_norm)}
 
 
 def _owners(model: nn.Module, asked: Sequence[str]) -> dict[str, str]:
@@ -278,15 +280,3 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
         return None
     mean, variance = (getattr(norm, name).detach().double().flatten().clone() for name in STATISTICS)
     return mean, variance
-
-
-def _like(norm: nn.Module, model: nn.Module) -> Tensor:
-    """A tensor of the dtype and device for new statistics: gamma's, else any weight's."""
-    weight = getattr(norm, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-
-
-def _is_instance_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.modules.instancenorm._InstanceNorm)

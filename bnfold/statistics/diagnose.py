@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bnfold.report.progress import Progress, silent
 from bnfold.statistics.batches import call, data_batches
 from bnfold.statistics.batchnorms import batch_norms, is_unshaped, lacks_statistics, watching_inputs, without_numbers
 from bnfold.statistics.distance import FREEDOM, Distance, Sampled
-from bnfold.statistics.findings import channel_finding, layer_findings, model_findings
+from bnfold.statistics.findings import channel_findings, layer_findings, model_findings
 from bnfold.statistics.layers import Layer, module_layers, program_layers, spread
 
 #: Samples of the data in a batch.
@@ -70,7 +70,8 @@ def examine(
     else:
         calls = None if args is None and not kwargs else _count_calls(model, args or (), kwargs or {}, notes)
         layers = _joined(model, module_layers(model, calls), in_graph)
-        notes += _left_out(model)
+        whys = {name: without_numbers(norm) for name, norm in _norms(model).items()}
+        notes += [f"layer '{name}' is {why}: it was not looked at" for name, why in whys.items() if why]
     found = [finding for layer in layers for finding in layer_findings(layer)] + model_findings(layers)
     samples = 0
     if data is not None and any(layer.shapeless for layer in layers):
@@ -151,11 +152,6 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: norm for name, norm in batch_norms(model).items() if not is_unshaped(norm)}
 
 
-def _left_out(model: nn.Module) -> list[str]:
-    whys = {name: without_numbers(norm) for name, norm in _norms(model).items()}
-    return [f"layer '{name}' is {why}: it was not looked at" for name, why in whys.items() if why]
-
-
 # -- against data ------------------------------------------------------------------------------------------------------
 
 
@@ -187,21 +183,16 @@ def _feed_program(
         arrays, _ = select({name: np.asarray(value) for name, value in data.items()}, names)
     wanted = {name: layer for layer in layers for name in layer.inputs}
     runner, samples = Runner(captured.program), min(map(len, arrays.values()))
+    first, fixed = next(leaf for leaf in captured.flat if isinstance(leaf, Tensor)), not captured.dims
+    size = first.shape[0] if fixed and first.ndim else BATCH
     done = 0
-    for flat, count in _flat_batches(captured, arrays):
+    for flat, count in stored_batches(captured.names, captured.flat, arrays, size=size, fixed=fixed):
         runner(flat, keep=set(wanted))
         for name, layer in wanted.items():
             _add(sampled, layer, runner.kept[name])
         done += count
         progress("health", done, samples)
     return samples
-
-
-def _flat_batches(captured: Captured, arrays: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], int]]:
-    first = next(leaf for leaf in captured.flat if isinstance(leaf, Tensor))
-    fixed = not captured.dims
-    size = first.shape[0] if fixed and first.ndim else BATCH
-    yield from stored_batches(captured.names, captured.flat, arrays, size=size, fixed=fixed)
 
 
 def _add(sampled: dict[Layer, Sampled], layer: Layer, x: Tensor) -> None:
@@ -235,8 +226,7 @@ def _compared(layers: list[Layer], sampled: Mapping[Layer, Sampled]) -> tuple[li
                 f"{float(known.values.variance[i]):.3g}, the layer {float(mean[i]):.3g} and {float(variance[i]):.3g}: "
                 f"{float(distance.shift[i]):.2g} deviations off, {ratio:.2g} times as wide"
             )
-            if (finding := channel_finding("statistics-far", layer, far, words)) is not None:
-                found.append(finding)
+            found += channel_findings("statistics-far", layer, far, words)
     return result, found
 
 

@@ -44,13 +44,13 @@ class Sampled:
     @classmethod
     def of(cls, x: Tensor, running_mean: Tensor) -> Sampled:
         """Of an input (N, channels, ...)."""
-        return reduce(operator.add, (cls._of_part(part, running_mean) for part in parts(x.detach())))
 
-    @classmethod
-    def _of_part(cls, x: Tensor, running_mean: Tensor) -> Sampled:
-        wide = x.double().reshape(*x.shape[:2], -1)
-        off = wide - running_mean.double().reshape(1, -1, 1)
-        return cls(Moments.of(wide), Moments.of(wide.mean(2)), Moments.of(off.square().mean(2)))
+        def of_part(part: Tensor) -> Sampled:
+            wide = part.double().reshape(*part.shape[:2], -1)
+            off = wide - running_mean.double().reshape(1, -1, 1)
+            return cls(Moments.of(wide), Moments.of(wide.mean(2)), Moments.of(off.square().mean(2)))
+
+        return reduce(operator.add, map(of_part, parts(x.detach())))
 
     def __add__(self, other: Sampled) -> Sampled:
         return Sampled(self.values + other.values, self.means + other.means, self.deviations + other.deviations)

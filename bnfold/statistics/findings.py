@@ -34,7 +34,7 @@ _FEWER_THAN_TWO_BATCHES = 2 / 3
 
 def layer_findings(layer: Layer) -> list[Finding]:
     """What is wrong with one BatchNorm."""
-    return [finding for check in CHECKS for finding in check(layer)]
+    return [finding for check in _CHECKS for finding in check(layer)]
 
 
 def model_findings(layers: Sequence[Layer]) -> list[Finding]:
@@ -50,38 +50,32 @@ def model_findings(layers: Sequence[Layer]) -> list[Finding]:
     return []
 
 
-def no_channels(layer: Layer) -> Iterator[Finding]:
-    """A lazy layer before its first input."""
+def _no_channels(layer: Layer) -> Iterator[Finding]:
     if layer.shapeless:
         yield _finding("no-channels", layer)
 
 
-def batch_statistics(layer: Layer) -> Iterator[Finding]:
-    """No running statistics."""
+def _batch_statistics(layer: Layer) -> Iterator[Finding]:
     if not layer.health.track_running_stats:
         called = layer.health.training is None or "running_var" in layer.stored
-        yield _finding(
-            "batch-statistics", layer, "called with training=True" if called else "track_running_stats=False"
-        )
+        how = "called with training=True" if called else "track_running_stats=False"
+        yield _finding("batch-statistics", layer, how)
 
 
-def nonfinite(layer: Layer) -> Iterator[Finding]:
-    """NaN or infinity in any tensor."""
+def _nonfinite(layer: Layer) -> Iterator[Finding]:
     for name, tensor in layer.stored.items():
-        yield from _channels("nonfinite", layer, ~tensor.isfinite(), f"{name} is NaN or infinite")
+        yield from channel_findings("nonfinite", layer, ~tensor.isfinite(), f"{name} is NaN or infinite")
 
 
-def negative_variance(layer: Layer) -> Iterator[Finding]:
+def _negative_variance(layer: Layer) -> Iterator[Finding]:
     """A variance below zero, or of zero where eps is zero too."""
-    variance = layer.wide("running_var")
-    if variance is not None:
+    if (variance := layer.wide("running_var")) is not None:
         bad = (variance < 0) | (variance + layer.eps <= 0)
-        smallest = float(variance[bad].min()) if bool(bad.any()) else 0.0
-        yield from _channels("negative-variance", layer, bad, f"running_var goes down to {smallest:.3g}")
+        words = f"running_var goes down to {_among(variance, bad).min():.3g}"
+        yield from channel_findings("negative-variance", layer, bad, words)
 
 
-def never_trained(layer: Layer) -> Iterator[Finding]:
-    """Statistics as they were made."""
+def _never_trained(layer: Layer) -> Iterator[Finding]:
     mean, variance = layer.wide("running_mean"), layer.wide("running_var")
     if mean is None or variance is None or bool((mean != 0).any()) or bool((variance != 1).any()):
         return
@@ -90,31 +84,28 @@ def never_trained(layer: Layer) -> Iterator[Finding]:
     yield _finding("never-trained", layer, words.get(counted, f"although it counts {counted} batches"))
 
 
-def vanishing_variance(layer: Layer) -> Iterator[Finding]:
+def _vanishing_variance(layer: Layer) -> Iterator[Finding]:
     """A variance below eps in a channel that has a gamma to speak of."""
     variance = layer.wide("running_var")
     if variance is None or not layer.per_channel:
         return
     largest = (layer.gamma.abs() + layer.beta.abs()).nan_to_num(0, 0, 0).max()
     below = (variance >= 0) & (variance < layer.eps) & (layer.gamma.abs() > _epsilon(layer) * largest)
-    smallest = float(variance[below].min()) if bool(below.any()) else 0.0
-    yield from _channels(
-        "vanishing-variance", layer, below, f"running_var goes down to {smallest:.2g}, eps is {layer.eps:g}"
-    )
+    words = f"running_var goes down to {_among(variance, below).min():.2g}, eps is {layer.eps:g}"
+    yield from channel_findings("vanishing-variance", layer, below, words)
 
 
-def dead_channels(layer: Layer) -> Iterator[Finding]:
-    """A channel that is a constant."""
-    variance = layer.wide("running_var")
-    spread = layer.gamma.abs() if layer.per_channel else None
-    if spread is not None and variance is not None:
+def _dead_channels(layer: Layer) -> Iterator[Finding]:
+    if not layer.per_channel:
+        return
+    spread = layer.gamma.abs()
+    if (variance := layer.wide("running_var")) is not None:
         spread = spread * (variance / (variance + layer.eps)).sqrt()  # NaN where the variance is not one
-    if spread is not None:
-        largest = (layer.beta.abs() + spread).nan_to_num(0, 0, 0).max()
-        yield from _channels("dead-channels", layer, spread <= _epsilon(layer) * largest, "constant")
+    largest = (layer.beta.abs() + spread).nan_to_num(0, 0, 0).max()
+    yield from channel_findings("dead-channels", layer, spread <= _epsilon(layer) * largest, "constant")
 
 
-def exploding_scale(layer: Layer) -> Iterator[Finding]:
+def _exploding_scale(layer: Layer) -> Iterator[Finding]:
     """A scale or shift beyond float16, or far above the layer's other scales."""
     if layer.affine is None:
         return
@@ -123,36 +114,33 @@ def exploding_scale(layer: Layer) -> Iterator[Finding]:
     largest = torch.stack([scale, shift, output]).amax(0)
     beyond = (largest > _HALF_MAX) & largest.isfinite()
     if bool(beyond.any()):
-        words = f"up to {float(largest[beyond].max()):.3g}, beyond float16's {_HALF_MAX:g}"
-        yield from _channels("exploding-scale", layer, beyond, words)
+        words = f"up to {largest[beyond].max():.3g}, beyond float16's {_HALF_MAX:g}"
+        yield from channel_findings("exploding-scale", layer, beyond, words)
         return
     live = scale[scale.isfinite() & (scale > 0)]
     if live.numel() > 2:
         apart = scale / live.median()
         far = (apart > _SINGLE_EPS**-0.5) & apart.isfinite()
-        worst = float(apart[far].max()) if bool(far.any()) else 0.0
-        yield from _channels("exploding-scale", layer, far, f"up to {worst:.3g} times the layer's median")
+        words = f"up to {_among(apart, far).max():.3g} times the layer's median"
+        yield from channel_findings("exploding-scale", layer, far, words)
 
 
-def cancellation(layer: Layer) -> Iterator[Finding]:
+def _cancellation(layer: Layer) -> Iterator[Finding]:
     """A mean so far from zero that subtracting it costs half the digits."""
     mean, variance = layer.wide("running_mean"), layer.wide("running_var")
-    if mean is None or variance is None:
-        return
-    apart = mean.abs() / (variance + layer.eps).sqrt()
-    far = (apart > _epsilon(layer) ** -0.5) & apart.isfinite()
-    worst = float(apart[far].max()) if bool(far.any()) else 0.0
-    yield from _channels("cancellation", layer, far, f"up to {worst:.3g} deviations")
+    if mean is not None and variance is not None:
+        apart = mean.abs() / (variance + layer.eps).sqrt()
+        far = (apart > _epsilon(layer) ** -0.5) & apart.isfinite()
+        yield from channel_findings("cancellation", layer, far, f"up to {_among(apart, far).max():.3g} deviations")
 
 
-def half_statistics(layer: Layer) -> Iterator[Finding]:
-    """Statistics in 16 bits."""
+def _half_statistics(layer: Layer) -> Iterator[Finding]:
     variance = layer.stored.get("running_var")
     if variance is not None and variance.dtype in _HALF:
         yield _finding("half-statistics", layer, layer.health.dtype)
 
 
-def momentum(layer: Layer) -> Iterator[Finding]:
+def _momentum(layer: Layer) -> Iterator[Finding]:
     """Zero, None, or so large that one batch decides."""
     norm = layer.health
     # A captured program writes 0 for None, and trains no more.
@@ -167,7 +155,7 @@ def momentum(layer: Layer) -> Iterator[Finding]:
         yield _finding("momentum-high", layer, f"with {norm.momentum:g} over {batches:.3g}")
 
 
-def shared_statistics(layer: Layer) -> Iterator[Finding]:
+def _shared_statistics(layer: Layer) -> Iterator[Finding]:
     """Called in several places, or its buffers are those of another module."""
     if (layer.health.calls or 0) > 1:
         yield _finding("shared-statistics", layer, f"called {layer.health.calls} times")
@@ -175,15 +163,14 @@ def shared_statistics(layer: Layer) -> Iterator[Finding]:
         yield _finding("shared-statistics", layer, f"its statistics are those of {', '.join(layer.shared)} too")
 
 
-def not_called(layer: Layer) -> Iterator[Finding]:
-    """Out of the example's reach."""
+def _not_called(layer: Layer) -> Iterator[Finding]:
     if layer.health.calls == 0:
         yield _finding("not-called", layer)
 
 
-CHECKS: tuple[Callable[[Layer], Iterator[Finding]], ...] = (
-    no_channels, nonfinite, negative_variance, batch_statistics, never_trained, vanishing_variance, dead_channels,
-    exploding_scale, cancellation, half_statistics, momentum, shared_statistics, not_called,
+_CHECKS: tuple[Callable[[Layer], Iterator[Finding]], ...] = (
+    _no_channels, _nonfinite, _negative_variance, _batch_statistics, _never_trained, _vanishing_variance,
+    _dead_channels, _exploding_scale, _cancellation, _half_statistics, _momentum, _shared_statistics, _not_called,
 )  # fmt: skip
 
 
@@ -191,20 +178,19 @@ def _finding(code: str, layer: Layer, detail: str = "") -> Finding:
     return Finding(code, (layer.health.module,), detail)
 
 
-def channel_finding(code: str, layer: Layer, bad: Tensor, detail: str) -> Finding | None:
-    """A finding about the channels where ``bad`` is true; None where there are none."""
-    count = int(bad.sum())
-    if not count:
-        return None
-    first = tuple(bad.nonzero().flatten()[:_SHOWN].tolist())
-    which = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
-    where = f"channel{'s' * (count > 1)} {which} of {bad.numel()}" if count < bad.numel() else f"all {count} channels"
-    return Finding(code, (layer.health.module,), f"{where}: {detail}", first, count)
+def channel_findings(code: str, layer: Layer, bad: Tensor, detail: str) -> Iterator[Finding]:
+    """A finding about the channels where ``bad`` is true, if there are any."""
+    if count := int(bad.sum()):
+        first = tuple(bad.nonzero().flatten()[:_SHOWN].tolist())
+        which = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+        some = f"channel{'s' * (count > 1)} {which} of {bad.numel()}"
+        where = some if count < bad.numel() else f"all {count} channels"
+        yield Finding(code, (layer.health.module,), f"{where}: {detail}", first, count)
 
 
-def _channels(code: str, layer: Layer, bad: Tensor, detail: str) -> Iterator[Finding]:
-    if (found := channel_finding(code, layer, bad, detail)) is not None:
-        yield found
+def _among(values: Tensor, bad: Tensor) -> Tensor:
+    """The values where ``bad`` is true; a zero where it nowhere is."""
+    return values[bad] if bool(bad.any()) else values.new_zeros(1)
 
 
 def _epsilon(layer: Layer) -> float:

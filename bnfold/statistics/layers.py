@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bnfold.aten.normalisation import Normalisation, normalisation
+from bnfold.aten.normalisation import normalisation
 from bnfold.graph.graph import Graph, Node
 from bnfold.report import NormHealth, Spread
 from bnfold.statistics.batchnorms import (
@@ -101,20 +101,13 @@ def module_layers(model: nn.Module, calls: Mapping[str, int] | None) -> list[Lay
         counter = getattr(norm, "num_batches_tracked", None)
         momentum = getattr(norm, "momentum", None)
         health = NormHealth(
-            module=name,
-            layer=type(norm).__name__,
-            kind=kind,
-            functional=False,
-            channels=channels_of(norm),
-            eps=eps_of(norm),
-            momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
+            module=name, layer=type(norm).__name__, kind=kind, functional=False, channels=channels_of(norm),
+            eps=eps_of(norm), momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
             affine="weight" in own_tensors(norm) or "bias" in own_tensors(norm),
-            track_running_stats=not lacks_statistics(norm),
-            training=norm.training,
+            track_running_stats=not lacks_statistics(norm), training=norm.training,
             batches_tracked=int(counter) if isinstance(counter, Tensor) and not shapeless else None,
-            calls=None if calls is None else calls.get(name, 0),
-            dtype=_dtype(own_tensors(norm)),
-        )
+            calls=None if calls is None else calls.get(name, 0), dtype=_dtype(own_tensors(norm)),
+        )  # fmt: skip
         shared = tuple(other for other in owner if other != name and owner[other] == owner.get(name))
         found.append(summed(Layer(health, stored, (), shapeless, shared)))
     return found
@@ -128,7 +121,9 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
     graph = Graph(program, masters)
     targets = {spec.arg.name: spec.target or "" for spec in program.graph_signature.input_specs}
     found: dict[str, Layer] = {}
-    for value, norm in _normalisations(graph):
+    for value in graph.values():
+        if (norm := normalisation(graph.call(value))) is None:
+            continue
         mean = norm.tensors.get("running_mean")
         target = targets.get(mean.name, "") if isinstance(mean, Node) else ""
         key = target or value.name
@@ -146,31 +141,18 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
         module = owner if dot and attribute == "running_mean" else graph.module(value)
         counter = program.state_dict.get(f"{module}.num_batches_tracked")
         health = NormHealth(
-            module=module or value.name,
-            layer=graph.module_class(value) or norm.kind,
-            kind=norm.kind,
+            module=module or value.name, layer=graph.module_class(value) or norm.kind, kind=norm.kind,
             functional="Norm" not in graph.module_class(value),
             channels=next((tensor.numel() for tensor in stored.values()), None) or norm.data.meta["val"].shape[1],
-            eps=norm.eps,
-            momentum=norm.momentum,
-            affine="weight" in norm.tensors or "bias" in norm.tensors,
-            track_running_stats=not norm.batch_statistics,
-            training=None,
-            batches_tracked=int(counter) if isinstance(counter, Tensor) else None,
-            calls=1,
+            eps=norm.eps, momentum=norm.momentum, affine="weight" in norm.tensors or "bias" in norm.tensors,
+            track_running_stats=not norm.batch_statistics, training=None,
+            batches_tracked=int(counter) if isinstance(counter, Tensor) else None, calls=1,
             dtype=_dtype(stored) or str(graph.dtype(norm.data)).removeprefix("torch."),
-        )
+        )  # fmt: skip
         if norm.batch_statistics:
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith("running")}
         found[key] = Layer(health, stored, (norm.data.name,), target=target)
     return [summed(layer) for layer in found.values()]
-
-
-def _normalisations(graph: Graph) -> Iterator[tuple[Node, Normalisation]]:
-    for value in graph.values():
-        norm = normalisation(graph.call(value))
-        if norm is not None:
-            yield value, norm
 
 
 def spread(values: Tensor | None) -> Spread | None:
