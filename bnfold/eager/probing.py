@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +50,7 @@ def _objection(captured: Captured, changes: Sequence[Change], expected: Sequence
 
         old.register_forward_pre_hook(lambda module, args: past.append(old))
         kinds.add(type(new).__name__)
-        made = copy.copy(new)
-        made._forward_hooks, made._forward_pre_hooks = OrderedDict(), OrderedDict()
-        made.forward = forward
-        return made
+        return _computing(new, forward)
 
     restructure(model, changes, probe)
     instead = f"with {' and '.join(sorted(kinds))} in its place the model"
@@ -80,16 +77,20 @@ def _left_behind(captured: Captured, changes: Sequence[Change], copied: bool) ->
     """
 
     def probe(old: nn.Module, new: nn.Module) -> nn.Module:
-        made = copy.copy(new)
-        made._forward_hooks, made._forward_pre_hooks = OrderedDict(), OrderedDict()
-        made.forward = lambda x: new.forward(x.clone() if copied else x)
-        return made
+        return _computing(new, lambda x: new.forward(x.clone() if copied else x))
 
     assert captured.eager is not None
     model = eval_copy(captured.eager)
     restructure(model, changes, probe)
     flat = tuple(value.clone() if isinstance(value, Tensor) else value for value in captured.flat)
     return [*replace(captured, eager=model).run_eager(flat), *flat]
+
+
+def _computing(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """A copy of a module without its hooks and with another forward."""
+    made = copy.copy(module)
+    made._forward_hooks, made._forward_pre_hooks, made.forward = OrderedDict(), OrderedDict(), forward
+    return made
 
 
 def _equal(one: Any, other: Any) -> bool:

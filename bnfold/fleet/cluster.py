@@ -87,7 +87,11 @@ def _machine(where: Where, tasks: int, gpus: bool) -> Iterator[Any]:
     total = psutil.virtual_memory().total
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = where.workers or max(1, min(cores, tasks, int(total // (where.memory or _ROOM))))
-    there = _gpu_count() if gpus else 0
+    there = 0
+    if gpus:
+        import torch
+
+        there = torch.cuda.device_count()
     threads = str(max(1, cores // count))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     with tempfile.TemporaryDirectory(prefix="bnfold-workers-") as folder:
@@ -102,12 +106,6 @@ def _machine(where: Where, tasks: int, gpus: bool) -> Iterator[Any]:
         scheduler = {"cls": Scheduler, "options": {"dashboard_address": None, "host": "127.0.0.1"}}
         with SpecCluster(specification, scheduler, silence_logs=logging.CRITICAL) as cluster:
             yield cluster
-
-
-def _gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def spread(

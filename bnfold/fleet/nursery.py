@@ -11,7 +11,6 @@ as JSON. When stdin ends, as it does when whoever started it dies, the command t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -30,6 +29,7 @@ from typing import Any, Literal
 
 import psutil
 
+from bnfold import files
 from bnfold.errors import ProviderError
 
 FORKS = sys.platform == "linux"
@@ -114,11 +114,9 @@ class Nursery:
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, in hex; "" where it cannot be read."""
-    try:
-        with Path(path).open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError):
+        return files.sha256_of(path)
+    return ""
 
 
 # -- the process itself ------------------------------------------------------------------------------------------------
@@ -225,7 +223,10 @@ def obey(command: dict[str, Any], paths: Sequence[str]) -> None:
     for target, source in ((0, null), (1, null), (2, said)):
         os.dup2(source, target)
     if command["memory"] and FORKS:
-        _wall(command["memory"])
+        import resource
+
+        # One allocation far beyond the limit fails at once, before anyone could look; torch reserves more than it uses.
+        resource.setrlimit(resource.RLIMIT_DATA, (2 * command["memory"], 2 * command["memory"]))
     os.chdir(command["folder"])
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.argv = ["bnfold", *command["words"]]
@@ -239,13 +240,6 @@ def obey(command: dict[str, Any], paths: Sequence[str]) -> None:
         with contextlib.suppress(Exception):
             sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def _wall(memory: int) -> None:
-    """One allocation far beyond the limit fails at once, before anyone could look; torch reserves more than it uses."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_DATA, (2 * memory, 2 * memory))
 
 
 def _note(fd: int, path: Any, mode: str | None, flags: int) -> None:

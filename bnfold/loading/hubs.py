@@ -228,7 +228,8 @@ def _hf_example(
     """Two samples of a model's main input, sized by its preprocessor, else by its configuration."""
     kind, generator = model.main_input_name, torch.Generator().manual_seed(0)
     if kind == "pixel_values":
-        size = _image_size(preprocessor) or _pair(getattr(config, "image_size", None))
+        crop = preprocessor.get("crop_size") if preprocessor.get("do_center_crop") else None
+        size = _pair(crop) or _pair(preprocessor.get("size")) or _pair(getattr(config, "image_size", None))
         return None if size is None else _images((getattr(config, "num_channels", 3), *size), norm)
     if kind == "input_ids" and isinstance(getattr(config, "vocab_size", None), int):
         return torch.randint(config.vocab_size, (2, _TOKENS), generator=generator)
@@ -241,11 +242,6 @@ def _hf_example(
     if kind not in ("input_values", "input_features") or not all(isinstance(n, int) for n in shape):
         return None
     return torch.randn((2, *shape), generator=generator)
-
-
-def _image_size(preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
-    crop = _pair(preprocessor.get("crop_size")) if preprocessor.get("do_center_crop") else None
-    return crop or _pair(preprocessor.get("size"))
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

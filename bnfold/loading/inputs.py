@@ -124,7 +124,8 @@ def example(
     """
     named = _match(specs, parameters)
     sizes = _sizes(list(named.values()), ranges)
-    dims = {letter: _dim(letter, *ranges.get(letter, _ANY)) for letter in sizes}
+    bounds = {letter: ranges.get(letter, _ANY) for letter in sizes}
+    dims = {letter: torch.export.Dim(letter, min=low, max=high) for letter, (low, high) in bounds.items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: _random(spec, sizes, generator) for name, spec in named.items()}
     shapes = {
@@ -159,10 +160,6 @@ def _match(specs: Sequence[InputSpec], parameters: Sequence[str]) -> dict[str, I
         )
     found |= dict(zip(free, unnamed))
     return {name: found[name] for name in parameters if name in found}
-
-
-def _dim(letter: str, low: int, high: int | None) -> Any:
-    return torch.export.Dim(letter, min=low, max=high)
 
 
 def _sizes(specs: Sequence[InputSpec], ranges: Mapping[str, Range]) -> dict[str, int]:

@@ -65,7 +65,9 @@ def _from_file(request: Request) -> Loaded:
         return _from_onnx(request, path)
     kind = checkpoint.identify(path)
     if kind is Kind.PROGRAM:
-        return _from_program(request, path)
+        program = load_program(path, unsafe=request.unsafe_pickle)
+        args, kwargs = program.example_inputs or (None, {})
+        return _loaded(request, program, args, kwargs, sha256=checkpoint.sha256(path))
     if kind is Kind.SAFETENSORS:
         raise _only_weights(request.source)
     if kind is Kind.SCRIPT:
@@ -99,12 +101,6 @@ def _from_onnx(request: Request, path: Path) -> Loaded:
 def _only_weights(source: str) -> InputError:
     hint = f"Give the code that builds the model, path/to/file.py:factory, and --weights {source}"
     return InputError("the file holds weights and no model", where=source, hint=hint)
-
-
-def _from_program(request: Request, path: Path) -> Loaded:
-    program = load_program(path, unsafe=request.unsafe_pickle)
-    args, kwargs = program.example_inputs or (None, {})
-    return _loaded(request, program, args, kwargs, sha256=checkpoint.sha256(path))
 
 
 # ---- models that Python code builds ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -177,38 +178,30 @@ def _pool(node: fx.Node, given: dict[str, Any]) -> None:
         _become(node, _ATEN.mean.dim, given["self"], [-i for i in range(len(size), 0, -1)], True)
 
 
-def _transposed(node: fx.Node, given: dict[str, Any]) -> None:
-    """torch's conv_transpose1d, 2d and 3d are one operator, and take their last arguments in another order."""
+def _convolved(
+    node: fx.Node, given: dict[str, Any], *, transposed: bool = False, padding: list[int] | None = None
+) -> None:
+    """torch's convolutions are one operator to torch.onnx; the transposed take their last arguments in another order.
+
+    onnxscript (0.7) gives a conv3d without a bias one of zeros with two axes, which ONNX Runtime refuses.
+    """
     rank = len(_size(given["weight"])) - 2
-    stride, padding, dilation, output = (
-        _spread(given[name], rank) for name in ("stride", "padding", "dilation", "output_padding")
-    )
+    stride, dilation = (_spread(given[name], rank) for name in ("stride", "dilation"))
+    padding = _spread(given["padding"], rank) if padding is None else padding
+    output = _spread(given["output_padding"], rank) if transposed else [0] * rank
     _become(
         node, _ATEN.convolution.default,
-        given["input"], given["weight"], given["bias"], stride, padding, dilation, True, output, given["groups"],
-    )  # fmt: skip
-
-
-def _convolved(node: fx.Node, given: dict[str, Any]) -> None:
-    """onnxscript (0.7) gives a conv3d without a bias one of zeros with two axes, which ONNX Runtime refuses."""
-    rank = len(_size(given["weight"])) - 2
-    stride, padding, dilation = (_spread(given[name], rank) for name in ("stride", "padding", "dilation"))
-    _become(
-        node, _ATEN.convolution.default, given["input"], given["weight"], given["bias"], stride, padding, dilation,
-        False, [0] * rank, given["groups"],
+        given["input"], given["weight"], given["bias"], stride, padding, dilation, transposed, output, given["groups"],
     )  # fmt: skip
 
 
 def _named_padding(node: fx.Node, given: dict[str, Any]) -> None:
     """``padding="same"`` pads by ``dilation * (k - 1)`` in all; where that is odd a pad of its own is needed."""
     kernel = _size(given["weight"])[2:]
-    stride, dilation = (_spread(given[name], len(kernel)) for name in ("stride", "dilation"))
+    dilation = _spread(given["dilation"], len(kernel))
     total = [0 if given["padding"] == "valid" else d * (k - 1) for d, k in zip(dilation, kernel)]
     if all(n % 2 == 0 for n in total):
-        _become(
-            node, _ATEN.convolution.default, given["input"], given["weight"], given["bias"], stride,
-            [n // 2 for n in total], dilation, False, [0] * len(kernel), given["groups"],
-        )  # fmt: skip
+        _convolved(node, given, padding=[n // 2 for n in total])
 
 
 def _spread(value: Any, rank: int) -> list[Any]:
@@ -291,9 +284,9 @@ _REWRITES: dict[OpOverload, Callable[[fx.Node, dict[str, Any]], None]] = {
     _ATEN.adaptive_avg_pool1d.default: _pool,
     _ATEN.adaptive_avg_pool2d.default: _pool,
     _ATEN.adaptive_avg_pool3d.default: _pool,
-    _ATEN.conv_transpose1d.default: _transposed,
-    _ATEN.conv_transpose2d.input: _transposed,
-    _ATEN.conv_transpose3d.input: _transposed,
+    _ATEN.conv_transpose1d.default: partial(_convolved, transposed=True),
+    _ATEN.conv_transpose2d.input: partial(_convolved, transposed=True),
+    _ATEN.conv_transpose3d.input: partial(_convolved, transposed=True),
     _ATEN.conv3d.default: _convolved,
     _ATEN.conv1d.padding: _named_padding,
     _ATEN.conv2d.padding: _named_padding,

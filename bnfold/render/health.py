@@ -20,15 +20,21 @@ _STYLE = {"error": STYLES["problem"], "warning": STYLES["note"], "note": "dim"}
 def diagnosis(report: Diagnosis, page: Page, *, verbose: bool) -> None:
     """The BatchNorms, what is wrong with them, and the fold plan."""
     loaded(report.source, (*report.notes, *(report.plan.notes if report.plan else ())), page)
-    counts = Counter(finding.severity for finding in report.findings)
-    words = [plural(counts[severity], severity) for severity in ("error", "warning", "note") if counts[severity]]
     if report.norms:
-        page.line("Health", ", ".join(words) or Text("nothing to report", STYLES["ok"]), subject=_subject(report))
+        compared = f", {count(report.samples)} samples" if report.samples else ""
+        healthy, subject = Text("nothing to report", STYLES["ok"]), f"{len(report.norms)} BatchNorm{compared}"
+        page.line("Health", severities(report) or healthy, subject=subject)
         _norms(report, page, verbose=verbose)
     for code in dict.fromkeys(finding.code for finding in report.findings):
         _finding(code, report.of(code), page, verbose=verbose)
     if report.plan is not None:
         fold_plan(report.plan, page, verbose=verbose)
+
+
+def severities(report: Diagnosis) -> str:
+    """How many findings there are of each severity; empty where there are none."""
+    counts = Counter(finding.severity for finding in report.findings)
+    return ", ".join(plural(counts[each], each) for each in ("error", "warning", "note") if counts[each])
 
 
 def calibration(report: CalibrationReport, page: Page, *, verbose: bool) -> None:
@@ -59,11 +65,6 @@ def calibration(report: CalibrationReport, page: Page, *, verbose: bool) -> None
             page.line("", f"note: {words.format(', '.join(names))}")
     if report.path is not None:
         page.line("Wrote", f"{size(report.bytes)}, for --weights", subject=report.path)
-
-
-def _subject(report: Diagnosis) -> str:
-    compared = f", {count(report.samples)} samples" if report.samples else ""
-    return f"{len(report.norms)} BatchNorm{compared}"
 
 
 def _norms(report: Diagnosis, page: Page, *, verbose: bool) -> None:

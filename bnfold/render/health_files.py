@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
-from bnfold.render import words
-from bnfold.render.health import COLUMNS
+from bnfold.render.health import COLUMNS, severities
 from bnfold.render.sections import norm_section
 from bnfold.render.tables import Section, Table, section, table
 from bnfold.report import FINDINGS, CalibrationReport, Diagnosis, Spread
@@ -55,9 +53,7 @@ def calibration_sections(report: CalibrationReport) -> Iterator[Section]:
 
 def counted(report: Diagnosis) -> str:
     """How many findings there are of each severity, in a sentence."""
-    counts = Counter(finding.severity for finding in report.findings)
-    found = [words.plural(counts[severity], severity) for severity in ("error", "warning", "note") if counts[severity]]
-    return f"Health of {len(report.norms)} BatchNorm: {', '.join(found) or 'nothing to report'}."
+    return f"Health of {len(report.norms)} BatchNorm: {severities(report) or 'nothing to report'}."
 
 
 def _five(spread: Spread) -> tuple[float, ...]:

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bnfold.report import Latency, LatencyReport
 from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
-from bnfold.runtime.runtime import Device, installed_runtimes, pip_problem, resolve_device
+from bnfold.runtime.runtime import installed_runtimes, pip_problem, resolve_device
 from bnfold.timing.contestants import (
     Contestant,
     matched_feeds,
@@ -102,17 +102,15 @@ def bench(
         contestants = onnx_contestants(paths, feeds, device=where, threads=threads, memory=memory)
         if model is not None:
             given, named = torch_arguments(model, args, kwargs or {}, feeds[0], name)
-            contestants.append(torch_contestant(name, model, given, named, device=_torch_device(where)))
+            contestants.append(
+                torch_contestant(name, model, given, named, device="cuda" if where.provider.memory == "cuda" else "cpu")
+            )
         measured = measure(contestants, rounds=rounds, warmup=warmup, seed=seed, progress=progress)
     notes = (*filter(None, [pip_problem()]), *others, *_notes(contestants, measured))
     return LatencyReport(
         measured, rounds, warmup, threads, {n: written(array.dtype, array.shape) for n, array in feeds[0].items()},
         machine(with_torch=model is not None), notes,
     )  # fmt: skip
-
-
-def _torch_device(device: Device) -> Literal["cpu", "cuda"]:
-    return "cuda" if device.provider.memory == "cuda" else "cpu"
 
 
 def measure(

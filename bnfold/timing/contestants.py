@@ -159,24 +159,22 @@ def sized_inputs(
     batches = {dim for dim in leading if isinstance(dim, str)}
     if batch is not None and leading and all(isinstance(dim, int) for dim in leading) and batch not in leading:
         raise InputError(f"its batch is fixed at {leading[0]}", where=where, hint=f"Use --batch {leading[0]}")
-    return [
-        (value, _given_shape(value, given[value.name], where))
-        if value.name in given
-        else (value, tuple(_size(value, axis, batch, batches, where) for axis in range(len(value.shape))))
-        for value in values
-    ]
+    sized = []
+    for value in values:
+        if value.name not in given:
+            shape = tuple(_size(value, axis, batch, batches, where) for axis in range(len(value.shape)))
+        elif _fits(value, given[value.name]):
+            shape = tuple(given[value.name])
+        else:
+            what = f"input {value.name} is {written(value.dtype, value.shape)}, given {list(given[value.name])}"
+            raise InputError(what, where=where, hint="See --input")
+        sized.append((value, shape))
+    return sized
 
 
 def _inputs(path: str | os.PathLike[str]) -> tuple[ValueInfo, ...]:
     # Not optimised: that is what takes the time of opening a file.
     return open_session(path, optimized=False, threads=1).inputs
-
-
-def _given_shape(value: ValueInfo, given: Sequence[int], where: str) -> tuple[int, ...]:
-    if not _fits(value, given):
-        own = written(value.dtype, value.shape)
-        raise InputError(f"input {value.name} is {own}, given {list(given)}", where=where, hint="See --input")
-    return tuple(given)
 
 
 def _fits(value: ValueInfo, shape: Sequence[int]) -> bool:
