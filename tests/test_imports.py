@@ -19,7 +19,7 @@ ALLOWED: dict[str, str] = {
     "pytest_plugin": "commands render",
     "cli": "_version commands errors",
     "commands": "errors files fleet gate loading options pipeline render report runtime sharding store timing",
-    "fleet": "_version errors graph lowering pipeline render report runtime store",
+    "fleet": "_version errors files graph lowering pipeline render report runtime store",
     "pipeline": "errors files gate graph interface loading lowering onnx_flow options output report runtime stages"
     " statistics store",
     "onnx_flow": "affine drawing errors files gate graph loading lowering options output passes report runtime stages"

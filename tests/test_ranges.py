@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.report import LayerRange, NormRange, WeightRange
-from bnfold.report.ranges import SPREAD_LIMIT
+from bnfold.report.model import SPREAD_LIMIT
 from bnfold.statistics.ranges import REACH, layer_ranges, norm_ranges
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.report import Accuracy, CheckReport, ExportReport, LayerRange, OutputResult, SiteResult
-from bnfold.report.ranges import SPREAD_LIMIT
+from bnfold.report.model import SPREAD_LIMIT
 
 
 def judged(output: OutputResult, check: CheckReport) -> str:

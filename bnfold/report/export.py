@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from bnfold.report.drawing import Operator
-from bnfold.report.interface import Port
 from bnfold.report.ledger import Ledger
+from bnfold.report.model import LayerRange, NormRange, Operator, Port
 from bnfold.report.plain import Report
-from bnfold.report.ranges import LayerRange, NormRange
 from bnfold.report.verdict import CheckReport
 
 

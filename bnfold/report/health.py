@@ -1,4 +1,4 @@
-"""What is known of every BatchNorm of a model, and the closed list of what can be wrong with one."""
+"""What is known of every BatchNorm of a model, the closed list of what can be wrong with one, and new statistics."""
 
 from __future__ import annotations
 
@@ -6,111 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from bnfold.report.export import ExportReport
-from bnfold.report.plain import Report
+from bnfold.report.plain import Report, table
 
 Severity = Literal["error", "warning", "note"]
 NormKind = Literal["batch_norm", "instance_norm", "frozen", "custom"]
 
-#: What can be wrong with a BatchNorm: how bad it is, what it means, what the user can do. The README's table is tested
-#: against this. Error: the outputs are wrong. Warning: they probably are not what was trained. Note: good to know.
+#: What can be wrong with a BatchNorm: how bad it is, what it means, what the user can do.
 FINDINGS: dict[str, tuple[Severity, str, str]] = {
-    "nonfinite": (
-        "error",
-        "a parameter or statistic is NaN or infinite, and so is every output of its channel",
-        "repair the checkpoint, or measure the statistics again with bnfold calibrate",
-    ),
-    "negative-variance": (
-        "error",
-        "a variance is negative, or variance + eps is not positive, so the scale is NaN or infinite",
-        "repair the checkpoint, or measure the statistics again with bnfold calibrate",
-    ),
-    "no-channels": (
-        "error",
-        "a lazy layer has seen no input, so it has neither channels nor statistics",
-        "run the model once on an example, or load its weights",
-    ),
-    "batch-statistics": (
-        "warning",
-        "it keeps no running statistics, so what it answers to one sample depends on the others in the batch",
-        "measure running statistics over data with bnfold calibrate",
-    ),
-    "never-trained": (
-        "warning",
-        "its statistics are still mean 0 and variance 1, as they were made",
-        "load the buffers too (state_dict() has them, parameters() has not), or measure them with bnfold calibrate",
-    ),
-    "statistics-far": (
-        "warning",
-        "its running statistics are not those of the given data",
-        "give data prepared as for training; if it is, measure the statistics again with bnfold calibrate",
-    ),
-    "vanishing-variance": (
-        "warning",
-        "a variance is below eps, so eps and not the data decides the scale of its channel",
-        "look at what feeds the channel, which hardly varies; prune it, or train with a smaller eps",
-    ),
-    "exploding-scale": (
-        "warning",
-        "a scale or shift is beyond float16's range, or so far above the layer's median that the sums of the next "
-        "layer lose half the digits of the other channels",
-        "look at gamma and the variance of these channels; decay gamma too in training, and export in float32",
-    ),
-    "cancellation": (
-        "warning",
-        "a mean is so many standard deviations from zero that subtracting it leaves less than half the digits",
-        "normalise or centre what comes before, or keep the layer in float32",
-    ),
-    "half-statistics": (
-        "warning",
-        "its statistics are stored in 16 bits, which rounds them, and training can no longer move them in small steps",
-        "keep BatchNorms in float32 and give --dtype float16: bnfold folds first and rounds once",
-    ),
-    "partly-frozen": (
-        "warning",
-        "some BatchNorms are in train mode and some in eval mode",
-        "call eval() on the whole model for inference; to train with frozen ones, call their eval() after each train()",
-    ),
-    "momentum-zero": (
-        "warning",
-        "momentum is 0, so training never moves its running statistics",
-        "set momentum (0.1 is torch's default), or measure the statistics with bnfold calibrate",
-    ),
-    "momentum-high": (
-        "warning",
-        "momentum is above 2/3, so its running statistics average over fewer than two batches",
-        "torch's momentum is the weight of the new batch, one minus that of TensorFlow and Keras; "
-        "measure the statistics again with bnfold calibrate",
-    ),
-    "not-captured": (
-        "warning",
-        "torch.export cannot capture the model, so there is no fold plan",
-        "see the message; everything else holds without it",
-    ),
-    "momentum-none": (
-        "note",
-        "momentum is None, so its statistics average over all batches ever seen, those of untrained weights too",
-        "if that was not meant, measure them again with bnfold calibrate",
-    ),
-    "dead-channels": (
-        "note",
-        "what a channel varies by is lost in the rounding of the layer's largest, so it is a constant",
-        "nothing to repair: such channels can be pruned, and a fold makes zeros of their weights",
-    ),
-    "shared-statistics": (
-        "note",
-        "it is called in several places, which share one set of statistics",
-        "if the places see different values, give each a BatchNorm of its own; bnfold calibrate pools over all of them",
-    ),
-    "not-called": (
-        "note",
-        "the example does not reach it, so it takes no part in the outputs",
-        "nothing, if it belongs to a part that only training uses",
-    ),
-    "train-mode": (
-        "note",
-        "the BatchNorms are in train mode; called like this, the model uses and moves statistics batch by batch",
-        "bnfold works in eval mode whatever the flag says; call eval() before you use the model yourself",
-    ),
+    code: (row["severity"], row["why"], row["way_out"]) for code, row in table("findings").items()
 }
 
 
@@ -229,3 +132,55 @@ class Diagnosis(Report):
     def of(self, code: str) -> tuple[Finding, ...]:
         """The findings of one code."""
         return tuple(finding for finding in self.findings if finding.code == code)
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """One BatchNorm with new statistics.
+
+    Attributes:
+        module: qualified name.
+        channels: how many there are.
+        values: how many values of the data each channel's statistics rest on.
+        calls: in how many places the model calls it; the statistics are pooled over them.
+        turn: in which pass over the data it was measured, from 1.
+        had_statistics: whether it had any before.
+        moved: largest change of a mean, in new standard deviations (with eps); None where it had no statistics.
+        stretched: largest factor between old and new variance (with eps), 1 or more; None likewise.
+    """
+
+    module: str
+    channels: int
+    values: int
+    calls: int
+    turn: int
+    had_statistics: bool
+    moved: float | None = None
+    stretched: float | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationReport(Report):
+    """What ``calibrate`` did.
+
+    Attributes:
+        source: where the model comes from.
+        scheme: ``"sequential"`` or ``"one-pass"``.
+        samples: how many rows the data has.
+        passes: how often it was read.
+        layers: what was measured, in the order of the passes.
+        unreached: the BatchNorms that the data did not reach; they are as they were.
+        circular: those that feed themselves, for which no statistics are exact.
+        path: the file, and ``bytes`` its size; None where none was written.
+    """
+
+    kind: ClassVar[str] = "calibrate"
+    source: dict[str, Any]
+    scheme: str
+    samples: int
+    passes: int
+    layers: tuple[CalibratedLayer, ...]
+    unreached: tuple[str, ...] = ()
+    circular: tuple[str, ...] = ()
+    path: str | None = None
+    bytes: int = 0

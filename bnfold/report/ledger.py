@@ -6,79 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bnfold.report.plain import plain
+from bnfold.report.plain import plain, table
 
-#: Why an affine stays, and what the user can do about it. The README's table is tested against this.
-REASONS: dict[str, tuple[str, str]] = {
-    "batch-statistics": (
-        "the normalisation uses the statistics of the batch it sees, so its scale is no constant",
-        "put it in eval mode; one with track_running_stats=False gets running statistics from bnfold calibrate",
-    ),
-    "not-constant": ("its scale or shift is computed from the model's inputs", "nothing to fold"),
-    "nonfinite": (
-        "a parameter or statistic is NaN or infinite, or variance + eps is not positive",
-        "repair the checkpoint; --allow-nonfinite exports it unfolded as it is",
-    ),
-    "channels": (
-        "its constants are not as many as its operand has channels, or nobody knows how many those are",
-        "export the file again with the number of its channels in it",
-    ),
-    "overflow": ("the folded constant does not fit its dtype", "export in float32 or bfloat16"),
-    "dtype": ("the affine changes the dtype of the value", "cast explicitly before or after it"),
-    "in-place": (
-        "an in-place operator that could not be removed shares the value's storage",
-        "use the operator that is not in-place, or clone first",
-    ),
-    "nonlinear": ("an operator is in the way that no affine passes", "nothing: the algebra does not allow it"),
-    "unknown-operator": (
-        "an operator is in the way that bnfold's table does not hold",
-        "add a row to bnfold/aten (README, 'Add an operator')",
-    ),
-    "shift-through-activation": ("a shift does not pass an activation", "nothing: the algebra does not allow it"),
-    "shift-through-product": (
-        "a shift does not pass a product of two values",
-        "nothing: the algebra does not allow it",
-    ),
-    "sign": (
-        "a scale that is zero or negative does not pass an activation or a maximum",
-        "nothing: the algebra does not allow it",
-    ),
-    "other-axis": (
-        "the affine varies along an axis that the operator mixes or its weight does not know",
-        "nothing: the algebra does not allow it",
-    ),
-    "copies-differ": ("one element is copied to places with different affines", "nothing"),
-    "broadcast": ("an operand is broadcast along the axis that the affine varies along", "nothing"),
-    "unequal-scales": ("the operands of a sum or maximum do not carry the same affine", "nothing"),
-    "zero-padding": (
-        "a shift would have to reach into padded zeros, which stay zero",
-        "train with padding_mode='reflect', 'replicate' or 'circular', or normalise after the convolution",
-    ),
-    "packed-sequence": (
-        "a recurrent layer reads a packed sequence, whose order depends on the lengths",
-        "give it a padded batch, and mask what it returns",
-    ),
-    "several-readers": (
-        "the value is also read by something that needs it unchanged",
-        "nothing, unless the other reader can go",
-    ),
-    "no-saving": ("folding it would put another operator in its place", "nothing to gain"),
-    "model-input": ("nothing that could absorb it lies between the model's input and the affine", "nothing"),
-    "model-output": ("nothing that could absorb it lies between the affine and the model's output", "nothing"),
-    "region": (
-        "nothing that could absorb it stands in its region (torch.cond, autocast), whose border nothing passes",
-        "take it out of the region, or what absorbs it in",
-    ),
-    "dynamic-size": (
-        "the fold would be exact only for one size of a dynamic dimension",
-        "make that dimension --static",
-    ),
-    "inexpressible": (
-        "the fold exists, and the model's class cannot express it",
-        "export to ONNX or fold to .pt2, which hold the graph and not the class",
-    ),
-}
-
+#: Why an affine stays, and what the user can do about it.
+REASONS: dict[str, tuple[str, str]] = {code: (row["why"], row["way_out"]) for code, row in table("reasons").items()}
 Outcome = Literal["backward", "forward", "merged", "left"]
 
 

@@ -7,8 +7,10 @@ import json
 import math
 import platform
 import sys
+import tomllib
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, ClassVar
 
 from bnfold._version import __version__
@@ -27,6 +29,11 @@ class Report:
         head = {"schema": SCHEMA_VERSION, "bnfold": __version__, "kind": self.kind, "versions": versions()}
         document = head | plain(self)
         return json.dumps(document, allow_nan=False) if indent is None else lines(document, indent)
+
+
+def table(name: str) -> dict[str, Any]:
+    """The rows of a table of texts in this folder, by their codes."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def versions() -> dict[str, str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from bnfold.report.accuracy import Accuracy
-from bnfold.report.baseline import BaselineReport
-from bnfold.report.interface import Port
+from bnfold.report.accuracy import Accuracy, BaselineReport
+from bnfold.report.model import Port
 from bnfold.report.plain import Report
 
 Verdict = Literal["pass", "fail", "inconclusive"]

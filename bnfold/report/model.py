@@ -1,15 +1,69 @@
-"""Ranges of weights and activations: what a quantiser, or a person who looks for a sick layer, wants to know."""
+"""What a model takes and gives, its operators, and the ranges of its weights and activations."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from statistics import median
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+#: ``kept``: as it was. ``folded``, ``merged``: no longer there. ``changed``: it took something in. ``left``: an affine
+#: that stays. ``new``: it was not there before.
+Fate = Literal["kept", "folded", "merged", "changed", "left", "new"]
+Role = Literal["input", "output"]
+#: Letters of an expression that a line shows; ``shape`` has all of it.
+_LONGEST = 24
 #: Per-tensor int8 is hopeless where the widest channel is more than this many times the typical one; see
 #: ``bnfold.statistics.ranges`` for the reason.
 SPREAD_LIMIT = 16.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the model before or after folding.
+
+    Attributes:
+        kind: ``"conv2d"``, or an ONNX operator; ``"input"`` and ``"output"`` for those of the model.
+        module: the qualified name of its module.
+        reads: the operators that it reads, by their place in the list.
+        fate: what became of it.
+    """
+
+    kind: str
+    module: str
+    reads: tuple[int, ...]
+    fate: Fate
+
+    @property
+    def before(self) -> bool:
+        """Whether the unfolded model has it."""
+        return self.fate != "new" and self.kind not in ("input", "output")
+
+    @property
+    def after(self) -> bool:
+        """Whether the folded model has it."""
+        return self.fate not in ("folded", "merged") and self.kind not in ("input", "output")
+
+
+@dataclass(frozen=True)
+class Port:
+    """A tensor that goes into a model or comes out of it.
+
+    Attributes:
+        role: ``"input"`` or ``"output"``.
+        name: as the file has it.
+        dtype: ``"float32"``.
+        shape: a number where a size is fixed, a name or an expression of names where it is dynamic.
+    """
+
+    role: Role
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        sizes = (str(size) if len(str(size)) <= _LONGEST else "…" for size in self.shape)
+        return f"{self.name} {self.dtype}[{', '.join(sizes)}]"
 
 
 @dataclass(frozen=True)
