@@ -54,7 +54,6 @@ def judging(options: Options, *, runs: bool = True, writes: bool = False) -> dic
     """What every gate takes from the options; a device that does not work and a runner that fails to load are told now.
 
     Args:
-        options: of the run.
         runs: a file, or a runner; and not a program alone.
         writes: what is judged is a file that is not at its place before the verdict.
 
@@ -96,12 +95,9 @@ class Run:
     """One run on a torch model.
 
     Attributes:
-        model: a module or a program.
         args, kwargs, dynamic_shapes: as for ``torch.export``; ``with_inputs`` finds some where none are given.
         options: everything else that is asked for.
         file: the ONNX file of a run on one.
-        notes: what was assumed.
-        clock: times the stages.
     """
 
     model: Model

@@ -129,8 +129,6 @@ def finish(job: Job, report: Report, *, destination: str | None = None) -> int:
     """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people.
 
     Args:
-        job: the run.
-        report: of it.
         destination: the file to be written; None where there is none, or nothing is to be written.
 
     Returns:
@@ -176,7 +174,6 @@ def _with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Repo
     """The report, knowing what the command line was given where it goes on to propose commands.
 
     Args:
-        job: the run.
         report: any; changed is that of a verdict that is no pass.
         shared: others will read it: paths outside of the working directory are file names alone.
     """

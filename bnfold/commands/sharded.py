@@ -42,10 +42,8 @@ def sharded(job: Job, make: Make, progress: Progress, stage: str) -> Iterator[tu
     """The data that the command itself reads, the first of several, and a function that asks them all, if several.
 
     Args:
-        job: the run.
         make: what answers, made in every process.
         progress: is told of the shards that have answered.
-        stage: under which name.
     """
     if not (shards := shards_of(job)):
         yield job.given["data"], None

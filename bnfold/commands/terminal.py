@@ -25,7 +25,6 @@ def write(text: str, stream: Any, *, must: bool = True) -> None:
     """Writes at once. A reader that has left (``| head``) is no failure: the verdict stays what it is.
 
     Args:
-        text: to be written.
         stream: where to; None where there is none.
         must: whether it is a failure if nothing can be written, for another reason.
 

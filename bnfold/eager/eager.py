@@ -56,10 +56,6 @@ def write_back(captured: Captured, model: nn.Module | ExportedProgram) -> Writte
 
     Nothing is merged. What is left out is planned around, so that the rest is a fold in its own right.
 
-    Args:
-        captured: what was captured from ``model``.
-        model: not touched.
-
     Raises:
         InputError: ``model`` is a program, which has no class, or is not what was captured.
         FoldError: the copy does not compute what the model does.

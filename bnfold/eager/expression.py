@@ -46,9 +46,6 @@ def express(
     """The fold that edited ``graph`` as a class expresses it; else the edits that it cannot express, and why.
 
     Args:
-        blueprint: of the class.
-        graph: after the fold.
-        journal: what the fold edited.
         held: modules that must stay, by name, and why.
     """
     return _Attempt(blueprint, graph, journal, held or {}).run()

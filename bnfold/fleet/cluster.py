@@ -44,7 +44,6 @@ def connected(where: Where, *, tasks: int, gpus: bool = False) -> Iterator[Clien
     """A client of the workers.
 
     Args:
-        where: which.
         tasks: how many there will be; more workers than that are not started.
         gpus: whether some need a GPU: of this machine's, each worker is then given one while there are any.
 

@@ -28,15 +28,11 @@ def run(
     """Exports every model, on the workers, unless its result is there already.
 
     Args:
-        rows: the models.
         source: what the list of them is called.
         folder: in which every export runs.
         out: a folder, or a URL of one.
-        where: the workers.
         timeout: seconds for a model that says nothing else.
         anew: export again what failed in an earlier run.
-        tell: is called as models end.
-        work: what is done with each.
 
     Raises:
         ProviderError: there are no workers.

@@ -25,8 +25,6 @@ def save_calibrated(
     """Writes all weights and buffers of ``model``.
 
     Args:
-        model: the calibrated model.
-        path: the file.
         gained: the BatchNorms which had no running statistics before.
         notes: of the file that the model's weights came from. They say how it was built before, and stay.
 

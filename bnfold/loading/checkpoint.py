@@ -150,7 +150,6 @@ def verify_archive(path: Path, *, inflated: int = 0) -> None:
     """Compare the checksum of every member, having refused what would inflate: torch does neither.
 
     Args:
-        path: an archive.
         inflated: what its compressed members may inflate to, in bytes; only TorchScript has any, its code.
 
     Raises:
@@ -190,7 +189,6 @@ def unpickle(path: Path, kind: Kind, *, unsafe: bool = False, mmap: bool = True)
 
     Args:
         path: a file of kind ``TORCH`` or ``LEGACY``.
-        kind: as ``identify`` gave it.
         unsafe: let the pickle import and call anything.
         mmap: leave an archive's tensors on the disk until they are read.
 

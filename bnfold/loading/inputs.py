@@ -31,12 +31,9 @@ def model_inputs(
     """Example inputs of a loaded source: those that the user specified, else the source's own, if it has any.
 
     Args:
-        model: what takes them.
         args: the source's own positional example inputs.
         kwargs: the source's own keyword example inputs.
-        specs: the user's.
         ranges: of the dynamic dimensions in ``specs``.
-        seed: of the random values.
 
     Returns:
         ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
@@ -71,7 +68,6 @@ def specs_for(model: torch.nn.Module, found: Sequence[InputSpec], *, extra: bool
 
     Args:
         model: what takes them; floating-point inputs get the dtype of its weights.
-        found: what a file says.
         extra: there may be more than inputs, such as labels: what has no parameter's name is left out.
     """
     parameters = list(signature(model).parameters)
@@ -111,8 +107,6 @@ def example(
         specs: one per input, named or in order.
         parameters: names of the parameters of ``forward``, in order.
         ranges: of dynamic dimensions; one that is absent is 1 or more.
-        seed: of the random values.
-        keywords: the parameters that are keyword-only.
 
     Returns:
         ``args``, ``kwargs`` and ``dynamic_shapes`` as ``torch.export.export`` takes them. Inputs are positional as far

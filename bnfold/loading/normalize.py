@@ -96,11 +96,7 @@ def put_in_front(
     the model's children (``nn.Sequential``) would call one more.
 
     Args:
-        model: changed in place.
-        normalization: of the images.
         args: example inputs, which say how many axes the images have; None where there are none: images of 4 axes.
-        kwargs: keyword example inputs.
-        where: the source, for messages.
 
     Raises:
         InputError: the model has no image input, or one of another number of channels.

@@ -24,7 +24,6 @@ def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedPr
     """Read what ``torch.export.save`` wrote.
 
     Args:
-        path: a file of kind ``PROGRAM``.
         unsafe: allow what can run any code: pickled objects, compiled libraries, Python in shapes and guards.
 
     Raises:

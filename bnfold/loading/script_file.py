@@ -23,9 +23,6 @@ CODE_BYTES = 64 << 20
 def load_script(path: Path) -> torch.jit.ScriptModule:
     """Read what ``torch.jit.save`` wrote. Its ``forward`` is compiled, looked through, and not run.
 
-    Args:
-        path: a file of kind ``SCRIPT``.
-
     Raises:
         InputError: damaged, written by a newer torch, or holding code that loading it would run; or its ``forward``
             holds an operator that is not allowed.

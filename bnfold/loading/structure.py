@@ -57,9 +57,6 @@ def save_written(module: nn.Module, ledger: Ledger, path: Path, notes: Mapping[s
     """Writes the state dict of a model that a fold was written into, with the ledger that ``prepare`` needs.
 
     Args:
-        module: the model.
-        ledger: of the fold.
-        path: the file.
         notes: of the file that the model's weights came from. They say how it was built before this fold, and stay.
 
     Raises:
@@ -107,8 +104,6 @@ def restructure(
     """Makes ``changes`` in ``model`` itself.
 
     Args:
-        model: changed in place.
-        changes: of a ledger.
         dress: the module that takes the place of an old one, of the old one and the new one; by default the new one.
 
     Raises:

@@ -21,8 +21,6 @@ def save_weights(state: Mapping[str, Tensor], path: Path, notes: Mapping[str, st
     Tensors that share memory are written once each, so that ``load_state_dict(strict=True)`` finds every key.
 
     Args:
-        state: tensors by name.
-        path: the file.
         notes: texts by name (without the prefix) for ``read_notes``.
 
     Raises:

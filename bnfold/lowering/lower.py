@@ -76,12 +76,9 @@ def lower(
     """Writes ``program`` as ONNX.
 
     Args:
-        program: a functional program.
         opset: version of the default operator set; torch.onnx's default where None.
-        simplify: run onnxsim on the skeleton.
         dims: symbolic dimension -> the name it gets in the file.
         inputs: new names for inputs, by the names that they have in ``program``.
-        outputs: names for the outputs.
         sites: values whose names must survive into the file where the values do.
         metadata: entries for the file's ``metadata_props``.
 

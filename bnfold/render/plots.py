@@ -221,15 +221,10 @@ def _svg(
     """A picture for either width: a row per name, the first on top; the same x axis above and below.
 
     Args:
-        name: of the picture, for its ids.
-        title: for those who do not see it.
         draw: draws on axes, with about so many ticks.
         names: of the rows; None where there are none, and y is a number.
         bad: rows with a cross before their name: colour is not all that tells.
         second: draws a second panel on the same rows.
-        legend: there is one.
-        height: of a row.
-        between: the parts of a name.
     """
     require_matplotlib()
     from matplotlib import rc_context

@@ -45,7 +45,6 @@ def arithmetic(device: Device, *, deployed: bool = False, double: bool = False) 
     """What ``device`` computes float32 models in, measured, or float64 ones; the plain CPU computes them as they are.
 
     Args:
-        device: what is asked.
         deployed: as the runtime's own defaults have it, without the options that the provider's row adds.
         double: ask with a float64 model.
 

@@ -219,7 +219,6 @@ def open_on(
 
     Args:
         model, optimized, threads, deployed, disabled_optimizers, spinning, beside: as for ``open_session``.
-        device: the provider and its options.
         cpu_fallback: let nodes that the provider does not implement run on the CPU.
         profile: what the name of a profile's file begins with; it is written until ``end_profiling``.
 

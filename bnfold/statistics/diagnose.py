@@ -54,7 +54,6 @@ def examine(
     Args:
         model: a module in any mode, or a program, of which only the graph's normalisations can be known.
         args: positional example inputs, to see which layers are called; None leaves that out.
-        kwargs: keyword example inputs.
         captured: the captured model, for what belongs to no module (``torch.nn.functional.batch_norm``).
         data: samples to compare running statistics with, as for ``load_data``.
         progress: told how many samples are done.

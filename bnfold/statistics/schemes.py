@@ -44,11 +44,9 @@ class Pass:
     Attributes:
         kind: ``first`` of the sequential scheme, a ``later`` one of it, or the only one of the other.
         known: the statistics measured before, by name, which are to be in the model.
-        wanted: what a later one measures.
         stops: whether a later one may stop at the last layer that it measures. Not where batches call differently, or
             where Python learns something of a normalised tensor, by which it may decide what is called: then every pass
             counts all calls.
-        done: batches of the passes before.
         total: batches of all passes; 0 where that is not known yet.
     """
 
@@ -69,7 +67,6 @@ class Seen:
         times: in how many batches every call took place.
         before: in the first pass, which sites every site waits for.
         told: whether Python has learnt something of a normalised tensor.
-        batches: how many there were.
         rows: how many rows of data they held, where that is known.
     """
 

@@ -72,17 +72,13 @@ def bench(
     Args:
         paths: the files; the first is what the ratios refer to.
         model: a torch module that takes the files' inputs; not touched.
-        name: what the report calls it.
         args, kwargs: its example inputs, where it has any that say how the arrays are nested.
         device: the provider that runs the files; "auto" is CUDA where it works, and no other falls back. The torch
             module runs on the GPU where the files' inputs are on one of NVIDIA's, and else on the CPU.
-        provider_options: of that provider.
         threads: for the operators of one call; None leaves the choice to ONNX Runtime and torch.
         batch: the size of a dynamic batch; 1 by default.
         shapes: whole shapes by input, for other dynamic sizes.
         rounds, warmup, seed: as for ``measure``.
-        memory: measure that too.
-        progress: told what is going on.
 
     Raises:
         BnfoldError: a file cannot be opened, the inputs differ or their sizes are unknown, or the model fails on them.
@@ -127,8 +123,6 @@ def measure(
         contestants: the first is what the ratios refer to.
         rounds: turns of each that count; the interval holds what it says from 6 on.
         warmup: calls of each, at least one, before the first round.
-        seed: of the order.
-        progress: told after every round.
 
     Returns:
         A result for each, in the order given.

@@ -56,9 +56,7 @@ def onnx_contestants(
     """Files in ONNX Runtime as it is deployed: all optimisations on, threads that spin while it runs, TF32 on CUDA.
 
     Args:
-        paths: the files.
         feeds: what each file is run on; bound once on the session's device, so that a GPU is not timed with its bus.
-        device: where the sessions run.
         threads: for the operators of one call; None leaves the choice to ONNX Runtime.
         memory: find each file's memory, in a process of its own.
 
@@ -143,7 +141,6 @@ def sized_inputs(
     """The inputs of a file, each with the shape to run it on.
 
     Args:
-        path: the file.
         batch: the size of a dynamic first axis, and of every axis of that name; 1 by default.
         shapes: whole shapes by input, for other dynamic sizes.
 
@@ -247,9 +244,7 @@ def torch_arguments(
     Args:
         model: takes floating-point inputs of its first parameter's dtype.
         args: the module's positional example inputs, if there are any: the arrays take their tensors' places in order.
-        kwargs: its keyword example inputs.
         feeds: arrays by name: those of ``forward`` where there are no example inputs, else in its order.
-        where: the source, for messages.
 
     Raises:
         InputError: the arrays have no place in the module's inputs.
