@@ -12,34 +12,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnfold._version import __version__
+from bnfold.errors import (
+    BnfoldError,
+    CaptureError,
+    FoldError,
+    InputError,
+    LowerError,
+    ProviderError,
+    ResourceError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from bnfold.eager.eager import WrittenBack
-    from bnfold.errors import (
-        BnfoldError,
-        CaptureError,
-        FoldError,
-        InputError,
-        LowerError,
-        ProviderError,
-        ResourceError,
-        UsageError,
-    )
     from bnfold.loading.structure import prepare
     from bnfold.options import Folded, OptionFields, Options
     from bnfold.pipeline import bisect, check, export, fold, inspect
     from bnfold.report import Bisection, CheckReport, Diagnosis, Entry, ExportReport, Ledger, Refusal
     from bnfold.statistics.calibration import calibrate
 
-_ERRORS = "BnfoldError CaptureError FoldError InputError LowerError ProviderError ResourceError UsageError"
 _HOMES = {
-    "bnfold.statistics.calibration": ["calibrate"],
-    "bnfold.eager.eager": ["WrittenBack"],
-    "bnfold.errors": _ERRORS.split(),
-    "bnfold.options": ["Folded", "OptionFields", "Options"],
-    "bnfold.pipeline": ["bisect", "check", "export", "fold", "inspect"],
-    "bnfold.report": ["Bisection", "CheckReport", "Diagnosis", "Entry", "ExportReport", "Ledger", "Refusal"],
-    "bnfold.loading.structure": ["prepare"],
+    "bnfold.eager.eager": "WrittenBack",
+    "bnfold.loading.structure": "prepare",
+    "bnfold.options": "Folded OptionFields Options",
+    "bnfold.pipeline": "bisect check export fold inspect",
+    "bnfold.report": "Bisection CheckReport Diagnosis Entry ExportReport Ledger Refusal",
+    "bnfold.statistics.calibration": "calibrate",
 }
 
 __all__ = [
@@ -78,7 +76,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     for module, names in _HOMES.items():
-        if name in names:
+        if name in names.split():
             return getattr(import_module(module), name)
     raise AttributeError(f"module 'bnfold' has no attribute {name!r}")
 

@@ -31,11 +31,6 @@ class OnnxFile:
         return sum(math.prod(tensor.dims) for tensor in self.model.graph.initializer)
 
     @property
-    def weightbytes_of(self) -> int:
-        """The size of its initializers."""
-        return sum(bytes_of(tensor) for tensor in self.model.graph.initializer)
-
-    @property
     def opset(self) -> int:
         """The version of its default operator set."""
         return next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
