@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,10 @@ def lower(
         model = _simplify(model)
     _keep_pads(model.graph)
     _own_outputs(model.graph)
-    kept = _name(model, dims or {}, list(outputs or [name for _, name in own]))
+    _name_outputs(model.graph, list(outputs or [name for _, name in own]))
+    _name_nodes(model.graph)
+    kept = _untagged(model.graph)
+    _name_dimensions(model.graph, dims or {})
     _rename_inputs(model.graph, inputs or {})
     kept |= {spec.arg.name: v.name or "" for (spec, _), v in zip(own, model.graph.outputs)}
     model.metadata_props.update(metadata or {})
@@ -309,44 +313,52 @@ def _own_outputs(graph: ir.Graph) -> None:
         seen.add(value)
 
 
-def _name(model: ir.Model, dims: Mapping[str, str], outputs: list[str]) -> dict[str, str]:
-    """Names dimensions as the user knows them, nodes after their modules, outputs after the model's structure.
-
-    Returns the names of the tagged values that are still there.
-    """
-    graph = model.graph
+def _name_outputs(graph: ir.Graph, names: list[str]) -> None:
+    """Names outputs after the model's structure; what is called so inside of the graph makes way."""
     own = set(graph.outputs)
-    for value in (v for node in graph for v in node.outputs if v not in own and v.name in outputs):
+    for value in (v for node in graph for v in node.outputs if v not in own and v.name in names):
         value.name = f"{value.name}_value"
-    for value, name in zip(graph.outputs, outputs):
+    for value, name in zip(graph.outputs, names):
         value.name = f"{name}_out" if name in graph.initializers else name
-    taken = {v.name for v in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
-    taken |= {value.name for node in graph for value in node.outputs}
-    sites: dict[str, str] = {}
-    counts: dict[str, int] = {}
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names nodes after their modules, with a number where a module has several of a kind."""
+    counts = Counter[str]()
     for node in graph:
-        base = "/".join(part for part in (node.metadata_props.get("module", ""), node.op_type) if part)
-        counts[base] = counts.get(base, -1) + 1
-        node.name = base if counts[base] == 0 else f"{base}_{counts[base]}"
-        for value in node.outputs:
-            if value.name and value.name.startswith("site:"):
-                site = value.name.removeprefix("site:")
-                # An operator's decomposition may have taken the name for a value of its own.
-                sites[site] = value.name = next(n for n in (site, f"{site}_value", f"{site}:0") if n not in taken)
-                taken.add(value.name)
-    values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+        base = "/".join(filter(None, (node.metadata_props.get("module"), node.op_type)))
+        node.name = f"{base}_{counts[base]}" if counts[base] else base
+        counts[base] += 1
+
+
+def _untagged(graph: ir.Graph) -> dict[str, str]:
+    """Gives the tagged values that are still there names without the tag, and returns these."""
+    made = [value for node in graph for value in node.outputs]
+    taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *made)}
+    found: dict[str, str] = {}
+    for value in made:
+        if value.name and value.name.startswith("site:"):
+            site = value.name.removeprefix("site:")
+            # An operator's decomposition may have taken the name for a value of its own.
+            found[site] = value.name = next(n for n in (site, f"{site}_value", f"{site}:0") if n not in taken)
+            taken.add(value.name)
+    return found
+
+
+def _name_dimensions(graph: ir.Graph, dims: Mapping[str, str]) -> None:
+    """Names dynamic sizes as the user knows them."""
     pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in sorted(dims, key=len, reverse=True)) or r"$^")
-    for value in values:
+
+    def named(size: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim:
+        if isinstance(size, int) or size.value is None:
+            return size
+        text = pattern.sub(lambda found: dims[found.group()], str(size.value))
+        # A size that the model's code fixed may come as the name "3": that would claim a dynamic dimension.
+        return int(text) if text.isdecimal() else text
+
+    for value in [*graph.inputs, *(value for node in graph for value in node.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape(
-                [
-                    _dimension(pattern.sub(lambda m: dims[m.group()], str(d.value)))
-                    if isinstance(d, ir.SymbolicDim) and d.value is not None
-                    else d
-                    for d in value.shape
-                ]
-            )
-    return sites
+            value.shape = ir.Shape([named(size) for size in value.shape])
 
 
 def _rename_inputs(graph: ir.Graph, names: Mapping[str, str]) -> None:
@@ -358,8 +370,3 @@ def _rename_inputs(graph: ir.Graph, names: Mapping[str, str]) -> None:
         value.name = f"{value.name}_value"
     for value in graph.inputs:
         value.name = names.get(value.name or "", value.name)
-
-
-def _dimension(text: str) -> str | int:
-    """A size that the model's code fixed may come as the name "3": that would claim a dynamic dimension."""
-    return int(text) if text.isdecimal() else text
