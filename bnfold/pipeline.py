@@ -24,9 +24,9 @@ from bnfold.gate.parts import Spread as Parts
 from bnfold.graph.program import meanings
 from bnfold.graph.wrapped import unwrapped
 from bnfold.interface import interface, renamed
-from bnfold.loading.calibrated_file import save_calibrated as write_calibrated
 from bnfold.loading.program_file import save_program
 from bnfold.loading.structure import save_written
+from bnfold.loading.weights_file import save_calibrated as write_calibrated
 from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
 from bnfold.options import Folded, Model, OptionFields, Options, asked, public
 from bnfold.output import committed, file_metadata, keep_baseline, write_file

@@ -16,8 +16,7 @@ from torch import nn
 
 from bnfold.errors import InputError
 from bnfold.graph.copies import copied
-from bnfold.loading.calibrated_file import gain_statistics, switch_on
-from bnfold.loading.weights_file import read_notes, save_weights
+from bnfold.loading.weights_file import gain_statistics, read_notes, save_weights, switch_on
 from bnfold.report import Change, Ledger
 
 #: The note that holds the ledger in a .safetensors file; of a model that was folded again, those after it are numbered.
