@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-_NARROW = {"float16", "bfloat16", "float32"}
+_KINDS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_NARROW = {onnx.helper.tensor_dtype_to_np_dtype(kind) for kind in _KINDS}
 
 
 def raised(value: Any) -> Any:
@@ -15,7 +16,7 @@ def raised(value: Any) -> Any:
     if isinstance(value, list):
         return [raised(each) for each in value]
     dtype = getattr(value, "dtype", None)
-    return value.astype(np.float64) if dtype is not None and dtype.name in _NARROW else value
+    return value.astype(np.float64) if dtype in _NARROW else value
 
 
 def outer_names(node: onnx.NodeProto) -> set[str]:

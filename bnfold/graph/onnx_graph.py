@@ -78,7 +78,7 @@ class OnnxGraph(Graph):
 
     def _build(self) -> None:
         """Mirrors the file: a placeholder per input and initializer, a call per node, an item of several results."""
-        graph, known = self.model.graph, self._known()
+        graph, known = self.model.graph, self._inference.at(0)
         values: dict[str, Node] = {}
         # Up to IR version 3 every initializer has to be an input, so that being one means nothing.
         fed = {v.name for v in graph.input} if self.model.ir_version >= 4 else set[str]()
@@ -116,8 +116,8 @@ class OnnxGraph(Graph):
         )
         node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta") if known_size else None  # type: ignore[arg-type]
 
-    def _known(self) -> Known:
-        return self._inference.at(self._way)
+    def _having(self, value: Node) -> Known:
+        return self._inference.having(self._names.get(value, ""), self._way)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class OnnxGraph(Graph):
         """The value of a node that follows from constants and from shapes; None where it depends on data."""
         if value in self._fixed:
             return self.constant(value)
-        array = self._known().values.get(self._names.get(value, ""))
+        array = self._having(value).values.get(self._names.get(value, ""))
         return None if array is None else torch.from_numpy(np.array(array))
 
     def table(self) -> MutableMapping[Any, Tensor]:
@@ -179,7 +179,7 @@ class OnnxGraph(Graph):
 
     def shape(self, value: Node) -> Shape:
         """The shape of a value at the current sizes."""
-        found = self._known().shapes.get(self._names.get(value, ""))
+        found = self._having(value).shapes.get(self._names.get(value, ""))
         return found if found is not None else tuple(value.meta["val"].shape)
 
     def size(self, value: Node, axis: int) -> int:
@@ -200,7 +200,7 @@ class OnnxGraph(Graph):
         now, other = self._way, set[int]()
         for way in (1, 2):
             self._way = way
-            found = self._known().shapes.get(name, first)
+            found = self._having(value).shapes.get(name, first)
             other |= {axis for axis, (a, b) in enumerate(zip(first, found)) if a != b}
         self._way = now
         return tuple(sorted(other))

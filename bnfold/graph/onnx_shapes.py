@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError
+from bnfold.evaluate.reading import outer_names
 from bnfold.evaluate.single import node_evaluator
 from bnfold.evaluate.subject import Array
 from bnfold.evaluate.weights import Weight
@@ -32,8 +33,10 @@ _SIZES = (
     (_BATCHES, (224, 256, 288)),
     (_BATCHES, (1, 2, 3)),
 )
-#: A value of more elements is no shape.
-_SMALL = 1024
+#: A value of more elements is no shape, and one of floats no scales of axes.
+_SMALL, _SCALES = 1024, 8
+#: Types of sizes.
+_WHOLE = {onnx.TensorProto.INT64, onnx.TensorProto.INT32}
 #: Operators on sizes.
 _ON_SIZES = (
     "Gather Slice Concat Unsqueeze Squeeze Cast Add Sub Mul Div Mod Reshape Identity Equal Where Floor Ceil Neg Min "
@@ -51,6 +54,11 @@ class Known:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
 
+    def tensor(self, name: str) -> onnx.TensorProto:
+        """A value, of the type that it has in the file."""
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.types[name])
+        return onnx.numpy_helper.from_array(self.values[name].astype(dtype), name)
+
 
 class Shapes:
     """What is known of a file's values, at ``WAYS`` ways of sizes where any is dynamic.
@@ -64,9 +72,13 @@ class Shapes:
         self._model, self._weights = model, weights
         dims = [d for v in model.graph.input if v.name not in weights for d in v.type.tensor_type.shape.dim]
         self._ways = WAYS if any(dim.dim_value <= 0 for dim in dims) else 1
-        #: By way, where it was asked for.
+        read = {name for node in model.graph.node for name in (*node.input, *outer_names(node))}
+        read |= {value.name for value in model.graph.output}
+        self._made = [name for node in model.graph.node for name in node.output if name in read - {""}]
+        #: By way, where all of it was asked for.
         self.known: dict[int, Known] = {}
-        self._inferences: dict[tuple[int, bool], list[onnx.ModelProto | ValueError]] = {}
+        self._choices = [*((each, True) for each in range(len(_SIZES))), (0, False)]
+        self._inferences: dict[tuple[int, bool], list[Known | ValueError]] = {}
         self._runs: dict[str, Evaluator] = {}
 
     def at(self, way: int) -> Known:
@@ -77,62 +89,96 @@ class Shapes:
         """
         way = min(way, self._ways - 1)
         if way not in self.known:
-            self.known[way] = _with_sizes(self._inferred(way), self._model, self._weights, self._runs)
+            self.known[way] = self._found(way)
         return self.known[way]
 
-    def _inferred(self, way: int) -> Known:
+    def having(self, name: str, way: int) -> Known:
+        """What is known at a way, the shape of one value at least, and no run made for it that it does not take."""
+        way = min(way, self._ways - 1)
+        inferred = self._inferred(*self._choices[0])[way] if way and way not in self.known else None
+        enough = isinstance(inferred, Known) and (name in inferred.shapes or name not in self.at(0).shapes)
+        return inferred if enough else self.at(way)  # type: ignore[return-value]
+
+    def _found(self, way: int) -> Known:
         error, best = None, None
-        for sizes, strict in [*((each, True) for each in range(len(_SIZES))), (0, False)]:
-            if best is not None and not strict:
+        for choice in self._choices:
+            if best is not None and not choice[1]:
                 break
-            inference = self._inference(sizes, strict)[way]
-            if isinstance(inference, ValueError):
-                error = error or inference
+            known = self._inferred(*choice)[way]
+            if isinstance(known, ValueError):
+                error = error or known
                 continue
-            known = _read(inference)
-            whole = _run_for_missing(known, self._model, self._weights, inference)
-            if best is None or len(known.shapes) > len(best.shapes):
-                best = known
+            whole = self._run_for_missing(known, choice, way)
+            if best is None or len(known.shapes) > len(best[0].shapes):
+                best = known, choice
             if whole:
                 break
         if best is None:
             raise InputError(f"onnx cannot infer its shapes: {' '.join(str(error).split())[:200]}")
-        return best
+        if not way:  # what goes at first goes best at the others
+            self._choices = [best[1], *(choice for choice in self._choices if choice != best[1])]
+        return best[0]
 
-    def _inference(self, sizes: int, strict: bool) -> list[onnx.ModelProto | ValueError]:
-        """That of all ways."""
+    def _inferred(self, sizes: int, strict: bool) -> list[Known | ValueError]:
+        """What is known of all ways without a run: inferred again, once more sizes are known, as long as that helps."""
         if (sizes, strict) not in self._inferences:
             batches, others = _SIZES[sizes]
-            lights = [_light(self._model, self._weights, batches[way], others[way]) for way in range(self._ways)]
-            self._inferences[sizes, strict] = infer(lights, strict=strict)
+            found: list[Known | ValueError] = [Known() for _ in range(self._ways)]
+            helped = True
+            while helped:
+                lights = [
+                    _light(self._model, self._weights, batch, size, known)
+                    for batch, size, known in zip(batches, others, found)
+                    if isinstance(known, Known)
+                ]
+                answers, helped = iter(infer(lights, strict=strict)), False
+                for way, before in enumerate(found):
+                    if isinstance(before, ValueError):
+                        continue
+                    answer = next(answers)
+                    now = answer if isinstance(answer, ValueError) else self._with_sizes(_read(answer))
+                    more = isinstance(now, Known) and len(now.values) > len(before.values) and self._missing(now)
+                    found[way], helped = now, helped or more
+            self._inferences[sizes, strict] = found
         return self._inferences[sizes, strict]
 
+    def _missing(self, known: Known) -> bool:
+        """Whether the shape of a value that somebody reads is not known."""
+        return any(name not in known.shapes for name in self._made)
 
-def _run_for_missing(
-    known: Known, model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto
-) -> bool:
-    """Adds the shapes that only a run shows; False where other sizes may show more."""
-    if all(name in known.shapes for node in model.graph.node for name in node.output if name):
+    def _run_for_missing(self, known: Known, choice: tuple[int, bool], way: int) -> bool:
+        """Adds the shapes that only a run shows; False where other sizes may show more."""
+        if not self._missing(known):
+            return True
+        from bnfold.evaluate.evaluator import MissingOperatorError  # onnx's reference takes long to import
+
+        (batches, others), model, weights = _SIZES[choice[0]], self._model, self._weights
+        try:
+            found = _run(model, weights, _light(model, weights, batches[way], others[way], Known()))
+        except MissingOperatorError:
+            return True
+        except BnfoldError:
+            return False
+        known.shapes |= {name: shape for name, shape in found.items() if name not in known.shapes}
+        self._with_sizes(known)
         return True
-    from bnfold.evaluate.evaluator import MissingOperatorError  # onnx's reference takes long to import
 
-    try:
-        found = _run(model, weights, light)
-    except MissingOperatorError:
-        return True
-    except BnfoldError:
-        return False
-    known.shapes |= {name: shape for name, shape in found.items() if name not in known.shapes}
-    return True
+    def _with_sizes(self, known: Known) -> Known:
+        return _with_sizes(known, self._model, self._weights, self._runs)
 
 
-def _light(model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, size: int) -> onnx.ModelProto:
-    """The file without its weights, at those sizes."""
+def _light(
+    model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, size: int, known: Known
+) -> onnx.ModelProto:
+    """The file without its weights, at those sizes, with values that are ``known`` in place of what computes them."""
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import)
     light.functions.extend(model.functions)
     graph = light.graph
     graph.name = model.graph.name
     for node in model.graph.node:
+        if node.op_type != "Constant" and all(name in known.values and name in known.types for name in node.output):
+            graph.initializer.extend(map(known.tensor, node.output))
+            continue
         held = node.attribute[0].t if node.op_type == "Constant" and node.attribute else onnx.TensorProto()
         if math.prod(held.dims) > _SMALL:
             graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], held.data_type, list(held.dims)))
@@ -150,7 +196,7 @@ def _light(model: onnx.ModelProto, weights: Mapping[str, Weight], batch: int, si
                 key = dim.dim_param or f"{value.name}.{axis}"
                 dim.dim_value = sizes.setdefault(key, batch if axis == 0 else size + len(sizes) * (size % 32 != 0))
     for tensor in model.graph.initializer:
-        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) and np.prod(tensor.dims) <= _SMALL:
+        if math.prod(tensor.dims) <= (_SMALL if tensor.data_type in _WHOLE else _SCALES):
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(weights[tensor.name].array()), tensor.name))
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
@@ -195,7 +241,7 @@ def _with_sizes(
             known.values[node.output[0]] = np.array(value, np.int64)
         elif node.op_type in _SIZED and not node.domain and len(node.output) <= 8:
             given = {name: _small(name, known, weights) for name in node.input if name}
-            sized = any(name in known.values for name in node.input)
+            sized = any(name in known.values for name in node.input) or known.types.get(node.output[0]) in _WHOLE
             small = all(np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL for name in node.output)
             if (sized or node.op_type == "Constant") and small and all(x is not None for x in given.values()):
                 run = runs.get(node.output[0])

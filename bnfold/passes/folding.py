@@ -109,7 +109,9 @@ class Folder:
 
     def _mixes(self, value: Node) -> bool:
         """Whether a value's gauge varies along an axis into which a dynamic dimension was mixed."""
-        return any(map(self._gauges.of[value].varies, self.graph.dynamic_axes(value)))
+        gauge = self._gauges.of[value]
+        varied = {axis for axis in range(gauge.scale.ndim) if gauge.varies(axis)}
+        return bool(varied) and not varied.isdisjoint(self.graph.dynamic_axes(value))
 
     def _holds(self) -> bool:
         """Whether the edits are the same at other sizes."""
