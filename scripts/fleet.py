@@ -62,7 +62,7 @@ def one_after_another(folder: Path) -> float:
 
 def in_one_process(folder: str) -> None:
     """Exports all models of a list here, and prints the seconds."""
-    from bnfold.fleet.warm import warm
+    from bnfold.fleet.nursery import warm
 
     warm()
     out = Path(folder) / "one"

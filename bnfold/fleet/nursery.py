@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import runpy
 import select
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -128,13 +130,36 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted run closes stdin
     if FORKS:
-        from bnfold.fleet.warm import warm
-
         warm()
     while line := _next_line():
         command = Command(**json.loads(line))
         answers.write(json.dumps(asdict(_run(command))) + "\n")
         answers.flush()
+
+
+def warm() -> None:
+    """Imports what an export imports, and lowers a tiny net: torch and onnxscript fill their tables on first use."""
+    import matplotlib.backends.backend_svg
+    import matplotlib.font_manager  # noqa: F401
+    import torch
+    from torch import nn
+
+    from bnfold import pipeline
+    from bnfold.graph.threads import torch_threads
+    from bnfold.lowering.lower import lower
+    from bnfold.render import html, junit  # noqa: F401
+
+    runpy.run_module("bnfold")  # what obeys a command, which it does under the name of __main__ alone
+
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)).eval()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    # Threads do not survive a fork: no operator may have started any.
+    with warnings.catch_warnings(), torch_threads(1):
+        warnings.simplefilter("ignore")
+        folded = pipeline.fold(net, (torch.zeros(2, 1, 4, 4),))
+        lower(folded.program, opset=None, simplify=True, dims=folded.captured.dims, sites=[], metadata={})
+    logging.disable(before)
 
 
 def _next_line() -> bytes:

@@ -138,15 +138,14 @@ def _export(order: Order, out: Folder, files: dict[str, Path]) -> ModelRow:
         command = Command(tuple(words), order.folder, hidden, _timeout(order), _memory(order))
         ended, tries = _obeyed(command)
         written = [name for name in (model, *reports) if _stamp(near / name) not in (None, old[name])]
-        found = _read(order, ended, near, written)
+        found, weights = _read(order, ended, near, written)
         found = replace(found, tries=tries, key=key_of(order, limits=ended.how != "exit"))
         if found.file and row.bench:
             found = _timed(found, command, folder, near)
-        written += [name for name in [_weights(near, written)] if name]
-        wrote = {name: (sha256_of(near / name), (near / name).stat().st_size) for name in written}
+        written += [weights] if weights else []
         if out.remote:
             _publish(out, near, sorted(written, key=lambda name: name == model))
-            wrote = {name: (digest, (near / name).stat().st_size) for name, (digest, _) in wrote.items()}
+        wrote = {name: (sha256_of(near / name), (near / name).stat().st_size) for name in written}
     if found.exit_code >= 0 and (found.exit_code not in _PASSING or ended.how != "exit"):
         read = {f"option:{name}": sha256_of(path) for name, path in files.items()} | {
             os.path.relpath(path, order.folder) if path.startswith(order.folder) else path: digest
@@ -179,8 +178,8 @@ def _nursery() -> Iterator[Nursery]:
         _idle.append(nursery)
 
 
-def _read(order: Order, ended: Ended, folder: Path, written: list[str]) -> ModelRow:
-    """The row of an export that has ended, from its exit code and its report."""
+def _read(order: Order, ended: Ended, folder: Path, written: list[str]) -> tuple[ModelRow, str | None]:
+    """The row of an export that has ended, from its exit code and its report; the file of weights beside the model."""
     row, report = order.row, f"{order.row.name}.json"
     code, said = ended.code, _last_error(ended.said)
     if ended.how == "time":
@@ -197,15 +196,16 @@ def _read(order: Order, ended: Ended, folder: Path, written: list[str]) -> Model
         seconds=round(ended.seconds, 3), memory=ended.peak,
     )  # fmt: skip
     if ended.how != "exit" or report not in written:
-        return found
+        return found, None
     document = json.loads((folder / report).read_text(encoding="utf-8"))
     folded, total = Ledger.from_json(json.dumps(document["ledger"])).count()
     check, file = document["check"], document["file"] or {}
-    return replace(
+    found = replace(
         found, folded=folded, batch_norms=total, ratio=check and check["ratio"], report=row.name,
         outcome=found.outcome if check or code else "not judged", bytes=file.get("bytes"), sha256=file.get("sha256"),
         file=f"{row.name}.onnx" if code == 0 and file else None,
     )  # fmt: skip
+    return found, file.get("data")
 
 
 def _timed(found: ModelRow, command: Command, folder: Path, near: Path) -> ModelRow:
@@ -228,17 +228,10 @@ def _last_error(said: str) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
-def _weights(folder: Path, written: list[str]) -> str | None:
-    """The file of weights beside the model, where it has one."""
-    report = next((name for name in written if name.endswith(".json")), None)
-    file = json.loads((folder / report).read_text(encoding="utf-8"))["file"] if report else None
-    return file["data"] if file else None
-
-
 def _publish(out: Folder, near: Path, names: list[str]) -> None:
     """Sends files away, the model last; reports say where they are then."""
     for name in names:
-        if not name.endswith(".onnx") and Path(name).suffix in (".json", ".html"):
+        if name.endswith((".json", ".html")):
             text = (near / name).read_text(encoding="utf-8")
             (near / name).write_text(text.replace(str(near), out.place), encoding="utf-8")
         out.put(near / name, name)
