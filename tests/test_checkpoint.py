@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from bnfold.errors import InputError
-from bnfold.loading import checkpoint
+from bnfold.loading import checkpoint, fitting
 from bnfold.loading.checkpoint import Kind, identify, unpickle, verify_archive
-from bnfold.loading.fitting import load_weights
+from bnfold.loading.source import Request
 
 torch.set_num_threads(1)
 
@@ -46,6 +46,11 @@ class Payload:
 def save(content: Any, path: Path, *, legacy: bool = False) -> Path:
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     return path
+
+
+def load_weights(model: nn.Module, path: Path, **options: Any) -> list[str]:
+    """As for a source whose code has built ``model``."""
+    return fitting.load_weights(model, Request("", weights=path, **options))
 
 
 # ---- good files ------------------------------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ def test_a_key_picks_the_weights(tmp_path: Path, key: str, seed: int) -> None:
         "state": {"0": weights(5)},
     }
     model = net()
-    load_weights(model, save(content, tmp_path / "w.pt"), key=key)
+    load_weights(model, save(content, tmp_path / "w.pt"), weights_key=key)
     assert holds(model, weights(seed))
 
 
@@ -215,13 +220,13 @@ MISFITS: list[tuple[Any, dict[str, Any], str]] = [
     ({**weights(), **weights(1, "m.")}, {"strip_prefix": "m."}, "two keys become one"),
     ({"model": weights(), "ema": weights(1)}, {}, "several .* fit the model: model, ema. Pick .* --weights-key model"),
     ({"model": weights(0, "module."), "ema": weights(1)}, {}, "several .* fit the model: model, ema"),
-    ({"all": {"model": weights(), "ema": weights(1)}}, {"key": "all"}, "several .* --weights-key all.model"),
+    ({"all": {"model": weights(), "ema": weights(1)}}, {"weights_key": "all"}, "several .* --weights-key all.model"),
     ({"model": {"a": torch.ones(1)}, "ema": {"b": torch.ones(1)}}, {}, "none .* fits the model: model, ema"),
     ({"mine": weights()}, {}, "no state dict here: the content holds 'mine'.*--weights-key"),
-    ({"model": weights()}, {"key": "ema"}, "no key 'ema' in the checkpoint. It has model"),
-    ({"model": weights()}, {"key": "model.deep"}, "no key 'deep'"),
-    ({"model": weights(), "epoch": 3}, {"key": "epoch"}, "no state dict here: the content is no mapping"),
-    ({"epoch": 3}, {"key": "epoch.x"}, "no key 'x': the entry is a int"),
+    ({"model": weights()}, {"weights_key": "ema"}, "no key 'ema' in the checkpoint. It has model"),
+    ({"model": weights()}, {"weights_key": "model.deep"}, "no key 'deep'"),
+    ({"model": weights(), "epoch": 3}, {"weights_key": "epoch"}, "no state dict here: the content is no mapping"),
+    ({"epoch": 3}, {"weights_key": "epoch.x"}, "no key 'x': the entry is a int"),
     ({}, {}, "no state dict here"),
     ({0: torch.zeros(1)}, {}, "no state dict here"),
     ([torch.zeros(1)], {}, r"no state dict here: the content is no mapping \(list\)"),
@@ -405,7 +410,7 @@ def test_a_pickle_runs_no_code_unless_allowed(tmp_path: Path, legacy: bool, wrap
 def test_weights_beside_pickled_objects_load(tmp_path: Path, unsafe: bool) -> None:
     path = save({"model": weights(1), "path": Path("x")}, tmp_path / "w.pt")
     model = net()
-    load_weights(model, path, unsafe=unsafe)
+    load_weights(model, path, unsafe_pickle=unsafe)
     assert holds(model, weights(1))
 
 

@@ -29,9 +29,9 @@ import bnfold
 from bnfold.cli import cli
 from bnfold.errors import InputError, UsageError
 from bnfold.graph.wrapped import unwrapped
-from bnfold.loading import checkpoint, inert
-from bnfold.loading.fitting import load_weights
+from bnfold.loading import checkpoint, fitting, inert
 from bnfold.loading.load import load
+from bnfold.loading.source import Request
 
 torch.set_num_threads(1)
 
@@ -65,6 +65,11 @@ def weights(seed: int = 1, prefix: str = "", model: Callable[[], nn.Module] = Ne
 def save(content: Any, path: Path, **more: Any) -> Path:
     torch.save(content, path, **more)
     return path
+
+
+def load_weights(model: nn.Module, path: Path, **options: Any) -> list[str]:
+    """As for a source whose code has built ``model``."""
+    return fitting.load_weights(model, Request("", weights=path, **options))
 
 
 def fits(content: Any, tmp_path: Path, *, model: nn.Module | None = None, seed: int = 1, **more: Any) -> list[str]:
@@ -216,7 +221,7 @@ def test_an_absent_class_is_a_stub_and_with_its_package_missing_no_damage(tmp_pa
         del sys.modules["absent_library"]
     assert load_weights(Net(), path) == []
     with pytest.raises(InputError, match=r"absent_library.*Install it") as caught:
-        load_weights(Net(), path, unsafe=True)
+        load_weights(Net(), path, unsafe_pickle=True)
     assert "checksum" not in str(caught.value)
 
 
@@ -272,7 +277,7 @@ def test_a_stub_does_nothing() -> None:
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"epoch": 1, "model": m, "ema": None}])
 def test_a_whole_module_gives_its_weights(wrap: Callable[[Any], Any], unsafe: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    assert fits(wrap(Net()), tmp_path, unsafe=unsafe) == []
+    assert fits(wrap(Net()), tmp_path, unsafe_pickle=unsafe) == []
 
 
 def test_a_whole_module_is_picked_by_key(tmp_path: Path) -> None:

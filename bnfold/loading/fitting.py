@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate, takewhile
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from bnfold.errors import InputError
 from bnfold.loading import checkpoint, inert
+from bnfold.loading.source import Request
 from bnfold.loading.weights_file import switch_on
 
 Shapes = Mapping[str, "tuple[int, ...] | None"]
@@ -27,42 +28,27 @@ _OUTER = frozenset({"module", "model"})
 _SHOWN = 3
 
 
-def load_weights(
-    model: nn.Module,
-    path: Path,
-    *,
-    key: str | None = None,
-    strip_prefix: str | None = None,
-    unsafe: bool = False,
-    strict: bool = False,
-    ignore: Sequence[str] = (),
-) -> list[str]:
-    """Copies a checkpoint's weights into ``model``, every one of which must be there in its shape.
+def load_weights(model: nn.Module, request: Request) -> list[str]:
+    """Copies the weights of a request into ``model``, every one of which must be there in its shape.
 
-    What compiling, parallel and averaging wrappers add to names goes where the rest fits then.
-
-    Args:
-        model: changed in place; its dtypes and flags stay.
-        path: .safetensors, what ``torch.save`` wrote, or an index of shards.
-        key: where in the checkpoint the state dict is, with dots for nested keys ("ema.module").
-        strip_prefix: taken off every key that begins with it.
-        unsafe: let a pickle import and call anything.
-        strict: refuse keys that no part of the model has.
-        ignore: patterns of keys to leave out without a word.
+    What compiling, parallel and averaging wrappers add to names goes where the rest fits then. A file of bnfold
+    calibrate may hold running statistics that the model's class builds without: the model gets them.
 
     Returns:
         The keys that were left out because no part of the model has them.
-
-    A file of bnfold calibrate may hold running statistics that the model's class builds without: the model gets them.
 
     Raises:
         InputError: see ``checkpoint``; several state dicts fit or none is there; keys or shapes differ; the weights
             hold what a layer of the model is built without.
     """
+    path = request.weights
+    assert path is not None
     switch_on(model, path)
     expected = {name: _shape(value) for name, value in model.state_dict().items()}
-    state = _select(checkpoint.read(path, unsafe=unsafe), expected, path, key, strip_prefix)
-    state = _renamed(state, {name: name for name in state if not any(fnmatchcase(name, each) for each in ignore)})
+    state = _select(checkpoint.read(path, unsafe=request.unsafe_pickle), expected, path, request)
+    state = _renamed(
+        state, {name: name for name in state if not any(fnmatchcase(name, each) for each in request.ignore)}
+    )
     names = _fitting(expected, state)
     left = [] if names is None else [name for name in state if name not in names]
     if names is not None:
@@ -70,7 +56,7 @@ def load_weights(
             what = f"the model is built without what the weights hold: {_shorten(off)}"
             hint = "Build it as it was trained (--arg name=value), or leave them out on purpose with --ignore PATTERN"
             raise InputError(what, where=str(path), hint=hint)
-        if left and strict:
+        if left and request.strict:
             what = f"{len(left)} keys of the weights are none of the model's: {_shorten(left)}"
             raise InputError(what, where=str(path), hint="Leave out --strict, or name them with --ignore PATTERN")
     try:
@@ -91,8 +77,9 @@ def load_weights(
 # ---- the state dict that is meant ------------------------------------------------------------------------------------
 
 
-def _select(content: Any, expected: Shapes, path: Path, key: str | None, strip_prefix: str | None) -> State:
+def _select(content: Any, expected: Shapes, path: Path, request: Request) -> State:
     """The one state dict in a checkpoint that is meant."""
+    key = request.weights_key
     if key is not None:
         content = descend(content, key, path)
     stub = inert.stub_in(content, checkpoint.WRAPPERS)
@@ -107,7 +94,7 @@ def _select(content: Any, expected: Shapes, path: Path, key: str | None, strip_p
             where=str(path),
             hint="--weights-key says where it is",
         )
-    stripped = {name: _strip(state, strip_prefix, path) for name, state in found.items()}
+    stripped = {name: _strip(state, request.strip_prefix, path) for name, state in found.items()}
     if len(stripped) == 1:
         return next(iter(stripped.values()))
     fitting = [name for name, state in stripped.items() if _fitting(expected, state) is not None]

@@ -119,11 +119,7 @@ def _weighted(request: Request, model: torch.nn.Module) -> tuple[torch.nn.Module
     assert request.weights is not None
     if stored_ledgers(request.weights):
         model = prepare(model, request.weights)
-    left_out = load_weights(
-        model, request.weights, key=request.weights_key, strip_prefix=request.strip_prefix,
-        unsafe=request.unsafe_pickle, strict=request.strict, ignore=request.ignore,
-    )  # fmt: skip
-    return model, left_out
+    return model, load_weights(model, request)
 
 
 # ---- named models ----------------------------------------------------------------------------------------------------
