@@ -20,7 +20,7 @@ import bnfold
 from bnfold import aten
 from bnfold.graph.capture import capture
 from bnfold.graph.graph import Graph
-from bnfold.semantics import Opaque, Refused, Same, ShapeOnly, Unknown
+from bnfold.semantics import Opaque, Same, ShapeOnly
 
 ops = torch.ops.aten
 IMAGE = (2, 4, 5, 6)
@@ -113,7 +113,7 @@ def semantics_of(target: object, *args: object) -> object:
 def test_dropout_passes_in_eval_mode_alone(row):
     packet = getattr(ops, row).default
     assert semantics_of(packet, 0.5, False) == Same("input")
-    assert type(semantics_of(packet, 0.5, True)) is Opaque
+    assert semantics_of(packet, 0.5, True) == Opaque()
 
 
 @pytest.mark.parametrize("row", SHAPE_ONLY)
@@ -151,7 +151,7 @@ def test_an_operator_without_a_row_is_named():
     net = build(lambda m, x: m.conv(m.norm(x).sort(2)[0]), **conv_and_norm())
     folded = fold_exactly(net, noise(*IMAGE), left={"unknown-operator", "model-input"})
     assert folded.ledger.left[0].refusals[1].operator == "aten.sort"
-    assert isinstance(semantics_of(ops.cumsum.default, 1), Unknown)
+    assert semantics_of(ops.cumsum.default, 1) == Opaque("unknown-operator")
 
 
 def written_view(m, x):
@@ -163,7 +163,6 @@ def written_view(m, x):
 def test_an_in_place_operator_that_stays_is_a_reason():
     folded = fold_exactly(build(written_view, **conv_and_norm()), noise(*IMAGE), left={"in-place"})
     assert folded.captured.in_place == 1
-    assert isinstance(Refused("in-place"), Opaque)
 
 
 # -- rounding, memory format, overflow ---------------------------------------------------------------------------------

@@ -32,15 +32,13 @@ from bnfold.semantics import (
     Homogeneous,
     Lookup,
     Movement,
-    No,
+    Opaque,
     Product,
-    Refused,
     Same,
     Scaling,
     Semantics,
     ShapeOnly,
     Sum,
-    Unknown,
     build,
 )
 from bnfold.semantics.call import Call
@@ -141,16 +139,16 @@ def semantics(call: Call) -> Semantics:
     # A BatchNorm among what is refused is still one that stays, and the ledger says so.
     kind = "batch_norm" if call.operator.endswith(("batch_norm", "instance_norm")) else ""
     if call.graph.is_frozen(call.value):
-        return Refused("in-place", "an in-place operator shares its storage", kind)
+        return Opaque("in-place", "an in-place operator shares its storage", kind)
     row = TABLE.get(call.operator)
     if row is None:
-        return Unknown()
+        return Opaque("unknown-operator")
     try:
         if isinstance(call.node.target, OpOverload) and (numbers := call.takes_number()):
             return _by_number(call, numbers)
         found = row(call)
     except UnknownSizeError as error:
-        return Refused("dynamic-size", str(error), kind)
+        return Opaque("dynamic-size", str(error), kind)
     if isinstance(found, ShapeOnly):
         return found
     if isinstance(found, Homogeneous) and call.item:
@@ -174,12 +172,12 @@ def _of_one_dtype(call: Call, found: Semantics) -> Semantics:
     if isinstance(found, Scaling):
         data = call.at(found.slot)
         if graph.is_frozen(data):
-            return replace(found, stays=No("in-place", "what it reads is written to later"))
+            return replace(found, stays=Opaque("in-place", "what it reads is written to later"))
         if graph.dtype(data) != graph.dtype(call.value):
             why = f"{graph.dtype(data)} becomes {graph.dtype(call.value)}"
-            return replace(found, stays=No("dtype", why))
+            return replace(found, stays=Opaque("dtype", why))
     elif isinstance(found, Movement | Average | Sum | Product | Homogeneous):
         slots = (found.slot,) if isinstance(found, Average) else found.slots
         if any(graph.dtype(call.at(slot)) != graph.dtype(call.value) for slot in slots):
-            return Refused("dtype", "its operands are of several dtypes", "")
+            return Opaque("dtype", "its operands are of several dtypes")
     return found

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bnfold.aten.common import OPAQUE, constant_operands, geometry, per_axis
 from bnfold.aten.moving import attention
-from bnfold.semantics import Bilinear, Geometry, Recurrent, Refused, Semantics, build
+from bnfold.semantics import Bilinear, Geometry, Opaque, Recurrent, Semantics, build
 
 if TYPE_CHECKING:
     from bnfold.semantics.call import Call
@@ -96,7 +96,7 @@ def bilinear(call: Call, left: str, right: str) -> Semantics:
 def recurrent(call: Call) -> Semantics:
     """lstm, gru, rnn_tanh, rnn_relu: their first layer reads the input through weight_ih and bias_ih, per direction."""
     if "batch_sizes" in call:
-        return Refused("packed-sequence", "it reads a packed sequence, whose order depends on the lengths", "")
+        return Opaque("packed-sequence", "it reads a packed sequence, whose order depends on the lengths")
     directions, layers, biases = 1 + bool(call["bidirectional"]), call["num_layers"], bool(call["has_biases"])
     if call["train"] and call["dropout"]:
         return OPAQUE

@@ -38,7 +38,7 @@ from bnfold.onnx_ops.scaling import (
     recurrent,
     scaler,
 )
-from bnfold.semantics import Homogeneous, Same, Semantics, ShapeOnly, Unknown, build
+from bnfold.semantics import Homogeneous, Opaque, Same, Semantics, ShapeOnly, build
 
 if TYPE_CHECKING:
     from bnfold.graph.onnx_call import OnnxCall
@@ -141,4 +141,4 @@ TABLE: dict[str, Row] = {
 def semantics(call: OnnxCall) -> Semantics:
     """What the operator of a call does to an affine."""
     row = TABLE.get(call.operator)
-    return Unknown() if row is None else row(call)
+    return Opaque("unknown-operator") if row is None else row(call)

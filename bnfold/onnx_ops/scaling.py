@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.onnx_ops.moving import attention, geometry
-from bnfold.semantics import Bilinear, Homogeneous, Recurrent, Refused, Scaling, Semantics, build
+from bnfold.semantics import Bilinear, Homogeneous, Opaque, Recurrent, Scaling, Semantics, build
 from bnfold.semantics.base import Rewritten
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def batch_norm(call: OnnxCall) -> Semantics:
     channels = call.shape("X")[1:2] if call.attribute("spatial", 1) else call.shape("X")[1:]
     if others := [f"{list(call.shape(slot))} of {slot}" for slot in slots if call.shape(slot) != channels]:
         known = "a number that differs" if 1 in call.graph.dynamic_axes(call["X"]) else f"{list(channels)}"
-        return Refused("channels", f"its operand has {known}, and not the {', '.join(others)}", "batch_norm")
+        return Opaque("channels", f"its operand has {known}, and not the {', '.join(others)}", "batch_norm")
     eps = float(call.attribute("epsilon", 1e-5))
     found = build.normalisation(call, "X", slots, eps, batch_statistics=trains(call))
     if call.attribute("spatial", 1) or not isinstance(found, Scaling):

@@ -57,8 +57,8 @@ def equalize(graph: Graph, ledger: Ledger) -> Ledger:
     """
     graph.refresh()
     rewriter = Rewriter(graph)
-    mixed = {v: "dynamic-size" for v, gauge in Gauges(rewriter).of.items() if _mixes(graph, v, gauge.scale)}
-    gauges = Gauges(rewriter, mixed)
+    free = Gauges(rewriter)
+    gauges = Gauges(rewriter, {value: "dynamic-size" for value in free.of if free.mixes(value)})
     held = Choices(gauges).holds(Choice(dict.fromkeys(gauges.affines, "stays")))
     assert held, "affines that stay contradict"
     frozen: set[int] = set()
@@ -169,10 +169,6 @@ class _Balance:
     def _on_weight(self, semantics: Contraction, indices: Ints, axes: tuple[str, ...]) -> Ints:
         found: Ints = semantics.on_weight(torch.from_numpy(self._root[indices]), axes).numpy()
         return found
-
-
-def _mixes(graph: Graph, value: Node, indices: Ints) -> bool:
-    return any(indices.shape[axis] > 1 for axis in graph.dynamic_axes(value))
 
 
 def _entry(rewriter: Rewriter, solution: Solution, value: Node, made: Path) -> Scaled:

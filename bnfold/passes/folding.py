@@ -21,7 +21,7 @@ from bnfold.passes.reasons import reasons
 from bnfold.passes.rewriter import Rewriter
 from bnfold.passes.solution import solved
 from bnfold.report import Entry, Ledger, Outcome, Refusal
-from bnfold.semantics import Refused, Same, Scaling
+from bnfold.semantics import Opaque, Same, Scaling
 from bnfold.semantics.sizes import WAYS
 
 #: Affines that must not go a way, by the name of their value and the way, and why.
@@ -93,7 +93,7 @@ class Folder:
             made = upstream(self._gauges, self._solution, self._gone)
             if rounded := [value for value in rounded if value in made and made[value].into]:
                 return dict.fromkeys(rounded, "dtype")
-        mixed = [value for value in moved if self._mixes(value)]
+        mixed = [value for value in moved if self._gauges.mixes(value)]
         return dict.fromkeys(mixed, "dynamic-size") if mixed and not self._holds() else {}
 
     def _ways(self, site: Node) -> tuple[Outcome, ...]:
@@ -106,12 +106,6 @@ class Folder:
         readers = [r for r in self.graph.readers(value) if r.op == "call_function" and not self.graph.is_list(r)]
         casts = [s for s in map(self._gauges.at, readers) if isinstance(s, Same) and s.widens]
         return any(cast.rounds(self._solution.after(value)) for cast in casts)
-
-    def _mixes(self, value: Node) -> bool:
-        """Whether a value's gauge varies along an axis into which a dynamic dimension was mixed."""
-        gauge = self._gauges.of[value]
-        varied = {axis for axis in range(gauge.scale.ndim) if gauge.varies(axis)}
-        return bool(varied) and not varied.isdisjoint(self.graph.dynamic_axes(value))
 
     def _holds(self) -> bool:
         """Whether the edits are the same at other sizes."""
@@ -197,7 +191,7 @@ class Folder:
 
     def _entry(self, site: Node) -> Entry:
         semantics = self._gauges.at(site)
-        assert isinstance(semantics, (Scaling, Refused))
+        assert isinstance(semantics, (Scaling, Opaque))
         graph = self.graph
         what = graph.name(site), graph.module(site), graph.module_class(site), semantics.kind
         if site not in self._gone:
@@ -218,8 +212,8 @@ class Folder:
             return "backward", back
         return "forward", Path.joined([back, onward]) if back.into else onward
 
-    def _refusals(self, site: Node, semantics: Scaling | Refused) -> tuple[Refusal, ...]:
-        held = semantics if isinstance(semantics, Refused) else semantics.stays
+    def _refusals(self, site: Node, semantics: Scaling | Opaque) -> tuple[Refusal, ...]:
+        held = semantics if isinstance(semantics, Opaque) else semantics.stays
         if held is not None:
             operator = self.graph.call(site).operator
             return (Refusal(held.reason, self.rewriter.where(site), operator, held.detail),)

@@ -14,7 +14,7 @@ import torch
 from bnfold.affine import Affine
 from bnfold.graph.graph import Node
 from bnfold.passes.rewriter import Rewriter
-from bnfold.semantics import Contraction, Equations, Gauge, Homogeneous, Opaque, Refused, Scaling, Semantics, ShapeOnly
+from bnfold.semantics import Contraction, Equations, Gauge, Homogeneous, Opaque, Scaling, Semantics, ShapeOnly
 from bnfold.semantics.base import pin
 from bnfold.semantics.call import Call
 from bnfold.semantics.equations import DEAD, EMPTY, Blocks, pinned
@@ -136,7 +136,7 @@ class Gauges:
             if self._fixed[value] != "dtype":
                 equations.scale.pin(gauge.scale, self._fixed[value])
         if made is None:
-            if isinstance(semantics, Refused) and semantics.kind == "batch_norm":
+            if isinstance(semantics, Opaque) and semantics.kind == "batch_norm":
                 self.sites.append(value)
         elif isinstance(semantics, Contraction) and semantics.set_bias is None:
             self.unbiased.append(value)
@@ -198,6 +198,12 @@ class Gauges:
                 found = Affine(scale if "scale" in first.free else first.affine.scale, shift)
                 if len(found.varies()) <= 1:
                     self._neutral[before] = replace(first, affine=found)
+
+    def mixes(self, value: Node) -> bool:
+        """Whether a value's gauge varies along an axis into which a dynamic dimension was mixed."""
+        gauge = self.of[value]
+        varied = {axis for axis in range(gauge.scale.ndim) if gauge.varies(axis)}
+        return bool(varied) and not varied.isdisjoint(self.graph.dynamic_axes(value))
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class _Reader:
         if not before and self._is_pinned(self._operand):
             found.append(self._pinned(self._operand))
         for variables in (before, behind):
-            path = self._tied(variables) or (self._path(variables[0], set(mine) - {variables[0]}) if variables else [])
+            path = self._path(variables[0], set(mine) - {variables[0]}) if variables else []
             if path:
                 found.append(self._ended(path, variables is before))
             elif len(set(variables)) < len(variables):
@@ -56,21 +56,6 @@ class _Reader:
     def _is_pinned(self, value: Node) -> bool:
         gauge = self._gauges.of[value]
         return not (gauge.shift if self._why.system == SHIFT else gauge.scale).all()
-
-    def _tied(self, variables: list[int]) -> list[Equation]:
-        """How a variable is bound to one that has to be another, as what is on the other side is stored as it is."""
-        sides = [self._gauges.of[value] for value in (self._operand, self._site)]
-        mine, other = (s.shift if self._why.system == SHIFT else s.scale for s in sides)
-        if not set(variables) <= set(mine.ravel().tolist()):
-            mine, other = other, mine
-        affine = self._gauges.at(self._site).affine  # type: ignore[attr-defined]
-        if not variables or other.any() or mine.size == 1:
-            return []
-        wanted = (affine.shift if self._why.system == SHIFT else affine.scale).numpy()
-        places, numbers = (each.ravel().tolist() for each in np.broadcast_arrays(mine, wanted))
-        at = dict(zip(places, numbers))
-        unlike = {v: {w for w in at if at[w] != at[v]} for v in variables}
-        return next((path for v in variables if (path := self._path(v, unlike[v], pinned=False))), [])
 
     # -- along equations -------------------------------------------------------------------------------------------
 

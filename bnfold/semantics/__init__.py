@@ -17,10 +17,10 @@ the graph, is the engine's. A slot is the name of an operand in the operator's s
 | Homogeneous | ReLU and its kin, maxima, a choice by a mask | a_y = a_x > 0, no b, or b_y = b_x |
 | Normalised | normalises, then multiplies and adds constants | result free, operand pinned |
 | ShapeOnly | reads nothing but the shape | none |
-| Opaque, Unknown, Refused | nothing passes | all pinned |
+| Opaque | nothing passes | all pinned |
 """
 
-from bnfold.semantics.base import No, Opaque, Refused, Rewritten, Semantics, Shape, ShapeOnly, Unknown
+from bnfold.semantics.base import Opaque, Rewritten, Semantics, Shape, ShapeOnly
 from bnfold.semantics.contraction import Contraction, Geometry, Lookup, Recurrent
 from bnfold.semantics.equations import Equations, Gauge
 from bnfold.semantics.moving import Average, Movement, Same
@@ -36,12 +36,10 @@ __all__ = [
     "Homogeneous",
     "Lookup",
     "Movement",
-    "No",
     "Normalised",
     "Opaque",
     "Product",
     "Recurrent",
-    "Refused",
     "Rewritten",
     "Same",
     "Scaling",
@@ -49,5 +47,4 @@ __all__ = [
     "Shape",
     "ShapeOnly",
     "Sum",
-    "Unknown",
 ]

@@ -15,14 +15,6 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class No:
-    """Why something cannot be; ``reason`` is one of ``report.REASONS``."""
-
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
 class Rewritten:
     """Constants of an operator whose operands and result are stored in other gauges.
 
@@ -36,7 +28,7 @@ class Rewritten:
 
 
 class Semantics:
-    """Base of the vocabulary, and its last word: *Opaque*, which lets nothing pass."""
+    """Base of the vocabulary. Of what is said here alone nothing passes."""
 
     reason: ClassVar[str] = "nonlinear"
     #: Slots that are read for their shape alone.
@@ -61,24 +53,19 @@ def pin(equations: Equations, gauge: Gauge, reason: str) -> None:
     equations.shift.pin(gauge.base, reason)
 
 
+@dataclass(frozen=True)
 class Opaque(Semantics):
-    """Nothing passes: nonlinear, random, data dependent or unknown."""
+    """Nothing passes: nonlinear, random, data dependent, unknown, or an affine but for what it is configured to do.
 
+    Attributes:
+        reason: one of ``report.REASONS``.
+        detail: more about it.
+        kind: ``"batch_norm"`` for one that is none because of that, as with batch statistics.
+    """
 
-@dataclass(frozen=True)
-class Unknown(Opaque):
-    """An operator that the table does not hold."""
-
-    reason = "unknown-operator"
-
-
-@dataclass(frozen=True)
-class Refused(Opaque):
-    """An operator that would be folded but for what it is configured to do, such as using batch statistics."""
-
-    reason: str  # type: ignore[misc]
+    reason: str = "nonlinear"  # type: ignore[misc]
     detail: str = ""
-    kind: str = "batch_norm"
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Opaque, Refused, Semantics, Shape
+from bnfold.semantics.base import Opaque, Semantics, Shape
 from bnfold.semantics.contraction import Contraction, Geometry
 from bnfold.semantics.pointwise import Bilinear, Normalised, Product, Scaling, Sum
 
@@ -155,19 +155,19 @@ def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *
     """``gamma*(x - mean)/sqrt(var + eps) + beta`` along axis 1 of (N, C, ...); ``slots``: gamma, beta, mean, var."""
     mean_slot, var_slot = slots[2:]
     if batch_statistics or call[mean_slot] is None or call[var_slot] is None:
-        return Refused("batch-statistics", "it normalises with the statistics of the batch it sees", "batch_norm")
+        return Opaque("batch-statistics", "it normalises with the statistics of the batch it sees", "batch_norm")
     if not all(call.is_constant(slot) for slot in slots):
-        return Refused("not-constant", "its parameters are computed from the model's inputs", "batch_norm")
+        return Opaque("not-constant", "its parameters are computed from the model's inputs", "batch_norm")
     params = {slot: None if call[slot] is None else call.constant(slot) for slot in slots}
     weight, bias, mean, var = params.values()
     assert mean is not None and var is not None
     for slot, value in params.items():
         if value is not None and not bool(value.isfinite().all()):
             channels = value.isfinite().logical_not().nonzero().flatten().tolist()
-            return Refused("nonfinite", f"{slot} is NaN or infinite in channels {channels[:5]}", "batch_norm")
+            return Opaque("nonfinite", f"{slot} is NaN or infinite in channels {channels[:5]}", "batch_norm")
     if not bool((var + eps > 0).all()):
         channels = (var + eps <= 0).nonzero().flatten().tolist()
-        return Refused("nonfinite", f"variance + eps is not positive in channels {channels[:5]}", "batch_norm")
+        return Opaque("nonfinite", f"variance + eps is not positive in channels {channels[:5]}", "batch_norm")
     sigma = (var + eps).sqrt()
     scale = (torch.ones_like(sigma) if weight is None else weight) / sigma
     shift = (torch.zeros_like(sigma) if bias is None else bias) - mean * scale

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.semantics.base import Rewritten, Semantics, Shape
-from bnfold.semantics.equations import DEAD, EMPTY, Equations, Gauge, pinned
+from bnfold.semantics.equations import EMPTY, Equations, Gauge, pinned
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ class Contraction(Semantics):
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """No relation between the two sides; each varies along the axes of the weight only."""
         self.read(given[self.data], equations)
-        sizes = [n if letters else 1 for n, letters in zip(shape, self.out)]
-        made = Gauge(equations.scale.fresh(sizes), equations.shift.fresh(sizes))
-        equations.scale.pin(made.scale, "nonlinear", (DEAD,))
-        return made
+        return equations.own([n if letters else 1 for n, letters in zip(shape, self.out)])
 
     def read(self, data: Gauge, equations: Equations) -> None:
         """What holds of the data."""
@@ -168,10 +165,7 @@ class Lookup(Semantics):
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """A variable of its own for every column."""
-        sizes = (*(1,) * (len(shape) - 1), shape[-1])
-        made = Gauge(equations.scale.fresh(sizes), equations.shift.fresh(sizes))
-        equations.scale.pin(made.scale, "nonlinear", (DEAD,))
-        return made
+        return equations.own((*(1,) * (len(shape) - 1), shape[-1]))
 
     def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
         """``s*W[i] + t`` is a row of ``s*W + t``."""

@@ -151,6 +151,12 @@ class Equations:
             self.origins.append((self.node, reason))
             self._blocks.setdefault(system, []).append((variables, values, rhs, len(self.origins) - 1))
 
+    def own(self, sizes: Sequence[int]) -> Gauge:
+        """A gauge with variables of its own for every place of a shape, no scale being zero."""
+        made = Gauge(self.scale.fresh(sizes), self.shift.fresh(sizes))
+        self.scale.pin(made.scale, "nonlinear", (DEAD,))
+        return made
+
     def uniform(self, gauge: Gauge, axes: Collection[int], reason: str) -> Gauge:
         """A gauge that is one along ``axes``, which are then of size 1."""
         scale = self.scale.uniform(gauge.scale, axes, reason)

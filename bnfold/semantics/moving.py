@@ -14,7 +14,7 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.semantics.base import Semantics, Shape, pin
 from bnfold.semantics.contraction import Geometry
-from bnfold.semantics.equations import DEAD, Equations, Gauge, pinned
+from bnfold.semantics.equations import Equations, Gauge, pinned
 from bnfold.semantics.system import Ints
 
 #: A constant of more elements than this, joined to values, stays as it is.
@@ -104,8 +104,7 @@ class Movement(Semantics):
     def _constant(self, slot: str, shape: Shape, equations: Equations) -> Gauge:
         gauge = pinned(len(shape))
         if prod(shape) <= MOST and self.get(slot) is not None:
-            gauge = Gauge(equations.scale.fresh(shape), equations.shift.fresh(shape))
-            equations.scale.pin(gauge.scale, "nonlinear", (DEAD,))
+            gauge = equations.own(shape)
         equations.constants[equations.node, slot] = gauge
         return gauge
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import No, Rewritten, Semantics, Shape, pin
+from bnfold.semantics.base import Opaque, Rewritten, Semantics, Shape, pin
 from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, compressed, numbered, pinned
 from bnfold.semantics.system import Ints
 
@@ -33,7 +33,7 @@ class Scaling(Semantics):
     free: tuple[str, ...] = ()
     axes: tuple[int, ...] | None = None
     #: Why its operand cannot take its place, if it cannot: it is of another dtype, or is written to later.
-    stays: No | None = None
+    stays: Opaque | None = None
     absorbs: ClassVar[bool] = True
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
@@ -230,10 +230,7 @@ class Normalised(Semantics):
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """Its operand is pinned."""
         super().relate(given, equations, shape)
-        sizes = [n if axis in self.axes else 1 for axis, n in enumerate(shape)]
-        made = Gauge(equations.scale.fresh(sizes), equations.shift.fresh(sizes))
-        equations.scale.pin(made.scale, "nonlinear", (DEAD,))
-        return made
+        return equations.own([n if axis in self.axes else 1 for axis, n in enumerate(shape)])
 
     def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
         """``s*(gamma*x + beta) + t = (s*gamma)*x + (s*beta + t)``."""

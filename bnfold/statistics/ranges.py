@@ -36,7 +36,7 @@ from bnfold.graph.capture import Captured
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.interpret import constant_of
 from bnfold.report import LayerRange, Ledger, NormRange, WeightRange
-from bnfold.semantics import Average, Contraction, Homogeneous, Movement, Refused, Same, Scaling, Semantics
+from bnfold.semantics import Average, Contraction, Homogeneous, Movement, Opaque, Same, Scaling, Semantics
 from bnfold.semantics.sizes import UnknownSizeError
 
 #: Deviations to either side that an activation is taken to reach.
@@ -139,7 +139,7 @@ class Reader:
 
     def _interval(self, value: Node, semantics: Semantics, known: dict[Node, Interval]) -> Interval | None:
         call = self.graph.call(value)
-        if isinstance(semantics, (Scaling, Refused)) and semantics.kind == "batch_norm":
+        if isinstance(semantics, (Scaling, Opaque)) and semantics.kind == "batch_norm":
             gamma, beta = (
                 torch.tensor(without) if call[name] is None else call.constant(name)
                 for name, without in zip(STATISTICS, (1.0, 0.0))
