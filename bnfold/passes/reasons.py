@@ -12,6 +12,7 @@ from bnfold.passes.rewriter import Rewriter
 from bnfold.report import Refusal
 from bnfold.semantics import Average, Homogeneous, Movement, Opaque, Product, Same, Scaling, Sum
 from bnfold.semantics.equations import SHIFT, SIGN
+from bnfold.semantics.system import Ints
 
 #: Operators that a chain names, and values that are looked through for one.
 NAMED, LOOKED = 6, 2000
@@ -49,18 +50,21 @@ class _Reader:
                 found.append(self._shared())
         return tuple(dict.fromkeys(found)) or (self._refusal(self._site, "nonlinear"),)
 
-    def _indices(self, value: Node) -> set[int]:
+    def _gauge(self, value: Node) -> Ints:
+        """What contradicts of a value's gauge."""
         gauge = self._gauges.of[value]
-        return set((gauge.shift if self._why.system == SHIFT else gauge.scale).ravel().tolist()) - {0}
+        return gauge.shift if self._why.system == SHIFT else gauge.scale
+
+    def _indices(self, value: Node) -> set[int]:
+        return set(self._gauge(value).ravel().tolist()) - {0}
 
     def _is_pinned(self, value: Node) -> bool:
-        gauge = self._gauges.of[value]
-        return not (gauge.shift if self._why.system == SHIFT else gauge.scale).all()
+        return not self._gauge(value).all()
 
     # -- along equations -------------------------------------------------------------------------------------------
 
-    def _path(self, start: int, ends: set[int], *, pinned: bool = True) -> list[Equation]:
-        """The equations from one variable to another, or to one that is ``pinned``; none where there is no way."""
+    def _path(self, start: int, ends: set[int]) -> list[Equation]:
+        """The equations from one variable to another, or to one that is pinned; none where there is no way."""
         came: dict[int, tuple[int, Equation] | None] = {start: None}
         waiting = [start]
         by_variable: dict[int, list[Equation]] = {}
@@ -71,7 +75,7 @@ class _Reader:
         for variable in waiting:
             for equation in by_variable.get(variable, ()):
                 others = [v for v, c in zip(equation.var, equation.val) if c and v != variable]
-                if (pinned and not others) or ends.intersection(others):
+                if not others or ends.intersection(others):
                     path, at = [equation], variable
                     while (step := came[at]) is not None:
                         at, through = step
@@ -90,19 +94,7 @@ class _Reader:
             joined = "unequal-scales" if not before and any(e.reason == "unequal-scales" for e in path) else ""
             return self._refusal(other, "sign" if self._why.system == SIGN else joined or "several-readers", path)
         reader = self._other_reader(end.node) if before else None
-        reason = "broadcast" if end.reason == "unequal-scales" and self._broadcasts(end.node) else end.reason
-        return self._refusal(reader or end.node, "several-readers" if reader else reason, path)
-
-    def _broadcasts(self, node: Node) -> bool:
-        """Whether an operand is copied along an axis that the gauge of another one varies along."""
-        operands = [n for n in node.all_input_nodes if n in self._gauges.of]
-        if not all(map(self._graph.is_sized, (node, *operands))):
-            return False
-        rank, shape = self._graph.rank(node), self._graph.shape(node)
-        gauges = [self._gauges.of[n].aligned(rank) for n in operands]
-        sizes = [(1,) * (rank - len(own)) + own for own in map(self._graph.shape, operands)]
-        varied = {axis for gauge in gauges for axis in range(rank) if gauge.varies(axis)}
-        return any(own[axis] == 1 != shape[axis] for own in sizes for axis in varied)
+        return self._refusal(reader or end.node, "several-readers" if reader else end.reason, path)
 
     def _other_reader(self, node: Node) -> Node | None:
         """The reader of what the affine reads, or of what that is made of, behind which ``node`` lies."""
@@ -165,10 +157,8 @@ class _Reader:
             operands = [n for n in value.all_input_nodes if n in self._gauges.of]
             if not operands or semantics.absorbs or isinstance(semantics, (Opaque, Average)):
                 break
-            gauge = self._gauges.of[value]
-            indices = gauge.shift if self._why.system == SHIFT else gauge.scale
             loose = isinstance(semantics, Movement) and semantics.loose
-            if loose or any(indices.shape[axis] > 1 for axis in self._graph.dynamic_axes(value)):
+            if loose or any(self._gauge(value).shape[axis] > 1 for axis in self._graph.dynamic_axes(value)):
                 return self._refusal(value, "dynamic-size")
             if isinstance(semantics, (Sum, Product)) and any(self._graph.shape(n) != shape for n in operands):
                 return self._refusal(value, "broadcast")
@@ -181,9 +171,7 @@ class _Reader:
 
     def _copies(self, value: Node) -> float:
         """How many elements of a value have one gauge."""
-        gauge = self._gauges.of[value]
-        indices = gauge.shift if self._why.system == SHIFT else gauge.scale
-        return prod(self._graph.shape(value)) / len(np.unique(indices))
+        return prod(self._graph.shape(value)) / len(np.unique(self._gauge(value)))
 
     # -- words -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +195,5 @@ class _Reader:
         return ""
 
     def _channels(self) -> list[int]:
-        gauge = self._gauges.of[self._site]
-        indices = gauge.shift if self._why.system == SHIFT else gauge.scale
-        place = {int(v): i for i, v in enumerate(indices.ravel().tolist())}
+        place = {v: i for i, v in enumerate(self._gauge(self._site).ravel().tolist())}
         return sorted({place[v] for v in self._why.variables if v in place})
