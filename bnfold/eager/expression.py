@@ -59,7 +59,7 @@ class _Attempt:
         self._alive = _alive(graph)
         self._nodes = {node.name: node for node in graph.values()}
         #: Values that are gone -> what took their place, and the edit that did it.
-        self._gone = {value: (by, edit) for edit in journal for value, by in edit.bypasses}
+        self._gone = {edit.site: (edit.by, edit) for edit in journal}
         self._edited: dict[Read, list[Edit]] = defaultdict(list)
         for edit in journal:
             for read in edit.constants:

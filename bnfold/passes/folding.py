@@ -184,7 +184,7 @@ class Folder:
         for site, (direction, path) in self._went.items():
             constants = (*((node.name, slot) for node in path.into for slot in at.get(node, ())), *rest)
             adds = tuple(node.name for node in path.into if node in self._plan.adds)
-            edits.append(Edit(site.name, direction, constants, adds, ((site.name, self._by[site].name),)))
+            edits.append(Edit(site.name, direction, constants, adds, self._by[site].name))
         return edits
 
     # -- telling ---------------------------------------------------------------------------------------------------

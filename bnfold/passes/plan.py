@@ -74,14 +74,14 @@ class Edit:
         direction: the way it went.
         constants: values and the slots that got a constant of their own.
         adds: values that something was added to.
-        bypasses: values that are gone, and the value that took the place of each.
+        by: the value that took the affine's place.
     """
 
     site: str
     direction: Outcome
     constants: tuple[tuple[str, str], ...]
     adds: tuple[str, ...]
-    bypasses: tuple[tuple[str, str], ...]
+    by: str
 
 
 #: As many absorbers of one affine are listed; a stream may have thousands.

@@ -79,11 +79,12 @@ def pinned(ndim: int) -> Gauge:
 
 
 def compressed(indices: NDArray[Any]) -> NDArray[Any]:
-    """The same with size 1 on every axis along which all are equal."""
+    """The same with size 1 on every axis along which all are equal, as all are that lie in one place."""
+    indices = indices[tuple(slice(1 if step == 0 else None) for step in indices.strides)]
     for axis in range(indices.ndim):
         if indices.shape[axis] > 1:
             first = indices.take([0], axis)
-            if (indices == first).all():
+            if (indices.take([1], axis) == first).all() and (indices == first).all():
                 indices = first
     return indices
 

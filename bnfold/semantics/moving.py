@@ -14,7 +14,7 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.semantics.base import Semantics, Shape, pin
 from bnfold.semantics.contraction import Geometry
-from bnfold.semantics.equations import Equations, Gauge, pinned
+from bnfold.semantics.equations import Equations, Gauge, compressed, pinned
 from bnfold.semantics.system import Ints
 
 #: A constant of more elements than this, joined to values, stays as it is.
@@ -98,8 +98,7 @@ class Movement(Semantics):
         alike = [axis for axis in self.kept if all(code.shape[axis] == 1 for code in codes)]
         shapes = (tuple(1 if axis in alike else n for axis, n in enumerate(shape)) for shape in self.shapes)
         wide = [torch.as_tensor(code, dtype=dtype).expand(shape) for code, shape in zip(codes, shapes)]
-        found: Ints = _narrowed(self.apply(wide)).to(torch.int64).numpy()
-        return found
+        return compressed(self.apply(wide).numpy()).astype(np.int64)
 
     def _constant(self, slot: str, shape: Shape, equations: Equations) -> Gauge:
         gauge = pinned(len(shape))
@@ -124,19 +123,6 @@ def reshaped(t: Tensor, shape: Shape) -> Tensor:
         for axis in range(first, i if alike else first):
             t = t.narrow(axis, 0, 1)
     return t.reshape(small).expand(shape)
-
-
-def _narrowed(code: Tensor) -> Tensor:
-    """With size 1 on every axis along which all are equal, as all are that lie in one place."""
-    for axis in range(code.ndim):
-        if code.stride(axis) == 0:
-            code = code.narrow(axis, 0, 1)
-    for axis in range(code.ndim):
-        if code.shape[axis] > 1:
-            first = code.narrow(axis, 0, 1)
-            if torch.equal(first, code.narrow(axis, 1, 1)) and bool((code == first).all()):
-                code = first
-    return code
 
 
 def _filled(indices: Ints) -> Ints:
