@@ -94,7 +94,13 @@ class _Reader:
             joined = "unequal-scales" if not before and any(e.reason == "unequal-scales" for e in path) else ""
             return self._refusal(other, "sign" if self._why.system == SIGN else joined or "several-readers", path)
         reader = self._other_reader(end.node) if before else None
-        return self._refusal(reader or end.node, "several-readers" if reader else end.reason, path)
+        reason = "broadcast" if end.reason == "unequal-scales" and self._broadcasts(end.node) else end.reason
+        return self._refusal(reader or end.node, "several-readers" if reader else reason, path)
+
+    def _broadcasts(self, node: Node) -> bool:
+        """Whether an operator copies the elements of an operand."""
+        values = [node, *(n for n in node.all_input_nodes if n in self._gauges.of)]
+        return all(map(self._graph.is_sized, values)) and len(set(map(self._graph.shape, values))) > 1
 
     def _other_reader(self, node: Node) -> Node | None:
         """The reader of what the affine reads, or of what that is made of, behind which ``node`` lies."""
@@ -153,14 +159,14 @@ class _Reader:
         """Where elements that the affine treats differently came to have one gauge."""
         value = self._operand
         while value.op == "call_function":
-            semantics, shape = self._gauges.at(value), self._graph.shape(value)
+            semantics = self._gauges.at(value)
             operands = [n for n in value.all_input_nodes if n in self._gauges.of]
             if not operands or semantics.absorbs or isinstance(semantics, (Opaque, Average)):
                 break
             loose = isinstance(semantics, Movement) and semantics.loose
             if loose or any(self._gauge(value).shape[axis] > 1 for axis in self._graph.dynamic_axes(value)):
                 return self._refusal(value, "dynamic-size")
-            if isinstance(semantics, (Sum, Product)) and any(self._graph.shape(n) != shape for n in operands):
+            if isinstance(semantics, (Sum, Product)) and self._broadcasts(value):
                 return self._refusal(value, "broadcast")
             if isinstance(semantics, Sum) and len(self._indices(value)) < len(self._indices(operands[0])):
                 return self._refusal(value, "unequal-scales")
