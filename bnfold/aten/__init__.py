@@ -49,6 +49,10 @@ def _first(call: Call) -> str:
     return next(slot for slot, _ in call.slots())
 
 
+def _shape_only(call: Call) -> Semantics:
+    return ShapeOnly((_first(call),))
+
+
 def _added(call: Call, sign: float) -> Semantics:
     return build.added(call, "self", "other", sign * float(call.arguments.get("alpha", 1)))
 
@@ -122,9 +126,9 @@ _ROWS: dict[str, Row] = {
     "layer_norm": layer_norm,
     "group_norm": per_channel,
     # Read for their shape alone
-    "sym_size sym_numel sym_stride sym_is_contiguous _assert_tensor_metadata": lambda c: ShapeOnly(_first(c)),
-    "zeros_like ones_like full_like empty_like rand_like randn_like": lambda c: ShapeOnly(_first(c)),
-    "new_zeros new_ones new_full new_empty": lambda c: ShapeOnly(_first(c)),
+    "sym_size sym_numel sym_stride sym_is_contiguous _assert_tensor_metadata": _shape_only,
+    "zeros_like ones_like full_like empty_like rand_like randn_like": _shape_only,
+    "new_zeros new_ones new_full new_empty": _shape_only,
     # Known to let nothing pass
     "relu6 hardtanh clamp clamp_min clamp_max clip hardswish hardsigmoid hardshrink": lambda c: OPAQUE,
     "gelu silu mish elu selu celu sigmoid log_sigmoid tanh softplus": lambda c: OPAQUE,

@@ -121,9 +121,9 @@ def move(call: Call) -> Semantics:
     """Runs the operator itself on indices; operands that it reads only for their shape do not move."""
     if call.arguments.get("dtype") is not None:
         return OPAQUE  # view(dtype) reads the bits as other numbers
-    ignored = tuple(slot for slot in ("other", "tensors") if slot == "other" and "other" in call)
-    slots = tuple(slot for slot, _ in call.slots() if slot not in ignored and call.graph.is_float(call.at(slot)))
-    others = [value for slot, value in call.slots() if slot not in (*slots, *ignored)]
+    shape_only = ("other",) if "other" in call else ()
+    slots = tuple(slot for slot, _ in call.slots() if slot not in shape_only and call.graph.is_float(call.at(slot)))
+    others = [value for slot, value in call.slots() if slot not in (*slots, *shape_only)]
     if any(call.graph.number(value) is None and not call.graph.is_constant(value) for value in others):
         return OPAQUE  # where elements go depends on the inputs
     shapes = tuple(call.shape(slot) for slot in slots)
@@ -138,7 +138,7 @@ def move(call: Call) -> Semantics:
     else:
         apply = lambda parts: call.run(dict(zip(slots, parts)))  # noqa: E731
     kept = () if joins is None else tuple(axis for axis in range(len(call.out_shape)) if axis != joins)
-    return Movement(slots, shapes, apply, ignored, joins, kept, loose, get=call.constant)
+    return Movement(slots, shapes, apply, shape_only, joins, kept, loose, get=call.constant)
 
 
 #: Operators that keep elements in their order.

@@ -74,7 +74,7 @@ def _sum(call: OnnxCall) -> Semantics:
 
 
 def _shape_only(call: OnnxCall) -> Semantics:
-    return ShapeOnly(_first(call))
+    return ShapeOnly((_first(call),))
 
 
 _MOVES = "Reshape Flatten Transpose Squeeze Unsqueeze Concat Slice Split Expand Tile DepthToSpace SpaceToDepth"

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from bnfold.graph.graph import Node
 from bnfold.passes.gauges import Contradiction, Gauges, How
 from bnfold.semantics import Contraction, Scaling
-from bnfold.semantics.base import pin
 from bnfold.semantics.equations import EMPTY
 from bnfold.semantics.system import Ints
 
@@ -192,8 +191,8 @@ class Choices:
         for item, how in asked.items():
             self._gauges.ask(item, how)
             for way in self._excluded(item) if how in ("goes", "dead") else ():
-                pin(self._equations, self._gauges.of[self._gauges.operand(item) if way == "backward" else item],
-                    "inexpressible")  # fmt: skip
+                held = self._gauges.operand(item) if way == "backward" else item
+                self._equations.pin(self._gauges.of[held], "inexpressible")
         return self._equations.commit()
 
     def _has_zeros(self, site: Node) -> bool:

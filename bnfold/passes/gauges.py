@@ -15,7 +15,6 @@ from bnfold.affine import Affine
 from bnfold.graph.graph import Node
 from bnfold.passes.rewriter import Rewriter
 from bnfold.semantics import Contraction, Equations, Gauge, Homogeneous, Opaque, Scaling, Semantics, ShapeOnly
-from bnfold.semantics.base import pin
 from bnfold.semantics.call import Call
 from bnfold.semantics.equations import DEAD, EMPTY, Blocks, pinned
 from bnfold.semantics.sizes import UnknownSizeError
@@ -182,7 +181,7 @@ class Gauges:
     def _pin(self, values: Iterable[Node], reason: str) -> None:
         for value in values:
             if value in self.of:
-                pin(self.equations, self.of[value], reason)
+                self.equations.pin(self.of[value], reason)
 
     def _neutralise(self, values: Sequence[Node]) -> None:
         """What is multiplied by zero may be anything: there an affine in front does nothing."""

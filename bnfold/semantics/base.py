@@ -30,7 +30,7 @@ class Rewritten:
 class Semantics:
     """Base of the vocabulary. Of what is said here alone nothing passes."""
 
-    reason: ClassVar[str] = "nonlinear"
+    reason: str = "nonlinear"
     #: Slots that are read for their shape alone.
     shape_only: tuple[str, ...] = ()
     #: Whether its constants can make up for gauges around it.
@@ -39,18 +39,12 @@ class Semantics:
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """The result's gauge, given those of the operands that are values; adds what must hold between them."""
         for gauge in given.values():
-            pin(equations, gauge, self.reason)
+            equations.pin(gauge, self.reason)
         return pinned(len(shape))
 
     def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
         """The constants, given ``v = given[slot](v')`` of stored operands v', to store ``after(y)`` in place of y."""
         return Rewritten()
-
-
-def pin(equations: Equations, gauge: Gauge, reason: str) -> None:
-    """A value is stored as it is."""
-    equations.scale.pin(gauge.scale, reason)
-    equations.shift.pin(gauge.base, reason)
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Opaque(Semantics):
         kind: ``"batch_norm"`` for one that is none because of that, as with batch statistics.
     """
 
-    reason: str = "nonlinear"  # type: ignore[misc]
+    reason: str = "nonlinear"
     detail: str = ""
     kind: str = ""
 
@@ -72,9 +66,4 @@ class Opaque(Semantics):
 class ShapeOnly(Semantics):
     """Reads the shape of its operand and none of its elements: never in the way."""
 
-    slot: str
-
-    @property
-    def shape_only(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Its only operand."""
-        return (self.slot,)
+    shape_only: tuple[str, ...]

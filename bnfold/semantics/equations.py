@@ -152,6 +152,11 @@ class Equations:
             self.origins.append((self.node, reason))
             self._blocks.setdefault(system, []).append((variables, values, rhs, len(self.origins) - 1))
 
+    def pin(self, gauge: Gauge, reason: str) -> None:
+        """A value is stored as it is."""
+        self.scale.pin(gauge.scale, reason)
+        self.shift.pin(gauge.base, reason)
+
     def own(self, sizes: Sequence[int]) -> Gauge:
         """A gauge with variables of its own for every place of a shape, no scale being zero."""
         made = Gauge(self.scale.fresh(sizes), self.shift.fresh(sizes))

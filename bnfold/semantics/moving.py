@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Semantics, Shape, pin
+from bnfold.semantics.base import Semantics, Shape
 from bnfold.semantics.contraction import Geometry
 from bnfold.semantics.equations import Equations, Gauge, compressed, pinned
 from bnfold.semantics.system import Ints
@@ -36,7 +36,7 @@ class Movement(Semantics):
     slots: tuple[str, ...]
     shapes: tuple[Shape, ...]
     apply: Callable[[Sequence[Tensor]], Tensor]
-    ignored: tuple[str, ...] = ()
+    shape_only: tuple[str, ...] = ()
     #: For a concatenation, the axis it joins along.
     joins: int | None = None
     #: Axes along which it leaves all elements where they are, however many there are.
@@ -47,11 +47,6 @@ class Movement(Semantics):
     may_pad: bool = False
     #: Float64 constants among the slots.
     get: Callable[[str], Tensor | None] = lambda slot: None
-
-    @property
-    def shape_only(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The operands that only lend their shape."""
-        return self.ignored
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """Shares the variables; constants that it joins to values have their own."""
@@ -179,7 +174,7 @@ class Average(Semantics):
         """Commutes with what does not vary along the averaged axes; other operands decide its weights."""
         for slot, gauge in given.items():
             if slot != self.slot:
-                pin(equations, gauge, self.reason)
+                equations.pin(gauge, self.reason)
         made = equations.uniform(given.get(self.slot, pinned(self.ndim)), self.axes, "other-axis")
         if self.no_shift is not None:
             equations.shift.pin(made.base, self.no_shift)

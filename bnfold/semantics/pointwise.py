@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Opaque, Rewritten, Semantics, Shape, pin
+from bnfold.semantics.base import Opaque, Rewritten, Semantics, Shape
 from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN, Equations, Gauge, compressed, numbered, pinned
 from bnfold.semantics.system import Ints
 
@@ -190,7 +190,7 @@ class Homogeneous(Semantics):
         """``a_y = a_x >= 0``, and ``b_y = b_x`` or none."""
         parts = [given[slot] for slot in self.slots]
         for slot in set(given) - set(self.slots):
-            pin(equations, given[slot], self.reason)
+            equations.pin(given[slot], self.reason)
         made = parts[0]
         for part in parts[1:]:
             scale = equations.scale.equate(made.scale, part.scale, "unequal-scales")
