@@ -179,12 +179,24 @@ def test_reshaping_copies_no_more_than_it_mixes(old, new, kept):
     assert found.untyped_storage().nbytes() == 4 * kept
 
 
+class Grouped(dict[str, Tensor | None]):
+    """A linear layer with groups, as a table's row sees it."""
+
+    def constant(self, slot: str) -> Tensor | None:
+        return self[slot]
+
+    def shape(self, slot: str) -> tuple[int, ...]:
+        return tuple(self[slot].shape)
+
+    def size(self, axis: int) -> int:
+        return 6
+
+
 def contraction(bias: bool = True, no_shift: str | None = None) -> Contraction:
-    weight = noise(2, 3, 2)  # groups, outputs, inputs
+    call = Grouped(weight=noise(6, 2), bias=noise(6, seed=3))
     return Contraction(
-        "input", "weight", (2, 3, 2), "goi", ("", "go"), ("", "gi"), lambda: weight, lambda w: w.reshape(6, 2),
-        (lambda: noise(1, 6, seed=3)) if bias else lambda: None, (lambda b: {"bias": b.flatten()}) if bias else None,
-        no_shift,
+        call, "input", "weight", (2, 3, 2), "goi", ("", "go"), ("", "gi"), "bias" if bias else None, 1,
+        no_shift=no_shift,
     )  # fmt: skip
 
 

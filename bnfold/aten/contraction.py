@@ -16,8 +16,6 @@ def convolution(call: Call) -> Semantics:
     """conv1d/2d/3d: weight (Cout, Cin/G, k...), batched or not; core ATen's ``convolution`` may be transposed."""
     if call.arguments.get("transposed"):
         return conv_transpose(call)
-    if not constant_operands(call, "weight", "bias"):
-        return OPAQUE
     out_channels, per_group, *kernel = call.shape("weight")
     groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
     lead, tail = ("",) * batched, ("",) * len(kernel)
@@ -41,8 +39,6 @@ def convolution(call: Call) -> Semantics:
 
 def conv_transpose(call: Call) -> Semantics:
     """conv_transpose1d/2d/3d: weight (Cin, Cout/G, k...); its borders see fewer taps, so no shift comes in."""
-    if not constant_operands(call, "weight", "bias"):
-        return OPAQUE
     in_channels, per_group, *kernel = call.shape("weight")
     groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
     lead, tail = ("",) * batched, ("",) * len(kernel)
@@ -60,7 +56,7 @@ def conv_transpose(call: Call) -> Semantics:
 
 def linear(call: Call) -> Semantics:
     """``x @ W.T + b``: weight (out_features, in_features), the last axis of x."""
-    if not constant_operands(call, "weight", "bias") or len(call.shape("weight")) != 2:
+    if len(call.shape("weight")) != 2:
         return OPAQUE
     lead = ("",) * (call.rank - 1)
     return build.contraction(

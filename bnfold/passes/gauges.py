@@ -137,7 +137,7 @@ class Gauges:
         if made is None:
             if isinstance(semantics, Opaque) and semantics.kind == "batch_norm":
                 self.sites.append(value)
-        elif isinstance(semantics, Contraction) and semantics.set_bias is None:
+        elif isinstance(semantics, Contraction) and semantics.bias is None:
             self.unbiased.append(value)
         elif isinstance(semantics, Scaling) and len(semantics.affine.varies()) > 1:
             # A table (a position embedding, an attention bias) is no per-channel affine.

@@ -271,5 +271,6 @@ class Merger:
         shape = (first, second) if semantics.letters == "oi" else (groups * first, second, *weight.shape[3:])
         constants = {semantics.weight: weight.reshape(shape)}
         if semantics.get_bias() is not None or bool((kernel.bias != 0).any()):
+            assert semantics.bias is not None
             constants[semantics.bias] = kernel.bias
         return constants

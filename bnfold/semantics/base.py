@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,33 @@ from bnfold.affine import Affine
 from bnfold.semantics.equations import Equations, Gauge, pinned
 
 Shape = tuple[int, ...]
+
+
+class Operands(Protocol):
+    """One operator application, as a row sees it: a slot is the name of an operand, with an index for lists."""
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument in a slot; None where it is empty."""
+
+    def is_constant(self, slot: str) -> bool:
+        """Whether what is in a slot depends on no input; an empty one does not."""
+
+    def constant(self, slot: str) -> Tensor | None:
+        """The float64 value of such a slot; None for another."""
+
+    def shape(self, slot: str) -> Shape:
+        """The shape of a slot's tensor."""
+
+    def size(self, axis: int) -> int:
+        """The size of the result along one axis."""
+
+    @property
+    def rank(self) -> int:
+        """The number of axes of the result."""
+
+    @property
+    def out_shape(self) -> Shape:
+        """The shape of the result."""
 
 
 @dataclass(frozen=True)

@@ -3,107 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Opaque, Semantics, Shape
-from bnfold.semantics.contraction import Contraction, Geometry
+from bnfold.semantics.base import Opaque, Operands, Semantics
+from bnfold.semantics.contraction import Contraction
 from bnfold.semantics.pointwise import Bilinear, Normalised, Product, Scaling, Sum
 
 OPAQUE = Opaque()
 
 
-class Operands(Protocol):
-    """One operator application, as a row sees it: a slot is the name of an operand, with an index for lists."""
-
-    def __getitem__(self, name: str) -> Any:
-        """The argument in a slot; None where it is empty."""
-
-    def is_constant(self, slot: str) -> bool:
-        """Whether what is in a slot depends on no input; an empty one does not."""
-
-    def constant(self, slot: str) -> Tensor | None:
-        """The float64 value of such a slot; None for another."""
-
-    def shape(self, slot: str) -> Shape:
-        """The shape of a slot's tensor."""
-
-    def size(self, axis: int) -> int:
-        """The size of the result along one axis."""
-
-    @property
-    def rank(self) -> int:
-        """The number of axes of the result."""
-
-    @property
-    def out_shape(self) -> Shape:
-        """The shape of the result."""
-
-
-def contraction(
-    call: Operands,
-    data: str,
-    weight: str,
-    *,
-    view: Sequence[int],
-    letters: str,
-    out: tuple[str, ...],
-    inp: tuple[str, ...],
-    bias: str | None = None,
-    bias_axis: int | None = None,
-    bias_scale: float = 1.0,
-    weight_scale: float = 1.0,
-    no_shift: str | None = None,
-    geometry: Geometry | None = None,
-) -> Semantics:
-    """Linear in ``data`` with a constant weight, see ``Contraction``.
-
-    Args:
-        call: the application; where its weight or bias is no constant, nothing passes.
-        data: slot of the data.
-        weight: slot of the weight.
-        view: the weight's shape with an axis per letter.
-        letters: one per axis of ``view``.
-        out: for every axis of the result the letters that make it up.
-        inp: for every axis of the data the letters that make it up.
-        bias: slot of the bias, which may be empty; None where there is no place for one.
-        bias_axis: the axis of the result that the bias, shape (n,), lies along; None for one that broadcasts to it.
-        bias_scale: what the operator multiplies the bias with.
-        weight_scale: what it multiplies the weight with; not 0.
-        no_shift: why no shift may come in from before, if none may.
-        geometry: of a convolution.
-    """
-    if not call.is_constant(weight) or (bias is not None and not call.is_constant(bias)):
-        return OPAQUE
-    stored, ndim = call.shape(weight), len(out)
-
-    def tensor(slot: str) -> Tensor:
-        found = call.constant(slot)
-        assert found is not None
-        return found
-
-    def get_bias() -> Tensor | None:
-        if bias is None or call[bias] is None:
-            return None
-        found = tensor(bias)
-        lead = (1,) * (ndim - found.ndim if bias_axis is None else bias_axis)
-        tail = () if bias_axis is None else (1,) * (ndim - bias_axis - 1)
-        return found.reshape(lead + tuple(found.shape) + tail) * bias_scale
-
-    def set_bias(value: Tensor) -> Mapping[str, Tensor]:
-        assert bias is not None
-        if bias_axis is None:
-            return {bias: value / bias_scale}
-        return {bias: value.flatten().expand(call.size(bias_axis)).clone() / bias_scale}
-
-    return Contraction(
-        data, weight, tuple(view), letters, out, inp,
-        lambda: tensor(weight).reshape(tuple(view)) * weight_scale, lambda w: w.reshape(stored) / weight_scale,
-        get_bias, None if bias is None else set_bias, no_shift, geometry, bias or "bias",
-    )  # fmt: skip
+def contraction(call: Operands, data: str, weight: str, *, bias: str | None = None, **how: Any) -> Semantics:
+    """``Contraction``, see there for what is in ``how``; nothing passes where its weight or bias is no constant."""
+    constant = call.is_constant(weight) and (bias is None or call.is_constant(bias))
+    return Contraction(call, data, weight, bias=bias, **how) if constant else OPAQUE
 
 
 def matmul(call: Operands, left: str, right: str) -> Semantics:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Rewritten, Semantics, Shape
+from bnfold.semantics.base import Operands, Rewritten, Semantics, Shape
 from bnfold.semantics.equations import EMPTY, Equations, Gauge, pinned
 
 
@@ -36,25 +36,50 @@ class Contraction(Semantics):
     The weight, viewed as ``view``, has one letter per axis in ``letters``; ``out`` and ``inp`` give for every axis of
     the output and of the data the letters that, flattened, make it up (``""``: the weight does not know that axis).
     A convolution with groups is ``letters="goixy"``, ``out=("", "go", "", "")``, ``inp=("", "gi", "", "")``.
+
+    Attributes:
+        call: the application.
+        data: slot of the data.
+        weight: slot of the weight.
+        view: the weight's shape with an axis per letter.
+        letters: see above, as ``out`` and ``inp``.
+        bias: slot of the bias, which may be empty; None where there is no place for one.
+        bias_axis: the axis of the result that the bias, shape (n,), lies along; None for one that broadcasts to it.
+        bias_scale: what the operator multiplies the bias with.
+        weight_scale: what it multiplies the weight with; not 0.
+        no_shift: why no shift may come in from before, if none may.
+        geometry: of a convolution or a linear layer, how it walks: what merging must know.
     """
 
+    call: Operands
     data: str
     weight: str
-    view: Shape
+    view: Sequence[int]
     letters: str
     out: tuple[str, ...]
     inp: tuple[str, ...]
-    get_weight: Callable[[], Tensor]
-    set_weight: Callable[[Tensor], Tensor]
-    get_bias: Callable[[], Tensor | None]
-    #: Writes a bias with as many axes as the output, as constants by slot; None where there is no slot for it.
-    set_bias: Callable[[Tensor], Mapping[str, Tensor]] | None
-    #: Why a shift cannot come in from before, if it cannot.
+    bias: str | None = None
+    bias_axis: int | None = None
+    bias_scale: float = 1.0
+    weight_scale: float = 1.0
     no_shift: str | None = None
-    #: For a convolution or a linear layer: what merging must know, how it walks and the slot of its bias.
     geometry: Geometry | None = None
-    bias: str = "bias"
     absorbs: ClassVar[bool] = True
+
+    def get_weight(self) -> Tensor:
+        """The weight as it is viewed."""
+        found = self.call.constant(self.weight)
+        assert found is not None
+        return found.reshape(tuple(self.view)) * self.weight_scale
+
+    def get_bias(self) -> Tensor | None:
+        """The bias with as many axes as the output, if there is one."""
+        found = None if self.bias is None or self.call[self.bias] is None else self.call.constant(self.bias)
+        if found is None:
+            return None
+        ndim = len(self.out)
+        axis = ndim - found.ndim if self.bias_axis is None else self.bias_axis
+        return found.reshape((1,) * axis + tuple(found.shape) + (1,) * (ndim - axis - found.ndim)) * self.bias_scale
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """No relation between the two sides; each varies along the axes of the weight only."""
@@ -89,12 +114,14 @@ class Contraction(Semantics):
         weight = weight * self.on_weight(after.scale, self.out)
         if bias is not None or after.has_shift:
             bias = after.shift if bias is None else bias * after.scale + after.shift
-        constants = {self.weight: self.set_weight(weight)}
+        constants = {self.weight: weight.reshape(self.call.shape(self.weight)) / self.weight_scale}
         if bias is None:
             return Rewritten(constants)
-        if self.set_bias is None:
+        if self.bias is None:
             return Rewritten(constants, bias if bool((bias != 0).any()) else None)
-        return Rewritten({**constants, **self.set_bias(bias)})
+        if self.bias_axis is not None:
+            bias = bias.flatten().expand(self.call.size(self.bias_axis)).clone()
+        return Rewritten({**constants, self.bias: bias / self.bias_scale})
 
     def on_weight(self, t: Tensor, axes: Sequence[str]) -> Tensor:
         """``t``, laid out as a value whose axes are made of ``axes``, laid out as the viewed weight."""
