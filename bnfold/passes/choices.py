@@ -38,11 +38,13 @@ class Choice:
 class Terms:
     """What a run starts from: what is asked before anything else and holds, and affines that are tried before others.
 
-    ``dead``: affines with zeros that their readers leave out where they can, in place of their operand being emptied.
+    ``open``: contractions that may get a bias. ``dead``: affines with zeros that their readers leave out where they
+    can, in place of their operand being emptied.
     """
 
     held: Mapping[Node, How]
     first: tuple[Node, ...] = ()
+    open: frozenset[Node] = frozenset()
     dead: frozenset[Node] = frozenset()
 
 
@@ -128,7 +130,7 @@ class Choices:
         assert not wrong, "what must hold contradicts itself"
         choice, norms = Choice(dict(terms.held), dict(self._hopeless)), self._gauges.norms
         able = [s for s in order if not (s in terms.held or s in terms.first or s in self._hopeless)]
-        bare = [v for v in self._gauges.unbiased if v not in terms.held]
+        bare = [v for v in self._gauges.unbiased if v not in terms.held and v not in terms.open]
         for items in (terms.first, [s for s in able if s in norms], bare, [s for s in able if s not in norms]):
             self._take({item: self._way(item, terms) for item in items}, choice)
         staying = Choice()
@@ -145,12 +147,22 @@ class Choices:
         if len(added) > len(norms.intersection(choice.gone)):  # more operators than before
             held = {**terms.held, **dict.fromkeys(bare, "closed")}
             return self._run(order, replace(terms, held=held))
-        return choice
+        paid = self._paid(choice)
+        return self._run(order, replace(terms, open=terms.open | paid)) if paid else choice
 
     def _way(self, item: Node, terms: Terms) -> How:
         if isinstance(self._gauges.at(item), Contraction):
             return "closed"
         return "dead" if item in terms.dead else "goes"
+
+    def _paid(self, choice: Choice) -> frozenset[Node]:
+        """Contractions for which an addition pays: with the affine that they hold up a multiply beside it goes."""
+        gone, found = set(choice.gone), set[Node]()
+        for site, why in choice.why.items():
+            beside = [*self._gauges.call(site).node.all_input_nodes, *self._gauges.graph.readers(site)]
+            if site not in self._gauges.norms and gone.intersection(beside):
+                found |= {e.node for e in why.equations if e.reason == "no-saving"}
+        return frozenset(node for node in found if choice.asked.get(node) == "closed")
 
     def _take(self, items: Mapping[Node, How], choice: Choice) -> None:
         """Accepts one after the other, as many at once as do not contradict."""
