@@ -10,7 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import bnfold
 from bnfold.errors import InputError
+from bnfold.runtime import inline
 from bnfold.runtime.model_file import read_model
 
 KINDS = [TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.STRING, TensorProto.FLOAT8E4M3FN]
@@ -135,3 +137,65 @@ def test_what_is_no_model(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(InputError, match=r"net\.onnx: this is no ONNX file, or a damaged one"):
         read_model(tmp_path / "net.onnx")
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that holds its weights, in whatever way a tensor can."""
+    monkeypatch.setattr(inline, "LARGE", 0)
+    rng, tensors = np.random.default_rng(0), []
+    for i, kind in enumerate(("float32", "float16", "int64", "float64", "uint8")):
+        array = rng.integers(-99, 99, (40, 30)).astype(kind)
+        tensors += [onnx.numpy_helper.from_array(array, f"raw{i}"), onnx.numpy_helper.from_array(array[0, :2], f"s{i}")]
+    tensors.append(helper.make_tensor("typed", TensorProto.FLOAT, [600], rng.standard_normal(600)))
+    nodes = [helper.make_node("Identity", [tensors[0].name], ["y"])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [40, 30])]
+    model = helper.make_model(helper.make_graph(nodes, "net", [], outputs, tensors), producer_name="\u00e4" * 300)
+    onnx.save(model, tmp_path / "net.onnx")
+    return tmp_path / "net.onnx"
+
+
+def test_the_weights_of_a_large_file_stay_in_it(held: Path) -> None:
+    light, whole = read_model(held, light=True), onnx.load(held)
+    assert light.ByteSize() < 8000 < 20_000 < whole.ByteSize()
+    apart = {t.name for t in light.graph.initializer if t.data_location == TensorProto.EXTERNAL}
+    assert apart == {f"raw{i}" for i in range(5)}
+    onnx.external_data_helper.load_external_data_for_model(light, str(held.parent))
+    for tensor in light.graph.initializer:
+        tensor.ClearField("data_location")
+        del tensor.external_data[:]
+    assert light == whole == read_model(held)
+
+
+def test_a_file_that_has_another_name_is_read_whole(held: Path) -> None:
+    held.with_name("link.onnx").symlink_to(held)
+    assert read_model(held.with_name("link.onnx"), light=True) == onnx.load(held)
+    os.link(held, held.with_name("other.onnx"))
+    assert read_model(held, light=True) == onnx.load(held)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100, 5000, 12_000])
+def test_a_large_file_that_is_cut_off_is_no_onnx_file(held: Path, cut: int) -> None:
+    held.write_bytes(held.read_bytes()[:-cut])
+    with pytest.raises(InputError, match="damaged"):
+        read_model(held, light=True)
+
+
+def test_a_large_file_folds_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((16, 16, 3, 3)), "b": rng.standard_normal(16)}
+    weights |= {name: rng.random(16) + 0.5 for name in ("scale", "shift", "mean", "var")}
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["c"])]
+    nodes.append(helper.make_node("BatchNormalization", ["c", "scale", "shift", "mean", "var"], ["y"]))
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 16, None, None]) for n in ("x", "y")]
+    tensors = [onnx.numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()]
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "net", ends[:1], ends[1:], tensors), opset_imports=opsets, ir_version=8
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    for name, large in (("plain", 1 << 30), ("light", 0)):
+        monkeypatch.setattr(inline, "LARGE", large)
+        report = bnfold.export(tmp_path / "net.onnx", tmp_path / f"{name}.onnx", device="cpu")
+        assert report.passed and report.ledger.count() == (1, 1)
+    assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "light.onnx").read_bytes()

@@ -105,7 +105,7 @@ class File64:
         self._where = where if isinstance(model, onnx.ModelProto) else os.fspath(model)
         if not isinstance(model, onnx.ModelProto):
             path, beside = Path(model), Path(model).parent
-            model = read_model(path)
+            model = read_model(path, light=True)
         held = {tensor.name for tensor in model.graph.initializer}
         self.inputs = tuple(_value_info(v) for v in model.graph.input if v.name not in held)
         self.outputs = tuple(_value_info(v) for v in model.graph.output)

@@ -80,7 +80,7 @@ def read_onnx(path: Path) -> OnnxFile:
         InputError: it is missing, no ONNX file, of an operator set that onnx does not know, claims more weights than it
             holds, has external data outside its folder, or functions that call themselves.
     """
-    where, model = str(path), read_model(path)
+    where, model = str(path), read_model(path, light=True)
     file = OnnxFile(path, model)
     if not model.graph.node or not model.opset_import:
         raise InputError("this is no ONNX file, or one without operators", where=where, hint=_AGAIN)

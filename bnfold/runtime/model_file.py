@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import InputError
 from bnfold.files import require_file
+from bnfold.runtime.inline import apart
 
 if TYPE_CHECKING:
     import onnx
 
 
-def read_model(path: Path) -> onnx.ModelProto:
+def read_model(path: Path, *, light: bool = False) -> onnx.ModelProto:
     """The ModelProto of a file, its external data excepted, of which none lies anywhere else than it may.
+
+    ``light``: of a large file, the weights in it are its external data too.
 
     Whoever reads that data afterwards, ONNX Runtime or onnx or onnx_ir, refuses some of what lies outside, in words of
     its own; a pipe they wait for.
@@ -29,7 +32,11 @@ def read_model(path: Path) -> onnx.ModelProto:
     require_file(path)
     refused = InputError("this is no ONNX file, or a damaged one", where=str(path), hint="Export it again")
     try:
-        model = onnx.load_model(path, load_external_data=False)
+        content = apart(path) if light else None
+        if content is not None:
+            model = onnx.load_model_from_string(content)
+        else:
+            model = onnx.load_model(path, load_external_data=False)
     except OSError as error:
         raise InputError(f"the file cannot be read ({error.strerror})", where=str(path)) from error
     except Exception as error:  # protobuf has an exception of its own, outside of what onnx exports

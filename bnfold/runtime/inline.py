@@ -1,0 +1,113 @@
+"""The weights that a large ONNX file holds, left where they are: read as external data of the file itself.
+
+protobuf reads a file whole before it parses it, and hands out copies. A file of 2 GB takes 6 so, and next to nothing if
+the bytes of its initializers are passed over.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+#: Files of more bytes are read so, and initializers of more bytes stay in them.
+LARGE, HELD = 64 << 20, 1024
+#: Numbers of fields in onnx.proto: ModelProto.graph, GraphProto.initializer, and those of a TensorProto.
+_GRAPH, _INITIALIZER, _RAW, _EXTERNAL, _LOCATION = 7, 5, 9, 13, 14
+_BYTES = 2
+
+
+class _Field(NamedTuple):
+    number: int
+    wire: int
+    start: int
+    value: int
+    end: int
+
+
+def apart(path: Path) -> bytes | None:
+    """The model without the bytes of its large initializers, which say where in the file those are.
+
+    None where the file is small, has other names (which readers of external data refuse), or is damaged.
+    """
+    if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= LARGE:
+        return None
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _rebuilt(data, 0, len(data), path.name, (_GRAPH, _INITIALIZER))
+        except (ValueError, IndexError):
+            return None
+
+
+def _rebuilt(data: mmap.mmap, start: int, end: int, name: str, below: tuple[int, ...]) -> bytes:
+    """A message, in which the fields ``below`` one another are gone through, down to tensors."""
+    found = bytearray()
+    for field in _fields(data, start, end):
+        if field.number == below[0] and field.wire == _BYTES:
+            inner = _rebuilt(data, field.value, field.end, name, below[1:]) if below[1:] else _tensor(data, field, name)
+            found += _bytes(field.number, inner)
+        else:
+            found += data[field.start : field.end]
+    return bytes(found)
+
+
+def _tensor(data: mmap.mmap, tensor: _Field, name: str) -> bytes:
+    fields = list(_fields(data, tensor.value, tensor.end))
+    raw = [field for field in fields if field.number == _RAW]
+    elsewhere = any(field.number in (_EXTERNAL, _LOCATION) for field in fields)
+    if elsewhere or len(raw) != 1 or raw[0].wire != _BYTES or raw[0].end - raw[0].value <= HELD:
+        return data[tensor.value : tensor.end]
+    found = b"".join(data[field.start : field.end] for field in fields if field is not raw[0])
+    place = {"location": name, "offset": str(raw[0].value), "length": str(raw[0].end - raw[0].value)}
+    for key, value in place.items():
+        found += _bytes(_EXTERNAL, _bytes(1, key.encode()) + _bytes(2, value.encode()))
+    return found + _varint(_LOCATION << 3) + _varint(1)
+
+
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
+    """The fields of a message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    while at < end:
+        start = at
+        tag, value = _read(data, at)
+        size, wire = 0, tag & 7
+        if wire == 0:
+            _, at = _read(data, value)
+        elif wire == _BYTES:
+            size, value = _read(data, value)
+            at = value + size
+        elif wire in (1, 5):
+            at = value + (8 if wire == 1 else 4)
+        else:
+            raise ValueError("a group, or no field")
+        if at > end:
+            raise ValueError("a field that is longer than its message")
+        yield _Field(tag >> 3, wire, start, value, at)
+
+
+def _read(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A number, and where it ends."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, at
+    raise ValueError("a number of more than 64 bits")
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number >= 0x80:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def _bytes(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | _BYTES) + _varint(len(value)) + value
