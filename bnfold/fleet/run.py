@@ -15,7 +15,7 @@ from bnfold.fleet.places import Folder, is_url
 from bnfold.fleet.rows import Row
 from bnfold.fleet.work import Order, export_model
 from bnfold.report import FleetReport, ModelRow
-from bnfold.report.fleet import row_of
+from bnfold.report.plain import revived
 
 #: Called with a row as it ends, and how many have ended of how many.
 Tell = Callable[[ModelRow, int, int], None]
@@ -66,7 +66,7 @@ def _failed(row: Row, error: BnfoldError) -> ModelRow:
 def _earlier(results: Folder) -> dict[str, ModelRow]:
     """The rows of the run before, by name."""
     with suppress(ValueError, KeyError, TypeError):
-        return {row["name"]: row_of(row) for row in json.loads(results.read("index.json") or b"")["rows"]}
+        return {row["name"]: revived(ModelRow, row) for row in json.loads(results.read("index.json") or b"")["rows"]}
     return {}
 
 

@@ -28,8 +28,8 @@ from bnfold.fleet.nursery import Command, Ended, Nursery, sha256_of
 from bnfold.fleet.places import Folder, fetched, is_url
 from bnfold.fleet.rows import Row, input_files
 from bnfold.report import Ledger, ModelRow
-from bnfold.report.fleet import Outcome, row_of
-from bnfold.report.plain import plain, versions
+from bnfold.report.fleet import Outcome
+from bnfold.report.plain import plain, revived, versions
 
 #: Processes that may die under a model before it is given up.
 TRIES = 3
@@ -102,7 +102,7 @@ def _version(package: str) -> str | None:
 def _known(order: Order, out: Folder, files: dict[str, Path]) -> ModelRow | None:
     with suppress(ValueError, KeyError, TypeError, AttributeError):  # a record that is none
         record = json.loads(out.read(f".fleet/{order.row.name}.json") or b"")
-        row = row_of(record["row"])
+        row: ModelRow = revived(ModelRow, record["row"])
         good = row.exit_code == 0 or not order.anew
         if good and row.key == key_of(order, limits=record["limited"]) and _same(order, out, files, record):
             return replace(row, earlier=True, changed=())
@@ -198,7 +198,7 @@ def _read(order: Order, ended: Ended, folder: Path, written: list[str]) -> tuple
     if ended.how != "exit" or report not in written:
         return found, None
     document = json.loads((folder / report).read_text(encoding="utf-8"))
-    folded, total = Ledger.from_json(json.dumps(document["ledger"])).count()
+    folded, total = revived(Ledger, document["ledger"]).count()
     check, file = document["check"], document["file"] or {}
     found = replace(
         found, folded=folded, batch_norms=total, ratio=check and check["ratio"], report=row.name,

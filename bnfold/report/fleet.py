@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from bnfold.report.plain import Report
 
@@ -87,12 +87,3 @@ class FleetReport(Report):
         """That of the command."""
         codes = {row.exit_code for row in self.rows}
         return next((code for code in GRAVEST if code in codes), max(codes, default=0))
-
-
-def row_of(found: dict[str, Any]) -> ModelRow:
-    """The row that was written as JSON.
-
-    Raises:
-        TypeError: it is none.
-    """
-    return ModelRow(**{**found, "changed": tuple(found.get("changed", ()))})

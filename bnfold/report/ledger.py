@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from bnfold.report.plain import plain, table
+from bnfold.report.plain import plain, revived, table
 
 #: Why an affine stays, and what the user can do about it.
 REASONS: dict[str, tuple[str, str]] = {code: (row["why"], row["way_out"]) for code, row in table("reasons").items()}
@@ -185,24 +185,7 @@ class Ledger:
         """
         try:
             found = json.loads(text)
-            changes = found["changes"]
-            return cls(
-                tuple(_entry(entry) for entry in found["entries"]),
-                tuple(Merge(**_tupled(merge)) for merge in found["merges"]),
-                None if changes is None else tuple(Change(**_tupled(change)) for change in changes),
-                tuple(Scaled(**_tupled(scaled)) for scaled in found.get("scaled", ())),
-            )
+            ledger: Ledger = revived(cls, {"entries": found["entries"], **found})
+            return ledger
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no ledger ({type(error).__name__}: {error})") from error
-
-
-def _entry(found: dict[str, Any]) -> Entry:
-    refusals = tuple(Refusal(**_tupled(refusal)) for refusal in found["refusals"])
-    return Entry(**{**_tupled(found), "refusals": refusals})
-
-
-def _tupled(value: Any) -> Any:
-    """JSON's lists as tuples."""
-    if isinstance(value, dict):
-        return {key: _tupled(item) for key, item in value.items()}
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value

@@ -9,9 +9,12 @@ import platform
 import sys
 import tomllib
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from bnfold._version import __version__
 
@@ -57,6 +60,26 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def revived(hint: Any, value: Any) -> Any:
+    """What ``plain`` has made ``value`` of, given its type; what was derived is derived anew.
+
+    Raises:
+        TypeError, KeyError, AttributeError: it was made of something else.
+    """
+    parts = get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint):
+        kinds, derived = _hints(hint), getattr(hint, "derived", ())
+        return hint(**{name: revived(kinds[name], item) for name, item in value.items() if name not in derived})
+    if get_origin(hint) is tuple:
+        return tuple(map(revived, repeat(parts[0]) if parts[1:] == (...,) else parts, value))
+    if get_origin(hint) is UnionType and value is not None:
+        return revived(next(part for part in parts if part is not NoneType), value)
+    return value
+
+
+_hints = cache(get_type_hints)
 
 
 def lines(value: Any, indent: int = 2, depth: int = 0) -> str:
