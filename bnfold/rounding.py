@@ -14,16 +14,20 @@ import numpy.typing as npt
 POOL = 65_537
 
 
-@functools.lru_cache(maxsize=4)
-def _pool(seed: int) -> npt.NDArray[np.float64]:
-    return np.random.default_rng(seed).random(POOL) - 0.5
+@functools.lru_cache(maxsize=32)
+def _pool(seed: int, epsilon: float, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    drawn: npt.NDArray[Any] = (1 + epsilon * (np.random.default_rng(seed).random(POOL) - 0.5)).astype(dtype)
+    return drawn
 
 
 def disturb(values: npt.NDArray[Any], epsilon: float, name: str, seed: int) -> None:
-    """Disturbs a contiguous float64 array in place, as its name and the seed decide."""
-    flat, pool, at, start = values.reshape(-1), _pool(seed), zlib.crc32(name.encode()) % POOL, 0
+    """Disturbs a contiguous array of float64 in place, as its name and the seed decide.
+
+    Of float32 as well where epsilon is well above that of float32 itself.
+    """
+    flat, pool = values.reshape(-1), _pool(seed, epsilon, values.dtype)
+    at, start = zlib.crc32(name.encode()) % POOL, 0
     while start < len(flat):
         count = min(len(flat) - start, POOL - at)
-        part = flat[start : start + count]
-        part += part * (epsilon * pool[at : at + count])
+        flat[start : start + count] *= pool[at : at + count]
         start, at = start + count, (at + count) % POOL

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnfold.gate.evidence import ELEMENT, STEPS, Draws, Row, Source, compare, pooled, specials, typical
+from bnfold.gate.evidence import CHEAP, ELEMENT, STEPS, Draws, Row, Source, compare, pooled, specials, typical
 
 UNIT = 2.0**-24
 
@@ -83,20 +83,45 @@ def test_what_is_seen_once_is_pooled_wider_than_what_is_drawn() -> None:
     assert float(typical(steps, size).min()) == 0 and float(pooled(steps, size).min()) > 5e-8
 
 
-def test_noise_is_the_sum_of_what_all_sources_do() -> None:
+@pytest.mark.parametrize("louder", [1.0, 8.0])
+def test_noise_is_the_sum_of_what_all_sources_do(louder: float) -> None:
     truth = torch.zeros(3, dtype=torch.float64)
     seeds: dict[str, list[int]] = {"reference": [], "claim": []}
 
     def source(name: str, off: float) -> Source:
-        return [truth], lambda seed: seeds[name].append(seed) or [truth + off]  # type: ignore[func-returns-value]
+        moved = [truth + louder * off]
+        return Source([truth], lambda seed: seeds[name].append(seed) or moved, louder)  # type: ignore[func-returns-value]
 
-    draws = Draws([source("reference", 3), source("claim", 4)])
-    for step, (expected, counts) in enumerate(zip((3.0, 5.0, 5.0, 5.0), STEPS)):
+    draws, plan = Draws([source("reference", 3), source("claim", 4)]), STEPS if louder == 1 else CHEAP
+    for step, (expected, counts) in enumerate(zip((3.0, 5.0 if louder == 1 else 3.0, 5.0, 5.0, 5.0), plan)):
         draws.more(step)
         assert draws.noise(0).tolist() == [expected] * 3
         assert tuple(map(len, seeds.values())) == counts
     assert seeds["reference"] == list(range(16))  # none twice
-    assert Draws([source("reference", 3), ([], lambda seed: [])]).noise(0).tolist() == [0.0] * 3  # an output too few
+    few = Draws([source("reference", 3), Source([], lambda seed: [])])  # an output too few
+    assert few.noise(0).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4, 16])
+def test_neighbours_say_what_noise_is_however_often_it_is_drawn(draws: int) -> None:
+    """The median of so few draws is less than what they are draws of."""
+    generator = torch.Generator().manual_seed(draws)
+    noise = torch.randn(draws, 1, 1 << 16, generator=generator, dtype=torch.float64).square().mean(0).sqrt()
+    found, quiet = typical(noise, torch.ones_like(noise), draws), noise < 0.8
+    # 1 is what they are draws of; of two middle ones it is the lower, and of two orders the smaller.
+    assert 0.9 < float(found[quiet].mean()) < 1.05
+    assert float(typical(noise, torch.ones_like(noise))[quiet].mean()) < float(found[quiet].mean())
+
+
+def test_a_channel_that_one_draw_left_still_has_the_noise_of_others_that_are_as_large() -> None:
+    """One constant moves all of a channel, so that none of its own elements says so."""
+    noise = torch.full((1, 40, 64), 1e-7, dtype=torch.float64)
+    noise[:, 7] = 1e-12
+    size = 1 + normal(1, 40, 64).abs()
+    size[:, 8], noise[:, 8] = 1e-6, 1e-13  # what is small has small neighbours
+    few, many = typical(noise, size, 1), typical(noise, size, 1000)
+    assert float(few[0, 7].min()) > 5e-8 and float(many[0, 7].max()) < 1e-8
+    assert float(few[0, 8].max()) < 1e-12 and float(typical(noise, size)[0, 7].max()) == 1e-12
 
 
 @pytest.mark.parametrize(

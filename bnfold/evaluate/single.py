@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -12,17 +13,16 @@ import torch
 from bnfold.evaluate.reading import raised
 from bnfold.evaluate.subject import Array
 
+if TYPE_CHECKING:
+    from bnfold.evaluate.evaluator import Evaluator
+
 
 def node_evaluator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Callable[[Mapping[str, Array]], list[Any]]:
     """One node in float64, from the values that it reads by name to one result per name of ``node.output``."""
     if node.op_type == "Constant" and not node.domain and node.attribute and node.attribute[0].HasField("t"):
         held = raised(onnx.numpy_helper.to_array(node.attribute[0].t))  # a file has hundreds
         return lambda given: [held]
-    from bnfold.evaluate.evaluator import Evaluator  # onnx's reference takes long to import, and not all need it
-
-    graph = onnx.GraphProto(node=[node])
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
-    evaluator = Evaluator(graph, opsets=dict(opsets))
+    evaluator = _one_node(node.SerializeToString(deterministic=True), tuple(opsets.items()))
 
     def run(given: Mapping[str, Array]) -> list[Any]:
         with np.errstate(all="ignore"), torch.no_grad():
@@ -30,3 +30,13 @@ def node_evaluator(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Callable[
         return [raised(next(found)) if name else None for name in node.output]
 
     return run
+
+
+@functools.lru_cache(maxsize=16)  # the same one is asked several times in a row
+def _one_node(content: bytes, opsets: tuple[tuple[str, int], ...]) -> Evaluator:
+    from bnfold.evaluate.evaluator import Evaluator  # onnx's reference takes long to import, and not all need it
+
+    node = onnx.NodeProto.FromString(content)
+    graph = onnx.GraphProto(node=[node])
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+    return Evaluator(graph, opsets=dict(opsets))

@@ -23,8 +23,6 @@ _WINDOWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 _ROWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "Gemm", "MatMul", "BatchNormalization"}
 #: Elements of an operand that is asked for in several ways.
 MOST = 200_000
-#: Output channels at either end for which float64 is computed: kernels take them in blocks, and what is left.
-EDGE = 16
 #: The kinds of operators that this process has asked by themselves and found right.
 _right: set[bytes] = set()
 
@@ -67,10 +65,7 @@ def alone(
                 continue  # a size that it does not take
             named = zip([n for n in node.output if n], results)  # of a file's values ``given`` has those that are read
             made = {n: x for n, x in named if n in given}
-            thin, few = _thinned(node, held, feeds, made)
-            found = ask([thin], opsets, few)
-            if found.faults:  # told with all channels
-                found = ask([node], opsets, {**held, **feeds, **made})
+            found = ask([node], opsets, {**held, **feeds, **made}, frozenset(held))
             count += found.count
             unbounded |= dict.fromkeys(found.unbounded)
             faults += found.faults
@@ -80,26 +75,6 @@ def alone(
             if count > before:  # with operands too large for this nothing was asked
                 _right.add(key)
     return Asked(tuple(faults), count, tuple(unbounded))
-
-
-def _thinned(
-    node: onnx.NodeProto, held: Mapping[str, Any], feeds: Mapping[str, Any], made: Mapping[str, Any]
-) -> tuple[onnx.NodeProto, dict[str, Any]]:
-    """A node and all it reads and makes; of a convolution with many channels the first and the last few."""
-    weight = held.get(node.input[1]) if node.op_type == "Conv" else None
-    if weight is None or weight.shape[0] <= 2 * EDGE:
-        return node, {**held, **feeds, **made}
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-    each = weight.shape[0] // groups  # output channels of a group
-    few = min(-(-EDGE // each), groups // 2)
-    some = np.r_[:EDGE, -EDGE:0] if groups == 1 else np.r_[: few * each, -few * each : 0]
-    part = {**{n: x[some] for n, x in held.items()}, **{n: x[:, some] for n, x in made.items()}}
-    if groups == 1:
-        return node, {**feeds, **part}
-    thin, span = onnx.NodeProto(), few * weight.shape[1]
-    thin.CopyFrom(node)
-    next(a for a in thin.attribute if a.name == "group").i = 2 * few
-    return thin, {**part, **{n: x[:, np.r_[:span, -span:0]] for n, x in feeds.items()}}
 
 
 def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Iterator[Array]:

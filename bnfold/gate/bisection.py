@@ -24,7 +24,7 @@ from bnfold.gate.claims import FileClaim
 from bnfold.gate.decisions import NEAR
 from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
 from bnfold.gate.engines import settings
-from bnfold.gate.evidence import MANY, Draws, Row, compare
+from bnfold.gate.evidence import MANY, Draws, Row, Source, compare
 from bnfold.gate.file_graph import FileGraph, FileValue
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Case, Judge, run_cases
@@ -302,7 +302,7 @@ class Search:
             found = model.run(case.batch, known, follow=decided, seed=seed).kept
             return [found[n] for n in known]
 
-        draws = Draws([(true, draw)])
+        draws = Draws([Source(true, draw)])
         draws.more(MANY)
         return {name: (value, draws.noise(i)) for i, (name, value) in enumerate(zip(known, true))}
 

@@ -29,6 +29,7 @@ from bnfold.evaluate.single import node_evaluator
 from bnfold.evaluate.subject import Array
 from bnfold.gate.evidence import typical
 from bnfold.gate.operator_bounds import SMALLEST, UNITS, bound
+from bnfold.gate.thinning import thinned
 
 #: λ of the bound on sums. Over seven nets the largest was 1.3, and 10 in a mean that is bounded by its magnitudes.
 SUMS = 8.0
@@ -89,18 +90,27 @@ class Asked:
     missing: tuple[str, ...] = ()
 
 
-def ask(nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], given: Mapping[str, Array | None]) -> Asked:
-    """Holds every node's results in ``given``, as the runtime computed them, against float64 on its operands there."""
+def ask(
+    nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], given: Mapping[str, Array | None],
+    constants: frozenset[str] = frozenset(),
+) -> Asked:  # fmt: skip
+    """Holds every node's results in ``given``, as the runtime computed them, against float64 on its operands there.
+
+    Of products with ``constants`` a part of the channels.
+    """
     faults, unbounded, missing, count = list[Fault](), dict[str, None](), dict[str, None](), 0
     for node in nodes:
         names = [*node.input, *outer_names(node)]
         if node.op_type in SKIPPED or any(name and given.get(name) is None for name in names):
             continue
-        results = [given.get(name) if name else None for name in node.output]
-        if all(result is None for result in results):
+        values = {name: given.get(name) for name in (*names, *node.output) if name}
+        if all(values.get(name) is None for name in node.output):
             continue
+        thin, few = thinned(node, values, constants)
         try:
-            known, fault = _judged(node, opsets, {n: given[n] for n in names if n}, results)
+            known, fault = _judged(thin, opsets, few)
+            if fault is not None and few is not values:
+                known, fault = _judged(node, opsets, values)  # to be told with all channels
         except BnfoldError as error:
             missing[f"{node.op_type} ({error.what[:120]})"] = None
             continue
@@ -112,10 +122,10 @@ def ask(nodes: Sequence[onnx.NodeProto], opsets: Mapping[str, int], given: Mappi
     return Asked(tuple(faults), count, tuple(unbounded), tuple(missing))
 
 
-def _judged(
-    node: onnx.NodeProto, opsets: Mapping[str, int], operands: Mapping[str, Any], results: Sequence[Any]
-) -> tuple[bool, Fault | None]:
+def _judged(node: onnx.NodeProto, opsets: Mapping[str, int], values: Mapping[str, Any]) -> tuple[bool, Fault | None]:
     """Whether a bound is known beforehand, and the fault where a result is beyond it."""
+    results = [values.get(name) for name in node.output]
+    operands = {name: x for name, x in values.items() if name not in node.output}
     evaluate = node_evaluator(node, opsets)
     exact = evaluate(operands)
     known, worst, why = True, 0.0, ""

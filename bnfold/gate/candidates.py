@@ -52,6 +52,7 @@ class OnnxCandidate:
     def __init__(
         self, path: Path, *, setting: Setting, optimized: bool, inputs: Sequence[tuple[int, str]], widen: bool = False,
         outputs: Sequence[str] | None = None, wider: bool = False, disabled: Sequence[str] = (),
+        session: Session | None = None,
     ) -> None:  # fmt: skip
         self.name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
         self.name += f", {setting.arithmetic.name}" if setting.coarser > 1 else ""
@@ -60,7 +61,7 @@ class OnnxCandidate:
         self._inputs, self.widen = list(inputs), widen
         #: ``outputs`` are those of the file that are the model's; ``wider`` lets it return float32 for half floats.
         self._outputs, self.wider = outputs, wider or widen
-        self._session: Session | None = None
+        self._session = session
         self._watching: tuple[tuple[str, ...], Session, list[str], int] | None = None
 
     @property
@@ -138,8 +139,6 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[byt
 
     With it come those of the names that it has, and how many outputs it had before.
     """
-    import onnx
-
     content = io.BytesIO()  # hands out its bytes without a copy of them
     if widen:
         content.write(widened(path))

@@ -19,7 +19,7 @@ from bnfold.gate.alone import alone
 from bnfold.gate.by_operator import Asked, as_kernels_round, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
-from bnfold.gate.evidence import MANY, STEPS, Draws, Row, seen_error
+from bnfold.gate.evidence import MANY, STEPS, Draws, Row, Source, seen_error
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
@@ -140,7 +140,7 @@ class Sessions:
             after = partial(as_kernels_round, opsets=claim.opsets, dtype=dtype, rng=np.random.default_rng(seed))
             return claim.run(case.batch, follow=truth.decided or None, after=after).outputs
 
-        draws = Draws([(truth.outputs, draw)])
+        draws = Draws([Source(truth.outputs, draw)])
         draws.more(MANY)
         return draws
 
@@ -172,7 +172,7 @@ class Sessions:
         found: list[Asked] = []
         try:
             for nodes, given, constants in self._pieces(candidate, case):
-                found.append(ask(nodes, opsets, given))
+                found.append(ask(nodes, opsets, given, constants))
                 if not self._asked:
                     found.append(alone(nodes, opsets, given, constants, self.device))
         except BnfoldError as error:

@@ -80,7 +80,15 @@ class Table:
 
 
 def compare(
-    given: Tensor, truth: Tensor, noise: Tensor, *, unit: float, batched: bool = False, coarser: float = 1.0
+    given: Tensor,
+    truth: Tensor,
+    noise: Tensor,
+    *,
+    unit: float,
+    batched: bool = False,
+    coarser: float = 1.0,
+    draws: float = math.inf,
+    enough: float = 1.0,
 ) -> tuple[float, float, tuple[int, ...], float, float, tuple[int, ...]]:
     """``ratio``, ``worst``, ``element``, ``error``, ``noise`` and ``doublings`` of a ``Row``.
 
@@ -91,6 +99,8 @@ def compare(
         unit: the unit roundoff of what the value is stored in.
         batched: axis 0 holds samples.
         coarser: how many times more coarsely the witness rounds.
+        draws: of how many draws ``noise`` is the RMS: of a few the median is less.
+        enough: up to this many noises nobody asks an element's neighbours.
     """
     good = truth.isfinite() & given.isfinite()
     if not given.numel() or not bool(good.any()):
@@ -101,8 +111,8 @@ def compare(
     known, least = torch.nan_to_num(noise, 0.0, 0.0, 0.0), floor(right, unit)
     bar = (coarser * torch.maximum(known, least)).clamp(min=TINY)
     ratios = off / bar
-    if float(ratios.max()) > 1:  # else nobody's neighbours change the verdict
-        bar = (coarser * torch.maximum(typical(known, size), least)).clamp(min=TINY)
+    if float(ratios.max()) > enough:  # else nobody's neighbours change the verdict
+        bar = (coarser * torch.maximum(typical(known, size, draws), least)).clamp(min=TINY)
         ratios = off / bar
     rows = ratios.reshape(ratios.shape[0] if batched and ratios.ndim else 1, -1)
     worst = int(ratios.argmax())
@@ -121,9 +131,20 @@ def floor(truth: Tensor, unit: float) -> Tensor:
     return torch.maximum(0.25 * unit * truth.abs(), EXACT * channel).clamp(min=SUBNORMAL.get(unit, 0.0))
 
 
-def typical(noise: Tensor, size: Tensor) -> Tensor:
-    """Every element's noise, and no less than the median of its neighbours in the order of their size."""
-    return torch.maximum(noise, _least(noise, size, NEIGHBOURS, _median))
+def typical(noise: Tensor, size: Tensor, draws: float = math.inf) -> Tensor:
+    """Every element's noise, and no less than its neighbours in the order of their size say it is.
+
+    These are the elements of its channel; since one constant may move all of them at once, of a few draws also those
+    of the other channels, which weigh as much as two draws do.
+
+    The median of RMS of a few normal draws is less than what they are draws of: by the cube of 1 - 2/(9 draws), under
+    a root (Wilson and Hilferty 1931, "The distribution of chi-square").
+    """
+    floor = _least(noise, size, NEIGHBOURS, _median)
+    if draws < math.inf and noise.numel():
+        beside = _neighbours(noise, size, None, NEIGHBOURS, _median)
+        floor = torch.maximum(floor, beside * (2 / (2 + draws)) ** 0.5)
+    return torch.maximum(noise, floor / (1 - 2 / (9 * draws)) ** 1.5)
 
 
 def pooled(error: Tensor, size: Tensor) -> Tensor:
@@ -190,14 +211,21 @@ def _grouped(rows: Tensor, sizes: Tensor, like: Tensor, axis: int | None, width:
     return back.reshape(like.shape[axis], *others).movedim(0, axis)
 
 
-#: What rounding makes of a few values: called with a seed, and how they are without it.
-Source = tuple[Sequence[Tensor], Callable[[int], Sequence[Tensor]]]
+@dataclass(frozen=True)
+class Source:
+    """What rounding makes of a few values: ``draw`` by a seed, ``louder`` times as much, of what is ``still`` else."""
+
+    still: Sequence[Tensor]
+    draw: Callable[[int], Sequence[Tensor]]
+    louder: float = 1.0
 
 
 #: How often the constants of each source are drawn, step by step: of the reference once, which says enough of most
 #: right files; of the claim as well; and more where what was seen may be chance.
-STEPS = ((1, 0), (1, 1), (4, 4), (16, 16))
-MANY = 2  # the first step that draws more than once
+STEPS = ((1, 0), (1, 1), (4, 4), (8, 8), (16, 16))
+MANY = 2  # the first step that draws all sources more than once
+#: The same where the reference is cheap to draw, as it is louder.
+CHEAP = ((1, 0), (4, 0), (4, 4), (8, 8), (16, 16))
 
 
 class Draws:
@@ -209,16 +237,24 @@ class Draws:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources, self._counts = sources, [0] * len(sources)
-        self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in truth] for truth, _ in sources]
+        self._steps = CHEAP if sources and sources[0].louder > 1 else STEPS
+        self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in source.still] for source in sources]
 
     def more(self, step: int) -> None:
         """Draws as often as a step of ``STEPS`` says."""
-        for at, ((truth, draw), squares, count) in enumerate(zip(self._sources, self._squares, STEPS[step])):
+        for at, (source, squares, count) in enumerate(zip(self._sources, self._squares, self._steps[step])):
             for seed in range(self._counts[at], count):
-                for square, moved, true in zip(squares, draw(seed), truth):
-                    if moved.shape == true.shape and moved.is_floating_point():
-                        square += torch.nan_to_num(moved.double() - true.double(), 0.0, 0.0, 0.0).square()
+                for square, moved, still in zip(squares, source.draw(seed), source.still):
+                    if moved.shape == still.shape and moved.is_floating_point():
+                        off = torch.nan_to_num(moved.double() - still.double(), 0.0, 0.0, 0.0)
+                        square += (off / source.louder).square()
             self._counts[at] = max(self._counts[at], count)
+
+    @property
+    def count(self) -> float:
+        """How many draws the noise is worth, of sources that are alike (Welch and Satterthwaite)."""
+        counts = [count for count in self._counts if count]
+        return len(counts) ** 2 / sum(1 / count for count in counts) if counts else math.inf
 
     def noise(self, index: int) -> Tensor:
         """RMS of what all sources together do to a value."""

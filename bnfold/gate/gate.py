@@ -60,7 +60,7 @@ from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, Verdict
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
-from bnfold.runtime.runtime import Arithmetic, Device, provider_notes, resolve_device
+from bnfold.runtime.runtime import Arithmetic, Device, Session, provider_notes, resolve_device
 
 #: Largest RMS of error over noise, of an output or any of its samples; a single element may be off by ``ELEMENT`` such.
 LIMIT = 4.0
@@ -136,7 +136,7 @@ class Gate:
             dear=self._dear and self.samples <= MIN_SAMPLES and self.data is None,
         )  # fmt: skip
         found = self._search(made)
-        model = self._model = Model(captured)
+        model = self._model = Model(captured, dear=self._dear)
         cases, reason = run_cases(
             model, [*made, *found.batches], findings, self.progress,
             lambda batch, own, truth: model.accepts(batch, own, truth, findings),
@@ -147,7 +147,7 @@ class Gate:
             )
         if not cases:
             return CheckReport("inconclusive", "torch", 0, (), problems=tuple(findings.doubts), limit=self.limit)
-        stateful = model.keeps_state(findings)
+        stateful = model.keeps_state(findings, alone=len(cases) == 1)
         ran = sum(case.batch.samples for case in cases)
         if ran < ENOUGH:
             findings.doubts.append(
@@ -209,7 +209,7 @@ class Gate:
         try:
             specs = self.captured.program.graph_signature.output_specs
             returned = [str(getattr(spec.arg, "name", "")) for spec in specs]
-            outputs = self._matched.outputs or [value.name for value in self._probe.outputs]
+            outputs = self._matched.outputs or self._returned
             names = dict(zip(returned, outputs)) if len(returned) == len(outputs) else {}
             claim = FileClaim(self.path, self._held, self._matched.inputs, self._matched.outputs,
                               self.file_names or names, self._model.epsilon, self._model.halves)  # fmt: skip
@@ -331,6 +331,7 @@ class Gate:
     def _match(self) -> None:
         """Which of the file's inputs and outputs are the model's, and which sizes it takes."""
         self._widen, self._matched = False, Match(())
+        self._probe: Session | None = None
         if self.path is None:
             return
         self._device = resolve_device(self.device)
@@ -344,6 +345,7 @@ class Gate:
         if self.folded is None:
             refuse_training(held, str(self.path))
         probe = self._probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
+        self._returned = [value.name for value in probe.outputs]
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
         self._findings.notes += self._matched.notes
         weights = self.captured.program.state_dict.values()
@@ -360,9 +362,14 @@ class Gate:
 
     def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
         assert self.path is not None
+        first = self._settings[0]
+        probe, self._probe = (
+            (self._probe, None) if not (optimized or setting or first.deployed) else (None, self._probe)
+        )
         return OnnxCandidate(
-            self.path, setting=setting or self._settings[0], optimized=optimized, inputs=self._matched.inputs,
+            self.path, setting=setting or first, optimized=optimized, inputs=self._matched.inputs,
             widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
+            session=probe,
         )  # fmt: skip
 
     # -- what proves nothing -------------------------------------------------------------------------------------------

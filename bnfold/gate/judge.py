@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -143,14 +144,11 @@ class Judge:
             return case.truth, first_line(error)
 
     def _claimed(self, claim: Claim, case: Case, truth: Run) -> tuple[list[Row], float]:
-        reference, batch, run = self.reference, case.batch, case.claimed
+        batch, run = case.batch, case.claimed
         assert run is not None
-        follow, decided = run.decided or None, truth.decided
-        sources: list[Source] = [
-            (truth.outputs, lambda seed: reference.run(batch, follow=decided, seed=seed).outputs),
-            (run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs),
-        ]
-        case.draws = draws = Draws(sources)
+        follow = run.decided or None
+        theirs = Source(run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs)
+        case.draws = draws = Draws([self._source(case, truth), theirs])
 
         def noise(i: int) -> Tensor:
             found = draws.noise(i)
@@ -163,7 +161,7 @@ class Judge:
         misfit = 0.0
         for step in range(len(STEPS)):
             draws.more(step)
-            rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise)
+            rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise, draws=draws.count)
             if settled(rows, self.limit, step):
                 break
         return rows, misfit
@@ -172,11 +170,11 @@ class Judge:
 
     def judge(
         self, witness: str, case: Case, given: Sequence[Any], truth: Sequence[Any], noise: Callable[[int], Tensor],
-        *, coarser: float = 1.0, wider: bool = False, typed: bool = False,
+        *, coarser: float = 1.0, wider: bool = False, typed: bool = False, draws: float = math.inf,
     ) -> tuple[list[Row], float]:  # fmt: skip
         """The rows of one run, and the largest misfit: infinite where no number says how wrong it is.
 
-        ``typed``: it has dtypes of its own; ``wider`` may be float32 for half floats.
+        ``typed``: it has dtypes of its own; ``wider`` may be float32 for half floats. ``draws`` as for ``compare``.
         """
         names, said = self.reference.outputs, dict[str, list[str]]()
         values = numbers(given)
@@ -204,7 +202,8 @@ class Judge:
             if (problem := specials(value, true)) is not None:
                 said.setdefault(name, []).append(problem)
             unit = self.reference.units.get(name, unit_roundoff(own.dtype))
-            found = compare(value, true, noise(i), unit=unit, batched=batched(case.batch, true), coarser=coarser)
+            found = compare(value, true, noise(i), unit=unit, batched=batched(case.batch, true), coarser=coarser,
+                            draws=draws)  # fmt: skip
             count = int((true.isfinite() & value.isfinite()).sum())
             whole = bool(count) or not true.numel()
             rows.append(Row(case.words, witness, name, *found, count, case.batch.samples, finite=whole))
@@ -216,12 +215,16 @@ class Judge:
     def drawn(self, case: Case, step: int = 0) -> Draws:
         """What rounding does to the outputs of a case, drawn as often as a step of ``STEPS`` says."""
         if case.draws is None:
-            reference, batch, decided = self.reference, case.batch, case.truth.decided
-            case.draws = Draws(
-                [(case.truth.outputs, lambda seed: reference.run(batch, follow=decided, seed=seed).outputs)]
-            )
+            case.draws = Draws([self._source(case, case.truth)])
         case.draws.more(step)
         return case.draws
+
+    def _source(self, case: Case, truth: Run) -> Source:
+        """What rounding the reference's constants does, in float64 or where that says the same as the model runs."""
+        reference, batch = self.reference, case.batch
+        if reference.louder > 1 and not truth.decided and len(case.own) == len(truth.outputs):
+            return Source(case.own, lambda seed: reference.loudly(batch, seed).outputs, reference.louder)
+        return Source(truth.outputs, lambda seed: reference.run(batch, follow=truth.decided, seed=seed).outputs)
 
     def right(self, witness: str, cases: Iterable[Case]) -> bool:
         """Whether a witness has been right on some cases."""

@@ -28,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 #: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
 #: not equal bit for bit, their noise is one draw.
 SAME = 4.0
+#: How many times louder than rounding constants are disturbed in float32.
+LOUDER = 256.0
 
 
 @dataclass
@@ -87,6 +89,16 @@ class Reference(Protocol):
 
         Raises:
             Exception: it does not run on these inputs.
+        """
+
+    #: How many times louder than rounding its constants is what ``loudly`` does to them; 1: there is no such run.
+    louder: float
+
+    def loudly(self, batch: Batch, seed: int | None, keep: Collection[str] = ()) -> Run:
+        """As it computes in its own dtypes, with its constants disturbed or, without a seed, as they are.
+
+        Raises:
+            Exception: as ``own``.
         """
 
     def influence(self, value: str) -> frozenset[int] | None:
@@ -155,12 +167,16 @@ def _steer(place: Place, chosen: Any, turns: list[Turn]) -> Steering:
 
 
 class Model(Program64):
-    """A captured model; ``judge_capture`` holds it against the eager one."""
+    """A captured model; ``judge_capture`` holds it against the eager one.
 
-    def __init__(self, captured: Captured) -> None:
+    ``dear``: what rounding its constants does is found in its own dtype where that will do.
+    """
+
+    def __init__(self, captured: Captured, *, dear: bool = False) -> None:
         super().__init__(captured.program, captured.masters)
         self.captured, self.outputs = captured, number_names(captured.program)
         self._own = Runner(captured.program)
+        self._loud: Runner | None = None
         self.decisions = [place.value for place in self.places]
         held = [*captured.program.state_dict.values(), *captured.program.constants.values()]
         floats = [x.dtype for x in held if isinstance(x, Tensor) and x.is_floating_point()]
@@ -172,6 +188,9 @@ class Model(Program64):
         values = (n.meta.get("val") for n in captured.program.graph.nodes)
         dtypes += [x.dtype for x in values if isinstance(x, Tensor)]
         self.halves = {str(dtype).removeprefix("torch.") for dtype in dtypes} & {"float16", "bfloat16"}
+        # Twice its own rounding errors, between two runs, are then the last hundredth of what is seen.
+        plain = dear and not self.halves and self.epsilon == torch.finfo(torch.float32).eps
+        self.louder = LOUDER if plain else 1.0
         self.units: dict[str, float] = {}
         self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None
         self.capture_error = 0.0
@@ -181,6 +200,16 @@ class Model(Program64):
         found = numbers(self._own(batch.flat) if self.captured.eager is None else self.captured.run_eager(batch.flat))
         self.units |= {n: unit_roundoff(x.dtype) for n, x in zip(self.outputs, found) if x.is_floating_point()}
         return found
+
+    def loudly(self, batch: Batch, seed: int | None, keep: Collection[str] = ()) -> Run:
+        """As ``Reference.loudly``."""
+        runner = self._own
+        if seed is not None:
+            if self._loud is None:
+                self._loud = Runner(self.program, jitter=True, louder=self.louder)
+            runner, self._loud.seed = self._loud, seed
+        outputs = numbers(runner(batch.flat, keep=keep))
+        return Run(tuple(outputs), runner.kept)
 
     def influence(self, value: str) -> frozenset[int] | None:
         """As ``Reference.influence``."""
@@ -277,14 +306,18 @@ class Model(Program64):
                 )
         return None
 
-    def keeps_state(self, found: Findings) -> bool:
-        """Whether what ran in between changed what the model answers: then it keeps state, which no file does."""
+    def keeps_state(self, found: Findings, *, alone: bool) -> bool:
+        """Whether what ran in between changed what the model answers: then it keeps state, which no file does.
+
+        Where it has run on one batch ``alone``, something else runs here first.
+        """
         if self._first is None:
             return False
         batch, before, truth = self._first
-        halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
-        with contextlib.suppress(Exception):
-            self.captured.run_eager(tuple(halved))
+        if alone:
+            halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
+            with contextlib.suppress(Exception):
+                self.captured.run_eager(tuple(halved))
         try:
             after = numbers(self.captured.run_eager(batch.flat))
         except Exception:

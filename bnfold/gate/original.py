@@ -22,6 +22,8 @@ from bnfold.runtime.runtime import Device, open_session
 class Original:
     """A file that another one is compared with. Raises what ``File64`` raises."""
 
+    louder = 1.0
+
     def __init__(self, path: Path, device: Device | str) -> None:
         self.file, self._path, self._device = File64(path), path, device
         self.outputs = [value.name for value in self.file.outputs]
@@ -63,6 +65,10 @@ class Original:
         feeds = {v.name: to_numpy(x) for v, x in zip(self.inputs, batch.flat)}
         found = self._session.run(feeds, list(self.outputs))
         return [as_tensor(x) for x in found]
+
+    def loudly(self, batch: Batch, seed: int | None, keep: Collection[str] = ()) -> Run:
+        """There is no such run."""
+        raise NotImplementedError
 
     def influence(self, value: str) -> frozenset[int] | None:
         """Not known."""

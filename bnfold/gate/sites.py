@@ -7,21 +7,22 @@ where it arises.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
 from bnfold.gate.claims import FileClaim, ProgramClaim
-from bnfold.gate.evidence import ELEMENT, STEPS, Draws, Row, compare, specials
+from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Draws, Row, Source, compare, specials
 from bnfold.gate.judge import Case, Judge, listed, settled
 from bnfold.gate.models import batched, first_line
 from bnfold.report import Ledger, SiteResult
 
-#: Values at fold sites are compared for as many samples as fit into this many elements.
-ELEMENTS = 16_000_000
+#: About as many elements of a value at a fold site are compared; of what lies between channels no fewer than this.
+ELEMENTS, LINES = 16_384, 3
 
 
 def judge_sites(
@@ -65,9 +66,9 @@ def _judged(
     wrong, first = list[str](), ""
     if not pairs:
         return results
-    case = _case(judge, len(pairs))
+    case = _case(judge)
     try:
-        rows = compared(judge, claim, case, {own: meaning for own, (_, meaning) in pairs.items()})
+        rows = compared(judge, claim, case, {own: meaning for own, (_, meaning) in pairs.items()}, _part)
     except Exception as error:
         judge.findings.problems.append(f"{claim.name}: fails when asked for the fold sites: {first_line(error)}")
         return results
@@ -87,17 +88,32 @@ def _judged(
     return results
 
 
-def _case(judge: Judge, count: int) -> Case:
+def _case(judge: Judge) -> Case:
     """The largest case of the first sizes, or the smallest of all."""
     cases = [c for c in judge.cases if c.batch.sizes == judge.cases[0].batch.sizes and not c.batch.origin]
     few = [c for c in cases if c.batch.samples <= 8]
     return max(few or cases or judge.cases[:1], key=lambda c: c.batch.samples)
 
 
-def compared(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meaning]) -> dict[str, Row]:
+def _part(value: Tensor) -> Tensor:
+    """Of a large value some of what lies between its first two axes and its last one, where its channels may be.
+
+    What is wrong in a constant is wrong all over its channel.
+    """
+    between, beside = math.prod(value.shape[2:-1]), value.numel() // max(math.prod(value.shape[2:-1]), 1)
+    few = max(ELEMENTS // max(beside, 1), LINES)
+    if value.ndim < 4 or between <= few:
+        return value
+    return value.flatten(2, -2)[:, :, torch.linspace(0, between - 1, few).round().long()]
+
+
+def compared(
+    judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meaning],
+    part: Callable[[Tensor], Tensor] = lambda value: value,
+) -> dict[str, Row]:  # fmt: skip
     """Values of a claim by its own names against what they stand for in the reference, drawn until sure.
 
-    A row is infinitely far off where shapes differ, or NaNs and infinities do.
+    A row is infinitely far off where shapes differ, or NaNs and infinities do. Elsewhere ``part`` of each is compared.
 
     Raises:
         Exception: one of them does not run.
@@ -106,33 +122,54 @@ def compared(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meanin
     kept, taken = judge.taken(claim, case, list(partners))
     decided = {**case.truth.decided, **taken}
     truth = judge.reference.run(case.batch, wanted, follow=decided).kept
-    names = [n for n in partners if n in kept.kept and isinstance(truth.get(partners[n].value), Tensor)]
-    given, right = [kept.kept[n] for n in names], [partners[n].of(truth[partners[n].value]) for n in names]
-
-    def own(seed: int) -> Sequence[Tensor]:
-        found = judge.reference.run(case.batch, wanted, follow=decided, seed=seed).kept
-        return [partners[n].of(found[partners[n].value]) for n in names]
-
-    def mine(seed: int) -> Sequence[Tensor]:
-        found = claim.run(case.batch, names, follow=kept.decided or None, seed=seed).kept
-        return [found[n] for n in names]
-
-    draws = Draws([(right, own), (given, mine)])
     rows: dict[str, Row] = {}
-    unit = max(judge.reference.units.values(), default=2.0**-24)
-    for step in range(len(STEPS)):
+
+    given, right = dict[str, Tensor](), dict[str, Tensor]()
+
+    def put(name: str, ratio: float, worst: float, *more: Any) -> None:
+        count = right[name].numel() if name in right else 0
+        element, error, noise, doublings = more or ((), 0.0, 0.0, ())
+        rows[name] = Row(case.words, claim.name, name, ratio, worst, element, error, noise, doublings, count,
+                         case.batch.samples, inside=True)  # fmt: skip
+
+    for name in (n for n in partners if n in kept.kept and isinstance(truth.get(partners[n].value), Tensor)):
+        one, true = kept.kept[name], partners[name].of(truth[partners[name].value])
+        if one.shape != true.shape or specials(one, true) is not None:
+            put(name, math.inf, math.inf)
+        elif not true.is_floating_point():
+            put(name, *((math.inf,) * 2 if bool((one != true).any()) else (0.0, 0.0)))
+        else:
+            given[name], right[name] = part(one), part(true)
+
+    def values(kept: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [part(partners[name].of(kept[partners[name].value])) for name in right]
+
+    reference, batch = judge.reference, case.batch
+    if reference.louder > 1 and not decided:
+        still = values(reference.loudly(batch, None, wanted).kept)
+        sources = [Source(still, lambda seed: values(reference.loudly(batch, seed, wanted).kept), reference.louder)]
+    else:
+        follow, names = kept.decided or None, list(given)
+
+        def mine(seed: int) -> Sequence[Tensor]:
+            found = claim.run(batch, names, follow=follow, seed=seed).kept
+            return [part(found[name]) for name in names]
+
+        theirs = Source(
+            [*right.values()], lambda seed: values(reference.run(batch, wanted, follow=decided, seed=seed).kept)
+        )
+        sources = [theirs, Source([*given.values()], mine)]
+    del kept, truth
+    draws, limit = Draws(sources), judge.limit
+    unit = max(reference.units.values(), default=2.0**-24)
+    # One constant may move all of a channel, and there are many channels: of one source a draw or two say too little.
+    for step in range(MANY if len(sources) == 1 else 0, len(STEPS) if right else 0):
         draws.more(step)
-        for i, name in enumerate(names):
-            if given[i].shape != right[i].shape or specials(given[i], right[i]) is not None:
-                rows[name] = Row(case.words, claim.name, name, math.inf, math.inf, inside=True)
-            elif right[i].is_floating_point():
-                found = compare(given[i], right[i], draws.noise(i), unit=unit, batched=batched(case.batch, right[i]))
-                rows[name] = Row(
-                    case.words, claim.name, name, *found, right[i].numel(), case.batch.samples, inside=True
-                )
-            else:
-                wrong = bool((given[i] != right[i]).any())
-                rows[name] = Row(case.words, claim.name, name, *((math.inf,) * 2 if wrong else (0.0, 0.0)), inside=True)
-        if settled(rows.values(), judge.limit, step):
+        for i, (name, true) in enumerate(right.items()):
+            if name not in rows or not settled([rows[name]], limit, step):
+                found = compare(given[name], true, draws.noise(i), unit=unit, draws=draws.count, enough=limit,
+                                batched=batched(batch, true))  # fmt: skip
+                put(name, *found)
+        if settled(rows.values(), limit, step):
             break
-    return rows
+    return {name: rows[name] for name in partners if name in rows}

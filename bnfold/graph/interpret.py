@@ -93,6 +93,7 @@ class Runner(fx.Interpreter):
             ready-made. Constants that integers or booleans are computed from, and no input with them, stay: 3.0 as an
             index is no rounded number.
         seed: of that disturbance.
+        louder: how many times larger it is.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Runner(fx.Interpreter):
         masters: Mapping[str, Tensor] | None = None,
         jitter: bool = False,
         seed: int = 0,
+        louder: float = 1.0,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
         self.extra_traceback = False
@@ -111,7 +113,7 @@ class Runner(fx.Interpreter):
         self._keep: Collection[str] = ()
         self._steering: Mapping[str, Steering] = {}
         self.kept: dict[str, Tensor] = {}
-        self._jitter, self.seed = jitter, seed
+        self._jitter, self.seed, self._louder = jitter, seed, louder
         self._epsilon: dict[str, float] = {}
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
@@ -146,7 +148,7 @@ class Runner(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A node's arguments; a constant is raised where it is used: there is never a second model in memory."""
-        if not self.precise:
+        if not self.precise and not self._jitter:
             return super().fetch_args_kwargs_from_env(n)
 
         def load(node: fx.Node) -> Any:
@@ -156,16 +158,16 @@ class Runner(fx.Interpreter):
         return fx.node.map_arg(n.args, load), fx.node.map_arg(n.kwargs, load)
 
     def _raised(self, name: str, constant: Any) -> Any:
-        value = raise_tensor(constant)
+        value = raise_tensor(constant) if self.precise else constant
         rounded = self._jitter and name not in self._exact
         if rounded and isinstance(value, Tensor) and value.is_floating_point():
             return self._rounded(name, value if value is not constant else value.clone(), self._epsilon[name])
         return value
 
     def _rounded(self, name: str, value: Tensor, epsilon: float) -> Tensor:
-        """A float64 value of its own, disturbed."""
+        """A value of its own, disturbed."""
         found = value.detach().contiguous()
-        disturb(found.numpy(), epsilon, name, self.seed)
+        disturb(found.numpy(), self._louder * epsilon, name, self.seed)
         return found
 
     def run_node(self, n: fx.Node) -> Any:
