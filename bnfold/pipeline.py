@@ -394,8 +394,7 @@ def check(
     judge = judging(options)
     captured, data, labels = Run(model, args, kwargs, dynamic_shapes, options, path).read()
     verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **judge).judge()
-    verdict = compared(
-        replace(verdict, notes=(*captured.notes, *verdict.notes), interface=interface(captured)), options
-    )
+    verdict = replace(verdict, notes=(*captured.notes, *verdict.notes), interface=interface(captured))
+    verdict = compared(verdict, options)
     keep_baseline(verdict, options)
     return replace(verdict, source=model_facts(options, model), file=None if path is None else str(path))
