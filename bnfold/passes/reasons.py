@@ -59,7 +59,10 @@ class _Reader:
         return set(self._gauge(value).ravel().tolist()) - {0}
 
     def _is_pinned(self, value: Node) -> bool:
-        return not self._gauge(value).all()
+        gauge = self._gauges.of[value]
+        if self._why.system == SHIFT:  # what was made up has none
+            return gauge.made is not None or not gauge.base.all()
+        return not gauge.scale.all()
 
     # -- along equations -------------------------------------------------------------------------------------------
 
