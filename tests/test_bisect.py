@@ -166,7 +166,7 @@ def test_a_deep_net_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tensor = next(t for t in model.graph.initializer if t.name in node.input)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.001), tensor.name))
     onnx.save(model, path)
-    monkeypatch.setattr(bisection, "CHUNK", 20_000)
+    monkeypatch.setattr(bisection, "CHUNK", 80_000)
     found = bnfold.bisect(path, net, args, device="cpu")
     assert found.values >= 240 and found.culprit is not None and found.culprit.module == "blocks.47.0"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 
 #: What inferring shapes may take beyond what is in use already.
-MEMORY, SECONDS = 4 << 30, 60
+MEMORY, SECONDS = 1 << 30, 60
 #: Before an answer: whether it is an error, and how many bytes it is.
 _HEAD = struct.Struct("?Q")
 
