@@ -16,8 +16,9 @@ from torch import Tensor
 from bnfold.affine import Meaning
 from bnfold.gate import gate as gate_module
 from bnfold.gate import sites
+from bnfold.gate.findings import Findings
 from bnfold.gate.judge import Case, Judge
-from bnfold.gate.models import LOUDER, Findings, Model
+from bnfold.gate.models import LOUDER, Model
 from bnfold.gate.samples import Batch, batches
 from bnfold.graph.capture import Captured, capture
 

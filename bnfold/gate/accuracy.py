@@ -21,17 +21,20 @@ from bnfold.errors import InputError
 from bnfold.gate.candidates import Candidate, OnnxCandidate
 from bnfold.gate.data import IGNORED, VOID, Labels, stored_batches
 from bnfold.gate.evidence import TINY, specials, unit_roundoff
+from bnfold.gate.findings import Findings, first_line
 from bnfold.gate.judge import Case, Judge
 from bnfold.gate.metrics import Classification, Errors, Regression, rms
-from bnfold.gate.models import Findings, Model, Progress, first_line, numbers
+from bnfold.gate.models import Model
 from bnfold.gate.outside import own_error
 from bnfold.gate.parts import Facts, Part, Spread
 from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.gate.stored import Rows, in_order
+from bnfold.gate.values import numbers
 from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.interpret import Runner
 from bnfold.graph.names import number_names
 from bnfold.report import Accuracy
+from bnfold.report.progress import Progress
 
 #: Samples that are run at once, and bytes of their inputs and outputs.
 SAMPLES, BYTES = 64, 32 << 20

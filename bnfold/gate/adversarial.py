@@ -24,8 +24,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from bnfold.gate.draw import is_mask
-from bnfold.gate.models import first_line, numbers
+from bnfold.gate.findings import first_line
 from bnfold.gate.samples import Batch
+from bnfold.gate.values import numbers
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.graph.interpret import Runner

@@ -26,16 +26,19 @@ from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
 from bnfold.gate.engines import settings
 from bnfold.gate.evidence import MANY, Draws, Row, Source, compare
 from bnfold.gate.file_graph import FileGraph, FileValue
+from bnfold.gate.findings import Findings
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Case, Judge, run_cases
 from bnfold.gate.matching import match
-from bnfold.gate.models import Findings, Model, Progress, batched
+from bnfold.gate.models import Model
 from bnfold.gate.samples import MIN_SAMPLES, batches
 from bnfold.gate.sites import compared
 from bnfold.gate.turns import distance
+from bnfold.gate.values import batched
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
+from bnfold.report.progress import Progress
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import Device, pip_problem, resolve_device
 

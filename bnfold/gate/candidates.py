@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
 from bnfold.gate.engines import Setting
-from bnfold.gate.models import as_tensor, to_numpy
+from bnfold.gate.values import as_tensor, to_numpy
 from bnfold.graph.capture import Captured
+from bnfold.graph.interpret import Runner
 from bnfold.report import Placement
 from bnfold.runtime.placement import placement
 from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
@@ -44,6 +46,19 @@ class EagerCandidate:
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
         return self._captured.run_eager(tuple(flat))
+
+
+class FoldedCandidate:
+    """The folded program in its own dtypes."""
+
+    name, coarser = "folded torch", 1.0
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._runner = Runner(program)
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """Flat outputs for flat inputs."""
+        return self._runner(flat)
 
 
 class OnnxCandidate:

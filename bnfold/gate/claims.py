@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 
 from bnfold.evaluate.evaluator import After, File64
 from bnfold.evaluate.subject import Run
-from bnfold.gate.models import Program64, as_tensor, to_numpy
+from bnfold.gate.models import Program64
 from bnfold.gate.samples import Batch
+from bnfold.gate.values import as_tensor, to_numpy
 
 
 def run_file(

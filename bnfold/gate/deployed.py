@@ -20,11 +20,12 @@ from bnfold.gate.by_operator import Asked, as_kernels_round, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
 from bnfold.gate.evidence import MANY, STEPS, Draws, Row, Source, seen_error
+from bnfold.gate.findings import first_line
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
-from bnfold.gate.models import first_line, to_numpy
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outside import SLACK
 from bnfold.gate.turns import judge_turns
+from bnfold.gate.values import to_numpy
 
 #: Elements of intermediate values that are held at a time.
 ELEMENTS = 32_000_000

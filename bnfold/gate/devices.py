@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bnfold.gate.candidates import OnnxCandidate
-from bnfold.gate.models import Findings, first_line
+from bnfold.gate.findings import Findings, first_line
 from bnfold.report import Placement
 from bnfold.runtime.placement import placement_finding
 

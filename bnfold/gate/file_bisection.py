@@ -13,7 +13,7 @@ from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.file_gate import FileGate
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.judge import Case, Judge
-from bnfold.gate.models import to_numpy
+from bnfold.gate.values import to_numpy
 
 
 @dataclass(kw_only=True)

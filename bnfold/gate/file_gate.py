@@ -19,11 +19,13 @@ from bnfold.gate.claims import FileClaim
 from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
 from bnfold.gate.engines import Setting
 from bnfold.gate.evidence import ELEMENT
+from bnfold.gate.findings import Findings
 from bnfold.gate.judge import Case, Judge, run_cases
-from bnfold.gate.models import Findings, Progress, as_tensor
 from bnfold.gate.original import Original
 from bnfold.gate.samples import Batch, provoke
+from bnfold.gate.values import as_tensor
 from bnfold.report import CheckReport, SiteResult, Verdict
+from bnfold.report.progress import Progress
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +28,7 @@ from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
     Candidate,
     EagerCandidate,
+    FoldedCandidate,
     OnnxCandidate,
     half_inside,
     needs_widening,
@@ -41,11 +41,13 @@ from bnfold.gate.data import Labels
 from bnfold.gate.deployed import DEPLOYED, Sessions
 from bnfold.gate.devices import judge_device
 from bnfold.gate.effort import effort, has_summaries
+from bnfold.gate.empty import prove_nothing
 from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
-from bnfold.gate.judge import Case, Judge, overflow, run_cases
+from bnfold.gate.findings import Findings
+from bnfold.gate.judge import Judge, overflow, run_cases
 from bnfold.gate.matching import Match, match
-from bnfold.gate.models import Findings, Model, Progress, batched, reads_inputs
+from bnfold.gate.models import Model
 from bnfold.gate.outside import judge_outside, judge_twice
 from bnfold.gate.parts import Facts, Part, Spread
 from bnfold.gate.runners import RunnerCandidate
@@ -54,10 +56,10 @@ from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.gate.turns import judge_turns
 from bnfold.graph.capture import Captured
-from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
 from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, Verdict
+from bnfold.report.progress import Progress
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import Arithmetic, Device, Session, provider_notes, resolve_device
@@ -187,7 +189,7 @@ class Gate:
                 judge, last, self.data, self.labels, pinned=self._matched.pinned, spread=self.spread,
                 follow=self._follow(claim), progress=self.progress,
             )  # fmt: skip
-        self._prove_nothing(cases)
+        prove_nothing(judge, captured, cases)
         self.progress("check", 4, 4)
         findings.once()
         problems, doubts = findings.problems, findings.doubts
@@ -306,7 +308,7 @@ class Gate:
         if self.eager is not None:
             return EagerCandidate("folded class", replace(self.captured, eager=self.eager))
         assert self.folded is not None
-        return _Folded(self.folded)
+        return FoldedCandidate(self.folded)
 
     # -- inputs --------------------------------------------------------------------------------------------------------
 
@@ -371,55 +373,3 @@ class Gate:
             widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
             session=probe,
         )  # fmt: skip
-
-    # -- what proves nothing -------------------------------------------------------------------------------------------
-
-    def _prove_nothing(self, cases: Sequence[Case]) -> None:
-        findings, compared = self._findings, self._judged.compared
-        shown = [row.witness for row in self._judged.table.rows if not row.inside]
-        ran = dict.fromkeys([*shown, *(name for name, _ in self._judged.said)])
-        if not ran and not findings.problems:
-            findings.problems.append("no output was compared")
-        for witness in ran:
-            if witness not in compared:
-                findings.doubts.append(f"{witness}: no output has an element to compare; give real inputs (--data)")
-        if self.captured.names and not reads_inputs(self.captured):
-            findings.doubts.append(
-                "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
-                "constant"
-            )
-        elif _says_nothing(cases):
-            findings.doubts.append(
-                "every output is the same for every input that was tried, so nothing is seen of what lies before it: "
-                "load trained weights (is the last layer zero?), or give inputs that matter (--data)"
-            )
-
-
-class _Folded:
-    """The folded program in its own dtypes."""
-
-    name, coarser = "folded torch", 1.0
-
-    def __init__(self, program: ExportedProgram) -> None:
-        self._runner = Runner(program)
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
-        return self._runner(flat)
-
-
-def _says_nothing(cases: Sequence[Case]) -> bool:
-    """Whether inputs differ and no output does: the same floats for every sample of every run."""
-
-    def alike(runs: Sequence[Sequence[Any]]) -> bool:
-        first: dict[int, torch.Tensor] = {}
-        for case, values in zip(cases, runs):
-            for i, value in enumerate(values):
-                rows = value if batched(case.batch, value) else value[None]
-                row = first.setdefault(i, rows[0]) if len(rows) else torch.empty(0)
-                if not value.is_floating_point() or row.shape != rows.shape[1:] or not bool((rows == row).all()):
-                    return False
-        return bool(first)
-
-    given = [[value for value in case.batch.flat if isinstance(value, torch.Tensor)] for case in cases]
-    return alike([case.truth.outputs for case in cases]) and not alike(given)

@@ -26,9 +26,11 @@ from bnfold.gate.evidence import (
     specials,
     unit_roundoff,
 )  # fmt: skip
-from bnfold.gate.models import Findings, Reference, batched, first_line, kind_of, numbers, words
+from bnfold.gate.findings import Findings, first_line, kind_of, words
+from bnfold.gate.models import Reference
 from bnfold.gate.samples import Batch
 from bnfold.gate.turns import DRAWS, WILD, judge_turns, near_noise
+from bnfold.gate.values import batched, numbers
 from bnfold.report import OutputResult
 
 #: A value this many limits off is no chance, whatever else is drawn.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,45 +12,22 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from bnfold.aten.deciding import bound
-from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.decisions import Place, places
 from bnfold.gate.evidence import compare, seen_error, specials, unit_roundoff
+from bnfold.gate.findings import Findings, first_line, words
 from bnfold.gate.samples import Batch
+from bnfold.gate.values import as_tensor, batched, numbers
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.graph.interpret import Runner, Steering, coarsest_epsilon
 from bnfold.graph.names import number_names
 
-Progress = Callable[[str, int, int], None]
 #: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
 #: not equal bit for bit, their noise is one draw.
 SAME = 4.0
 #: How many times louder than rounding constants are disturbed in float32.
 LOUDER = 256.0
-
-
-@dataclass
-class Findings:
-    """What speaks against a pass: ``problems`` make it a fail, ``doubts`` inconclusive, ``notes`` only inform."""
-
-    problems: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def once(self) -> None:
-        """Drops what is said twice; of problems and doubts that differ in numbers alone the first stays."""
-        self.notes = list(dict.fromkeys(self.notes))
-        for texts in (self.problems, self.doubts):
-            kinds: dict[str, list[str]] = {}
-            for text in dict.fromkeys(texts):
-                kinds.setdefault(kind_of(text), []).append(text)
-            texts[:] = [t[0] + (f" (and {len(t) - 1} more like it)" if t[1:] else "") for t in kinds.values()]
-
-
-def kind_of(text: str) -> str:
-    """A text without its numbers, save for those in names."""
-    return re.sub(r"(?<!\w)('[^']*')|(?<![\w.])\d[\d.e+-]*", lambda found: found[1] or "#", text)
 
 
 class Reference(Protocol):
@@ -342,66 +317,3 @@ def _same(before: Tensor, after: Tensor, truth: Tensor) -> bool:
         return torch.equal(both, after.isfinite())
     moved, off = ((a.double() - before.double())[both].abs().max() for a in (after, truth))
     return bool(moved <= off)
-
-
-# ---- small things ---------------------------------------------------------------------------------------------------
-
-
-def to_numpy(value: Any) -> Any:
-    """The tensor as an array; bfloat16 as ``ml_dtypes.bfloat16``, complex numbers as pairs of reals like in ONNX."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    value = torch.view_as_real(value.resolve_conj()).contiguous() if value.is_complex() else value.contiguous()
-    if value.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return value.numpy()
-
-
-def as_tensor(value: Any) -> Any:
-    """The array as a tensor; ``ml_dtypes.bfloat16`` as bfloat16. Anything that torch has no type for stays."""
-    if not isinstance(value, np.ndarray):
-        return value
-    if value.dtype.name == "bfloat16":
-        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
-    if value.dtype.kind not in "fiubc":
-        return value
-    value = value.view(value.dtype.name)  # numpy has two types of 64 bits without a sign, torch one
-    shared = value.flags.writeable and value.ndim and all(step >= 0 for step in value.strides)
-    return torch.from_numpy(value if shared else np.array(value))
-
-
-def numbers(values: Sequence[Any]) -> list[Tensor]:
-    """The outputs that hold numbers: tensors, complex ones as pairs of reals, as ONNX has them, and bare numbers."""
-    tensors = [torch.tensor(v) if isinstance(v, (int, float)) else v for v in values]
-    return [torch.view_as_real(v) if v.is_complex() else v for v in tensors if isinstance(v, Tensor)]
-
-
-def batched(batch: Batch, output: Tensor) -> bool:
-    """Whether axis 0 of an output is the batch."""
-    return batch.size > 0 and output.ndim > 0 and output.shape[0] == batch.size
-
-
-def words(batch: Batch) -> str:
-    """The sizes of a batch, for a message."""
-    size = f"batch {batch.size}" if batch.size else "the fixed batch"
-    return ", ".join(filter(None, (size, batch.sizes, batch.origin)))
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an exception, for a message; one of ours without its type."""
-    text = str(error).strip().splitlines()
-    if isinstance(error, BnfoldError) and text:
-        return text[0]
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def reads_inputs(captured: Captured) -> bool:
-    """Whether an output depends on a user input."""
-    reached: set[fx.Node] = {node for node in captured.program.graph.nodes if node.name in captured.names}
-    for node in captured.program.graph.nodes:
-        if any(operand in reached for operand in node.all_input_nodes):
-            reached.add(node)
-    return captured.program.graph.output_node() in reached

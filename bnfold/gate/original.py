@@ -14,8 +14,8 @@ from bnfold.evaluate.evaluator import File64
 from bnfold.evaluate.subject import Run
 from bnfold.gate.claims import run_file
 from bnfold.gate.evidence import unit_roundoff
-from bnfold.gate.models import as_tensor, to_numpy
 from bnfold.gate.samples import Batch
+from bnfold.gate.values import as_tensor, to_numpy
 from bnfold.runtime.runtime import Device, open_session
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnfold.evaluate.subject import Array, Run, Subject, ValueInfo
 from bnfold.gate.engines import Setting, coarser
 from bnfold.gate.evidence import unit_roundoff
-from bnfold.gate.models import as_tensor, to_numpy
+from bnfold.gate.values import as_tensor, to_numpy
 from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.names import number_names
 from bnfold.runtime.runner import Raised, UserRunner

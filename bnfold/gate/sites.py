@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from bnfold.affine import Meaning
 from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Draws, Row, Source, compare, specials
+from bnfold.gate.findings import first_line
 from bnfold.gate.judge import Case, Judge, listed, settled
-from bnfold.gate.models import batched, first_line
+from bnfold.gate.values import batched
 from bnfold.report import Ledger, SiteResult
 
 #: About as many elements of a value at a fold site are compared; of what lies between channels no fewer than this.

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from bnfold.evaluate.subject import Turn
 from bnfold.gate.decisions import NEAR
 from bnfold.gate.evidence import TINY
-from bnfold.gate.models import Findings, as_tensor
+from bnfold.gate.findings import Findings
+from bnfold.gate.values import as_tensor
 
 #: How often constants are drawn for what a decision compares.
 DRAWS = 4

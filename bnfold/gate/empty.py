@@ -1,0 +1,61 @@
+"""What proves nothing: no output compared, none that depends on an input, none that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from bnfold.gate.judge import Case, Judge
+from bnfold.gate.values import batched
+from bnfold.graph.capture import Captured
+
+
+def prove_nothing(judge: Judge, captured: Captured, cases: Sequence[Case]) -> None:
+    """Says of a judgement why nothing follows from it, where that is so."""
+    findings, compared = judge.findings, judge.compared
+    shown = [row.witness for row in judge.table.rows if not row.inside]
+    ran = dict.fromkeys([*shown, *(name for name, _ in judge.said)])
+    if not ran and not findings.problems:
+        findings.problems.append("no output was compared")
+    for witness in ran:
+        if witness not in compared:
+            findings.doubts.append(f"{witness}: no output has an element to compare; give real inputs (--data)")
+    if captured.names and not _reads_inputs(captured):
+        findings.doubts.append(
+            "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
+            "constant"
+        )
+    elif _says_nothing(cases):
+        findings.doubts.append(
+            "every output is the same for every input that was tried, so nothing is seen of what lies before it: "
+            "load trained weights (is the last layer zero?), or give inputs that matter (--data)"
+        )
+
+
+def _reads_inputs(captured: Captured) -> bool:
+    """Whether an output depends on a user input."""
+    reached: set[fx.Node] = {node for node in captured.program.graph.nodes if node.name in captured.names}
+    for node in captured.program.graph.nodes:
+        if any(operand in reached for operand in node.all_input_nodes):
+            reached.add(node)
+    return captured.program.graph.output_node() in reached
+
+
+def _says_nothing(cases: Sequence[Case]) -> bool:
+    """Whether inputs differ and no output does: the same floats for every sample of every run."""
+
+    def alike(runs: Sequence[Sequence[Any]]) -> bool:
+        first: dict[int, torch.Tensor] = {}
+        for case, values in zip(cases, runs):
+            for i, value in enumerate(values):
+                rows = value if batched(case.batch, value) else value[None]
+                row = first.setdefault(i, rows[0]) if len(rows) else torch.empty(0)
+                if not value.is_floating_point() or row.shape != rows.shape[1:] or not bool((rows == row).all()):
+                    return False
+        return bool(first)
+
+    given = [[value for value in case.batch.flat if isinstance(value, torch.Tensor)] for case in cases]
+    return alike([case.truth.outputs for case in cases]) and not alike(given)
