@@ -293,6 +293,38 @@ def test_inference_collects_nothing_of_this_process_and_ends(monkeypatch: pytest
     assert len(late) == 2 and all("fails on the file" in str(each) for each in late)
 
 
+@pytest.mark.parametrize("opset", [13, 21])
+def test_activations_that_are_quantised_pass_and_those_a_level_off_do_not(opset: int, tmp_path: Path) -> None:
+    """What lies between two levels may become either: that is a decision, and followed."""
+    levels = {"step": np.float32(0.1), "zero": np.uint8(128)}
+    nodes = [node("Conv", ["x", "w", "b"], ["c"]), norm("c", "n")]
+    nodes += [node("QuantizeLinear", ["n", "step", "zero"], ["q"])]
+    nodes += [node("DequantizeLinear", ["q", "step", "zero"], ["y"])]
+    model = net(nodes, IMAGE, {**W, **S, **levels}, dtype=TensorProto.FLOAT, opset=opset, ir_version=10)
+    onnx.save(model, tmp_path / "net.onnx")
+    report = bnfold.export(tmp_path / "net.onnx", tmp_path / "o.onnx", device="cpu")
+    assert report.passed and report.ledger.count() == (1, 1), report.check
+    assert types(onnx.load(tmp_path / "o.onnx")) == {"Conv": 1, "QuantizeLinear": 1, "DequantizeLinear": 1}
+    nodes[2].input[2] = "other"
+    other = net(nodes, IMAGE, {**W, **S, **levels, "other": np.uint8(129)}, dtype=TensorProto.FLOAT, opset=opset,
+                ir_version=10)  # fmt: skip
+    onnx.save(other, tmp_path / "other.onnx")
+    assert not bnfold.check(tmp_path / "other.onnx", tmp_path / "net.onnx", device="cpu").passed
+
+
+def test_weights_that_are_quantised_stay_so(tmp_path: Path) -> None:
+    """Those next to them, in floats, take the BatchNormalization in."""
+    small = np.random.default_rng(0).integers(-99, 99, (4, 3, 3, 3)).astype(np.int8)
+    nodes = [node("DequantizeLinear", ["small", "step"], ["w"]), node("Conv", ["x", "w", "b"], ["c"]), norm("c", "y")]
+    quantised = {"small": small, "step": np.float32(0.01), "b": W["b"]}
+    for own, weights, gone in ((nodes[1:], W, 1), (nodes, quantised, 0)):
+        onnx.save(net(own, IMAGE, {**weights, **S}, dtype=TensorProto.FLOAT), tmp_path / "net.onnx")
+        report = bnfold.export(tmp_path / "net.onnx", tmp_path / "o.onnx", device="cpu")
+        assert report.passed and report.ledger.count() == (gone, 1)
+    held = {t.name: t for t in onnx.load(tmp_path / "o.onnx").graph.initializer}
+    assert (onnx.numpy_helper.to_array(held["small"]) == small).all()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08" + bytes(100)])
 def test_what_is_no_onnx_file_is_one_line(content: bytes, path: Path) -> None:
     path.write_bytes(content)

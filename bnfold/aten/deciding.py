@@ -47,7 +47,7 @@ def _unequal(own: Tensor, chosen: Tensor) -> Tensor:
     return chosen.to(own.dtype) != own
 
 
-def _rare(gap: Tensor, ties: Tensor, broken: Tensor) -> Tensor:
+def rare(gap: Tensor, ties: Tensor, broken: Tensor) -> Tensor:
     """``gap``, infinite at ``broken`` ties unless they are few among all ``ties``."""
     few = int(broken.sum()) <= BROKEN_TIES * int(ties.sum())
     return gap if few else torch.where(broken, torch.inf, gap)
@@ -136,7 +136,7 @@ class Comparison:
         distance = self.compared(at).abs().expand(chosen.shape)
         wrong, ties = self.differs(own, chosen), distance == 0
         gap = torch.where(wrong, distance, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        return _rare(gap, ties, wrong & ties)
+        return rare(gap, ties, wrong & ties)
 
     def result(self, at: Arguments, own: Any, chosen: Tensor) -> Any:
         """The chosen truth values."""
@@ -188,7 +188,7 @@ class Rounding:
         value, wrong = self.compared(at), self.differs(own, chosen)
         gap = torch.where(wrong, _outside(self.kind, value, self._level(chosen)), 0.0)
         low, high = _INTERVALS[self.kind](self._level(own))
-        return _rare(gap, (value == low) | (value == high), wrong & (gap == 0))
+        return rare(gap, (value == low) | (value == high), wrong & (gap == 0))
 
     def result(self, at: Arguments, own: Any, chosen: Tensor) -> Any:
         """The chosen numbers."""

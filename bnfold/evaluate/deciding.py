@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
+from torch import Tensor
 
-from bnfold.aten.deciding import Comparison, Deciding, Modulus, Rounding, Selection
+from bnfold.aten.deciding import Comparison, Deciding, Modulus, Rounding, Selection, rare
 
 if TYPE_CHECKING:
     from bnfold.evaluate.attributes import Attributes
@@ -34,6 +36,48 @@ def _cast(at: Attributes) -> Deciding | None:
     return Rounding("trunc") if whole else None
 
 
+@dataclass(frozen=True)
+class Quantisation:
+    """Rounds a quotient by a scale, of its own along an axis perhaps, to a level of an integer type, or to its ends."""
+
+    axis: int
+    item: int | None = None
+
+    def _along(self, at: Mapping[str, Any], name: str) -> Tensor:
+        value, ndim = torch.as_tensor(at[name]).double(), at["self"].ndim
+        return value.reshape([-1 if i == self.axis % ndim else 1 for i in range(ndim)]) if value.ndim == 1 else value
+
+    def compared(self, at: Mapping[str, Any]) -> Tensor:
+        """The quotient, one step being 1."""
+        value: Tensor = at["self"]
+        return value.double() / self._along(at, "other")
+
+    def differs(self, own: Tensor, chosen: Tensor) -> Tensor:
+        """Other levels."""
+        return own != chosen.to(own.dtype)
+
+    def gap(self, at: Mapping[str, Any], own: Tensor, chosen: Tensor) -> Tensor:
+        """How far the quotient lies from those that the chosen level stands for."""
+        value, ends = self.compared(at), torch.iinfo(own.dtype)
+        level = chosen.double() - (self._along(at, "zero") if "zero" in at else 0.0)
+        low = torch.where(chosen == ends.min, -torch.inf, level - 0.5)
+        high = torch.where(chosen == ends.max, torch.inf, level + 0.5)
+        gap = torch.maximum(low - value, value - high).clamp(min=0.0)
+        wrong = self.differs(own, chosen)
+        gap = torch.where(wrong, gap, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        ties = (value - value.floor()) == 0.5
+        return rare(gap, ties, wrong & (gap == 0))
+
+    def result(self, at: Mapping[str, Any], own: Any, chosen: Tensor) -> Any:
+        """The chosen levels."""
+        return chosen.to(own.dtype)
+
+
+def _quantised(at: Attributes) -> Deciding | None:
+    plain = not at.block_size and at.output_dtype in (None, 0, onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+    return Quantisation(1 if at.axis is None else at.axis) if plain else None
+
+
 _TABLE: dict[str, Callable[[Attributes], Deciding | None]] = {
     "ArgMax": _arg,
     "ArgMin": _arg,
@@ -46,6 +90,7 @@ _TABLE: dict[str, Callable[[Attributes], Deciding | None]] = {
     "Sign": lambda at: Rounding("sign"),
     "Mod": lambda at: Modulus("trunc" if at.fmod else "floor"),
     "Cast": _cast,
+    "QuantizeLinear": _quantised,
 }
 
 
@@ -56,5 +101,9 @@ def deciding(operator: str, at: Attributes, operands: Sequence[Any]) -> tuple[De
     rule = row(at) if row is not None and arrays else None
     if rule is None:
         return None
-    given = ((n, x) for n, x in zip(("self", "other"), operands) if isinstance(x, np.ndarray))
+    if isinstance(rule, Quantisation) and any(
+        x.dtype not in (np.uint8, np.int8) for x in operands[2:] if x is not None
+    ):
+        return None
+    given = ((n, x) for n, x in zip(("self", "other", "zero"), operands) if isinstance(x, np.ndarray))
     return rule, {n: torch.as_tensor(x if x.flags.writeable else x.copy()) for n, x in given}

@@ -19,6 +19,7 @@ import onnx.inliner
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops._op_list import load_op
 from torch import Tensor
 
 from bnfold.aten.deciding import Deciding
@@ -248,6 +249,8 @@ class Evaluator(ReferenceEvaluator):
 
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
         try:
+            if node.op_type == "DequantizeLinear" and not node.domain and self.opsets[""] < 19:
+                return load_op("", node.op_type, 19)  # which takes more types; onnx has none from before
             return super()._load_impl(node, input_types)
         except (NotImplementedError, RuntimeError) as error:
             if type(error).__name__ == "RuntimeContextError":

@@ -131,8 +131,10 @@ class OnnxGraph(Graph):
             elif node.op == "call_function":
                 value = node.meta.get("val")
                 small = isinstance(value, list) or (value is not None and value.numel() <= MAX_ELEMENTS)
-                random = isinstance(node.target, Operator) and (node.target.random or node.target.domain)
-                if small and not random and all(n in self._fixed for n in node.all_input_nodes):
+                own = node.target if isinstance(node.target, Operator) else None
+                # Quantised weights stay what they are: floats in their place would be four times as large.
+                kept = own is not None and (own.random or own.domain or own.__name__ == "DequantizeLinear")
+                if small and not kept and all(n in self._fixed for n in node.all_input_nodes):
                     self._fixed.add(node)
 
     def call(self, value: Node) -> Call:
