@@ -55,8 +55,8 @@ def affines(path: Path) -> tuple[int, int]:
         with contextlib.suppress(bnfold.BnfoldError):
             found = rewriter.at(value)
             norm = graph.call(value).operator == "BatchNormalization" or isinstance(found, Refused)
-            others += isinstance(found, Scaling) and not norm and len(found.affine.varies()) == 1
-            others -= is_bias(graph, value)
+            affine = isinstance(found, Scaling) and not norm and len(found.affine.varies()) == 1
+            others += affine and not is_bias(graph, value)
     return sum(node.op_type == "BatchNormalization" for node in source.model.graph.node), others
 
 

@@ -312,6 +312,23 @@ def test_activations_that_are_quantised_pass_and_those_a_level_off_do_not(opset:
     assert not bnfold.check(tmp_path / "other.onnx", tmp_path / "net.onnx", device="cpu").passed
 
 
+def test_an_output_that_gets_an_addition_behind_it_keeps_its_name(tmp_path: Path) -> None:
+    """A MatMul takes the shift in front of it in as an addition, which is the output then."""
+    weights = {"w": f(3, 4), "v": f(4, 2), **statistics(4)}
+    nodes = [
+        node("MatMul", ["x", "w"], ["c"]),
+        node("Tanh", ["c"], ["t"]),
+        node("Transpose", ["t"], ["u"], perm=[0, 2, 1]),
+    ]
+    nodes += [norm("u", "n"), node("Transpose", ["n"], ["m"], perm=[0, 2, 1]), node("MatMul", ["m", "v"], ["y"])]
+    onnx.save(net(nodes, ["N", "L", 3], {k: v.astype(np.float32) for k, v in weights.items()}, dtype=TensorProto.FLOAT),
+              tmp_path / "net.onnx")  # fmt: skip
+    report = bnfold.export(tmp_path / "net.onnx", tmp_path / "o.onnx", device="cpu")
+    assert report.passed and report.ledger.count() == (1, 1), report.check
+    model = onnx.load(tmp_path / "o.onnx")
+    assert types(model)["Add"] == 1 and [value.name for value in model.graph.output] == ["y"]
+
+
 def test_weights_that_are_quantised_stay_so(tmp_path: Path) -> None:
     """Those next to them, in floats, take the BatchNormalization in."""
     small = np.random.default_rng(0).integers(-99, 99, (4, 3, 3, 3)).astype(np.int8)

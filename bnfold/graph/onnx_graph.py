@@ -379,8 +379,11 @@ class OnnxGraph(Graph):
         own = {value for value, names in wanted.items() if names.pop(self._names.get(value, ""), 0) is None}
         for value, names in wanted.items():
             if names and value.op == "call_function" and value not in own:
-                self._names[value] = next(iter(names))
-                del names[self._names[value]]
+                taken = next(iter(names))
+                for other in [node for node, name in self._names.items() if name == taken]:  # an addition is behind it
+                    self._names[other] = free_name(f"{taken}_before", set(self._names.values()), {})
+                self._names[value] = taken
+                del names[taken]
             for name in names:
                 more[value] = onnx.helper.make_node("Identity", [self._names[value]], [name])
         return more
