@@ -329,6 +329,17 @@ def test_an_output_that_gets_an_addition_behind_it_keeps_its_name(tmp_path: Path
     assert types(model)["Add"] == 1 and [value.name for value in model.graph.output] == ["y"]
 
 
+def test_outputs_that_become_one_value_keep_all_their_names(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "w", "b"], ["c"]), norm("c", "y"), norm("c", "z"), norm("c", "last")]
+    for each in nodes[1:]:
+        each.name = each.output[0]
+    model = net(nodes, IMAGE, {**W, **S}, dtype=TensorProto.FLOAT, outputs=["y", "z", "last"])
+    onnx.save(model, tmp_path / "net.onnx")
+    report = bnfold.export(tmp_path / "net.onnx", tmp_path / "o.onnx", device="cpu")
+    assert report.passed and report.ledger.count() == (3, 3), report.check
+    assert types(onnx.load(tmp_path / "o.onnx")) == {"Conv": 1, "Identity": 2}
+
+
 def test_weights_that_are_quantised_stay_so(tmp_path: Path) -> None:
     """Those next to them, in floats, take the BatchNormalization in."""
     small = np.random.default_rng(0).integers(-99, 99, (4, 3, 3, 3)).astype(np.int8)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import replace
-from functools import partial
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
 from bnfold.graph.onnx_operator import Operator
 from bnfold.graph.onnx_shapes import Known, Shapes
+from bnfold.graph.onnx_writing import DTYPES, written
 from bnfold.graph.spill import Spill
 from bnfold.onnx_ops import TABLE, semantics
 from bnfold.report import Entry, Ledger, Refusal
@@ -40,12 +40,6 @@ MAX_ELEMENTS = 1 << 27
 MAX_SIZE = 1 << 48
 #: Operators of floats whose results are integers, and let gauges pass or do not ask for them.
 _ON_FLOATS = {"Shape", "Size", "MaxPool"}
-_DTYPES: dict[int, torch.dtype] = {
-    onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16, onnx.TensorProto.DOUBLE: torch.float64,
-    onnx.TensorProto.BOOL: torch.bool, onnx.TensorProto.INT64: torch.int64, onnx.TensorProto.INT32: torch.int32,
-    onnx.TensorProto.INT8: torch.int8, onnx.TensorProto.UINT8: torch.uint8, onnx.TensorProto.INT16: torch.int16,
-}  # fmt: skip
 
 
 class OnnxGraph(Graph):
@@ -110,7 +104,7 @@ class OnnxGraph(Graph):
     def _note(self, node: Node, name: str, known: Known) -> None:
         self._names[node] = name
         kind = known.types.get(name)
-        dtype, shape = None if kind is None else _DTYPES.get(kind), known.shapes.get(name)
+        dtype, shape = None if kind is None else DTYPES.get(kind), known.shapes.get(name)
         known_size = (
             dtype is not None and shape is not None and min(shape, default=0) >= 0 and math.prod(shape) < MAX_SIZE
         )
@@ -330,102 +324,6 @@ class OnnxGraph(Graph):
             found.append(Entry(name, self.module(node), own, "batch_norm", "left", refusals=(why,)))
         return replace(ledger, entries=(*ledger.entries, *found))
 
-    # -- finishing -------------------------------------------------------------------------------------------------
-
     def finish(self) -> onnx.ModelProto:
         """The file with the edits in it; large constants are ``beside`` it, and say so without a location."""
-        for node in reversed(list(self.graph.nodes)):
-            if node.op == "call_function" and not node.users and node not in self._unread:
-                self.graph.erase_node(node)  # what an edit has left without a reader
-        alive = [n for n in self.graph.nodes if n.op == "call_function" and isinstance(n.target, Operator)]
-        more = self._keep_names()
-        self._write_constants()
-        protos: list[onnx.NodeProto] = []
-        for node in alive:
-            operator = node.target
-            assert isinstance(operator, Operator)
-            own = len(node.args) - len(operator.outer)
-            proto = onnx.NodeProto()
-            proto.CopyFrom(operator.node)
-            reads = ["" if n is None else self._names[n] for n in node.args[:own]]
-            if list(proto.input) != reads:
-                proto.input[:] = reads
-            items = [user for user in node.users if user.target is getitem]
-            makes = [node] if operator.outputs == 1 else sorted(items, key=lambda item: int(item.args[1]))
-            for made in makes:
-                proto.output[0 if made is node else made.args[1]] = self._names[made]
-            protos += [proto, *(more.pop(made) for made in makes if made in more)]
-        graph = self.model.graph
-        del graph.node[:]
-        graph.node.extend([*more.values(), *protos])
-        there = {name for proto in protos for name in proto.output} | {v.name for v in graph.input}
-        kept = [value for value in graph.value_info if value.name in there]
-        if len(kept) < len(graph.value_info):
-            del graph.value_info[:]
-            graph.value_info.extend(kept)
-        return self.model
-
-    def _keep_names(self) -> dict[Node, onnx.NodeProto]:
-        """Gives values the names that outputs and bodies read; where one is not enough an Identity has the other."""
-        wanted: dict[Node, dict[str, None]] = {}
-        for node in self.graph.nodes:
-            if node.op == "output":
-                for value, output in zip(node.args[0], self.model.graph.output):
-                    wanted.setdefault(value, {})[output.name] = None
-            elif isinstance(node.target, Operator):
-                for value, name in zip(node.args[len(node.args) - len(node.target.outer) :], node.target.outer):
-                    wanted.setdefault(value, {})[name] = None
-        more: dict[Node, onnx.NodeProto] = {}
-        own = {value for value, names in wanted.items() if names.pop(self._names.get(value, ""), 0) is None}
-        for value, names in wanted.items():
-            if names and value.op == "call_function" and value not in own:
-                taken = next(iter(names))
-                for other in [node for node, name in self._names.items() if name == taken]:  # an addition is behind it
-                    self._names[other] = free_name(f"{taken}_before", set(self._names.values()), {})
-                self._names[value] = taken
-                del names[taken]
-            for name in names:
-                more[value] = onnx.helper.make_node("Identity", [self._names[value]], [name])
-        return more
-
-    def _write_constants(self) -> None:
-        """New constants into initializers, under the name of the one that nobody reads any more; those go otherwise."""
-        graph = self.model.graph
-        at = {tensor.name: i for i, tensor in enumerate(graph.initializer)}
-        unread = {name for node, name in self._targets.items() if not node.users and name in self._read_before}
-        taken, numbers = {*at, *self._names.values()}, dict[str, int]()
-        for node in [n for n in self.graph.nodes if n in self._pending and n.users]:
-            origin = self._origin[node]
-            fresh = origin not in unread
-            name = free_name(origin, taken, numbers) if fresh else origin
-            taken.add(name)
-            unread.discard(name)
-            self._names[node] = name
-            if fresh:  # of which the first versions know none that is no input
-                self.model.ir_version = max(self.model.ir_version, 4)
-            tensor = graph.initializer.add() if fresh else graph.initializer[at[name]]
-            if self._pending.is_apart(node):
-                value, self.beside[name] = node.meta["val"], partial(self._bytes, node)
-                kind = next(kind for kind, dtype in _DTYPES.items() if dtype == value.dtype)
-                empty = onnx.TensorProto(name=name, data_type=kind, dims=value.shape)
-                empty.data_location = onnx.TensorProto.EXTERNAL
-                tensor.CopyFrom(empty)
-            else:
-                tensor.CopyFrom(self._rounded(node, name))
-        fed = {value.name for value in graph.input}
-        for i in reversed(range(len(graph.initializer))):  # in place: no weight is copied
-            if graph.initializer[i].name in unread - fed:
-                del graph.initializer[i]
-
-    def _rounded(self, node: Node, name: str) -> onnx.TensorProto:
-        return _tensor(self._pending[node].to(node.meta["val"].dtype).contiguous(), name)
-
-    def _bytes(self, node: Node) -> bytes:
-        return self._rounded(node, "").raw_data
-
-
-def _tensor(value: Tensor, name: str) -> onnx.TensorProto:
-    if value.dtype == torch.bfloat16:
-        raw = value.view(torch.int16).numpy().tobytes()
-        return onnx.TensorProto(data_type=onnx.TensorProto.BFLOAT16, dims=value.shape, raw_data=raw, name=name)
-    return onnx.numpy_helper.from_array(value.numpy(), name)
+        return written(self)
