@@ -347,3 +347,17 @@ def test_sum(case):
 def test_product(case):
     run, reasons = PRODUCTS[case]
     fold_exactly(build(run, **two()), noise(*IMAGE), left=reasons)
+
+
+@pytest.mark.parametrize(("table", "left"), [((1, 1, 6, 1), None), ((4, 1, 1), 0)])
+def test_what_is_added_to_a_channel_that_is_multiplied_by_zero_counts(table, left):
+    """No reader leaves such a channel out behind an addition that stays."""
+    parts = {
+        "first": nn.BatchNorm2d(4),
+        "norm": nn.BatchNorm2d(4),
+        "c": noise(*table, seed=5),
+        "conv": nn.Conv2d(4, 3, 1),
+    }
+    net = build(lambda m, x: m.conv(m.norm(m.first(x)) + m.c), **parts)
+    net.norm.weight.data[0] = 0
+    fold_exactly(net, noise(2, 4, 6, 5), left=left)

@@ -85,9 +85,9 @@ class Scaling(Semantics):
         equations.hold(y.shift)
         if "scale" in self.free:
             equations.scale.pin(np.where(self._parts()[0] != 0, x.scale, 0), "several-readers", (EMPTY,))
-            equations.scale.pin(y.scale, "nonlinear", (DEAD,))
         else:
             equations.scale.equate(y.scale, x.scale, "nonlinear")
+        equations.scale.pin(y.scale, "nonlinear", (DEAD,))  # what it adds there nobody would know
         if self.axes is not None:
             rest = [axis for axis in range(y.scale.ndim) if axis not in self.axes]
             for side in (x, y):
