@@ -37,7 +37,7 @@ from bnfold.graph.graph import Node
 from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.loading.onnx_file import read_onnx
 from bnfold.passes.rewriter import Rewriter
-from bnfold.semantics import Refused, Scaling
+from bnfold.semantics import Opaque, Scaling
 
 
 def files(paths: list[Path]) -> Iterator[Path]:
@@ -54,7 +54,9 @@ def affines(path: Path) -> tuple[int, int]:
     for value in graph.values():
         with contextlib.suppress(bnfold.BnfoldError):
             found = rewriter.at(value)
-            norm = graph.call(value).operator == "BatchNormalization" or isinstance(found, Refused)
+            norm = graph.call(value).operator == "BatchNormalization" or (
+                isinstance(found, Opaque) and bool(found.kind)
+            )
             affine = isinstance(found, Scaling) and not norm and len(found.affine.varies()) == 1
             others += affine and not is_bias(graph, value)
     return sum(node.op_type == "BatchNormalization" for node in source.model.graph.node), others
@@ -65,7 +67,7 @@ def is_bias(graph: OnnxGraph, value: Node) -> bool:
     call = graph.call(value)
     reads = [n for n in call.node.all_input_nodes if not graph.is_constant(n)]
     before = graph.maker(reads[0]) if call.operator == "Add" and len(reads) == 1 else None
-    if before is None or before.operator != "MatMul" or len(reads[0].users) > 1:
+    if before is None or before.operator != "MatMul" or len(reads[0].users) > 1 or graph.rank(value) < 3:
         return False
     sizes = [graph.shape(n) for n in call.node.all_input_nodes if graph.is_constant(n)]
     return before.is_constant("B") and all(np.prod(size) in (1, size[-1]) for size in sizes if size)
