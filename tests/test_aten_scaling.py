@@ -361,3 +361,16 @@ def test_what_is_added_to_a_channel_that_is_multiplied_by_zero_counts(table, lef
     net = build(lambda m, x: m.conv(m.norm(m.first(x)) + m.c), **parts)
     net.norm.weight.data[0] = 0
     fold_exactly(net, noise(2, 4, 6, 5), left=left)
+
+
+def test_a_multiply_by_zero_cannot_make_up_for_a_shift_in_front_of_it():
+    parts = {
+        "first": nn.BatchNorm2d(4),
+        "norm": nn.BatchNorm2d(4),
+        "c": noise(4, 1, 1, seed=5),
+        "conv": nn.Conv2d(4, 3, 1),
+    }
+    net = build(lambda m, x: m.conv(m.norm(m.first(x + x) * m.c)), **parts)
+    for zeros in (net.first.weight, net.norm.weight, net.c):
+        zeros.data[0] = 0
+    fold_exactly(net, noise(2, 4, 6, 5), left=None)

@@ -85,6 +85,8 @@ class Scaling(Semantics):
         equations.hold(y.shift)
         if "scale" in self.free:
             equations.scale.pin(np.where(self._parts()[0] != 0, x.scale, 0), "several-readers", (EMPTY,))
+            if "shift" not in self.free:  # a multiply emits zeros, and not the zero of another shift
+                equations.scale.pin(np.where(y.shift != 0, y.scale, 0), "several-readers", (EMPTY,))
         else:
             equations.scale.equate(y.scale, x.scale, "nonlinear")
         equations.scale.pin(y.scale, "nonlinear", (DEAD,))  # what it adds there nobody would know
