@@ -251,6 +251,11 @@ class Draws:
             self._counts[at] = max(self._counts[at], count)
 
     @property
+    def whole(self) -> bool:
+        """Whether every source has been drawn."""
+        return all(self._counts)
+
+    @property
     def count(self) -> float:
         """How many draws the noise is worth, of sources that are alike (Welch and Satterthwaite)."""
         counts = [count for count in self._counts if count]

@@ -37,9 +37,12 @@ from bnfold.report import OutputResult
 CERTAIN = 100.0
 
 
-def settled(rows: Iterable[Row], limit: float, step: int) -> bool:
-    """Whether no further draw changes what is said of any value: one alone says little of how far off it is."""
-    certain = CERTAIN if step >= MANY else CERTAIN**2
+def settled(rows: Iterable[Row], limit: float, step: int, draws: Draws) -> bool:
+    """Whether no further draw changes what is said of any value.
+
+    One draw says little of how far off it is, and none nothing: a claim may store its constants more coarsely.
+    """
+    certain = CERTAIN if step >= MANY else CERTAIN**2 if draws.whole else math.inf
     return not any(1 < row.misfit(limit) <= certain for row in rows)
 
 
@@ -164,7 +167,7 @@ class Judge:
         for step in range(len(STEPS)):
             draws.more(step)
             rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise, draws=draws.count)
-            if settled(rows, self.limit, step):
+            if settled(rows, self.limit, step, draws):
                 break
         return rows, misfit
 

@@ -161,16 +161,17 @@ def compared(
         )
         sources = [theirs, Source([*given.values()], mine)]
     del kept, truth
-    draws, limit = Draws(sources), judge.limit
+    draws, limit, unsure = Draws(sources), judge.limit, set(right)
     unit = max(reference.units.values(), default=2.0**-24)
     # One constant may move all of a channel, and there are many channels: of one source a draw or two say too little.
     for step in range(MANY if len(sources) == 1 else 0, len(STEPS) if right else 0):
         draws.more(step)
         for i, (name, true) in enumerate(right.items()):
-            if name not in rows or not settled([rows[name]], limit, step):
+            if name in unsure:
                 found = compare(given[name], true, draws.noise(i), unit=unit, draws=draws.count, enough=limit,
                                 batched=batched(batch, true))  # fmt: skip
                 put(name, *found)
-        if settled(rows.values(), limit, step):
+        unsure = {name for name in unsure if not settled([rows[name]], limit, step, draws)}
+        if not unsure:
             break
     return {name: rows[name] for name in partners if name in rows}
