@@ -149,7 +149,7 @@ class Gate:
             )
         if not cases:
             return CheckReport("inconclusive", "torch", 0, (), problems=tuple(findings.doubts), limit=self.limit)
-        stateful = model.keeps_state(findings, alone=len(cases) == 1)
+        stateful = model.keeps_state(findings)
         ran = sum(case.batch.samples for case in cases)
         if ran < ENOUGH:
             findings.doubts.append(

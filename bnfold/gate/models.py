@@ -281,18 +281,15 @@ class Model(Program64):
                 )
         return None
 
-    def keeps_state(self, found: Findings, *, alone: bool) -> bool:
-        """Whether what ran in between changed what the model answers: then it keeps state, which no file does.
-
-        Where it has run on one batch ``alone``, something else runs here first.
-        """
+    def keeps_state(self, found: Findings) -> bool:
+        """Whether what ran in between changed what the model answers: then it keeps state, which no file does."""
         if self._first is None:
             return False
         batch, before, truth = self._first
-        if alone:
-            halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
-            with contextlib.suppress(Exception):
-                self.captured.run_eager(tuple(halved))
+        # Of the same shape: a state may be one for each.
+        halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
+        with contextlib.suppress(Exception):
+            self.captured.run_eager(tuple(halved))
         try:
             after = numbers(self.captured.run_eager(batch.flat))
         except Exception:

@@ -156,13 +156,16 @@ class Folder:
         meanings = {value: self._meaning(value) for value in moved}  # all of them before any is edited
         for (value, slot), tensor in self._plan.constants.items():
             self.rewriter.set_constant(value, slot, tensor)
-        by = dict[Node, Node]()
+        by, told = dict[Node, Node](), set[Node]()
         for value, meaning in meanings.items():
             stored = value
             if value in self._gone:  # its operand stands in its place, or what stands in that one's
                 operand = self._gauges.operand(value)
                 stored = by[value] = by.get(operand, operand)
-            self.rewriter.stands_for(stored, meaning)
+            # The next affine says the same of it, but behind a scale of zero, where whatever it multiplies by is free.
+            if stored not in told:
+                self.rewriter.stands_for(stored, meaning)
+            told |= {stored} if value in self._gone and meaning is not None else set()
         self.rewriter.drop(by)
         added = {value: self.rewriter.add_after(value, tensor) for value, tensor in self._plan.adds.items()}
         return {site: added.get(node, node) for site, node in by.items()}
