@@ -55,7 +55,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, name, wrapped)
 
     for owner, name in (
-        (Rewriter, "at"), (Gauges, "at"), (Gauges, "_relate"), (Gauges, "go"), (Gauges, "stay"), (Graph, "call"),
+        (Rewriter, "at"), (Gauges, "at"), (Gauges, "_relate"), (Gauges, "ask"), (Graph, "call"),
         (Graph, "shape"), (Graph, "readers"), (Graph, "constant"), (Solution, "before"), (Solution, "after"),
     ):  # fmt: skip
         count(owner, name)
