@@ -133,6 +133,13 @@ def test_folding_a_random_graph_keeps_what_it_computes(graph):
     check(graph)
 
 
+def test_behind_a_scale_of_zero_a_site_stands_for_what_is_next_to_it():
+    """It is a number there, which whatever comes next multiplies by what it likes: the division was the wrong one."""
+    graph = grow(random.Random(20228).choice)
+    assert {"aten.div.Tensor", "aten.conv_transpose2d.input"} <= set(targets(graph.program))
+    check(graph)
+
+
 def test_random_graphs_hold_what_matters():
     """The generator is only worth its time if it meets folds and refusals of many kinds."""
     reasons, operators, outcomes = Counter[str](), Counter[str](), Counter[str]()
