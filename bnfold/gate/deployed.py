@@ -25,7 +25,7 @@ from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.outside import SLACK
 from bnfold.gate.turns import judge_turns
-from bnfold.gate.values import to_numpy
+from bnfold.gate.values import identical, to_numpy
 
 #: Elements of intermediate values that are held at a time.
 ELEMENTS = 32_000_000
@@ -217,7 +217,7 @@ class Sessions:
             shown = inside & read_by
             wanted = [name for name in shapes if name in shown]
             outputs, values = candidate.also(case.batch.flat, wanted)
-            if self._exact and not all(map(_equal, outputs, self.plain[case.words])):
+            if self._exact and not all(map(identical, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")
             read = {n: weights[n] for n in inside if n in weights}
             given = {**feeds, **read, **{name: to_numpy(x) for name, x in values.items()}}
@@ -301,8 +301,3 @@ class Sessions:
     def _failures(self, name: str, failed: dict[str, list[str]]) -> None:
         for reason, at in failed.items():
             self.judge.findings.problems.append(f"{name}: fails at {listed(at)}: {reason}")
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaNs included."""
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

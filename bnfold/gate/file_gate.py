@@ -23,7 +23,7 @@ from bnfold.gate.findings import Findings
 from bnfold.gate.judge import Case, Judge, run_cases
 from bnfold.gate.original import Original
 from bnfold.gate.samples import Batch, provoke
-from bnfold.gate.values import as_tensor
+from bnfold.gate.values import as_tensor, identical
 from bnfold.report import CheckReport, SiteResult, Verdict
 from bnfold.report.progress import Progress
 from bnfold.runtime.model_file import read_model
@@ -77,7 +77,7 @@ class FileGate:
             return self._report(None, [], [])
         cases = self.cases(reference)
         first = cases[0]
-        if not all(map(_same, first.own, reference.own(first.batch))):
+        if not all(map(identical, first.own, reference.own(first.batch))):
             raise InputError("it answers otherwise from run to run on the same inputs", where=str(self.original))
         judge = Judge(reference, cases, findings, self.limit)
         if claim is not None:
@@ -223,8 +223,3 @@ class FileGate:
         size = flat[0].shape[0] if flat and flat[0].ndim and dynamic else 0
         words = ", ".join(f"{name}={size}" for name, size in named.items() if size != count)
         return Batch(tuple(flat), size, words, "" if kind == "ordinary" else f"{kind} inputs")
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, NaNs included."""
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

@@ -364,12 +364,11 @@ class Gate:
 
     def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
         assert self.path is not None
-        first = self._settings[0]
-        probe, self._probe = (
-            (self._probe, None) if not (optimized or setting or first.deployed) else (None, self._probe)
-        )
+        first, session = self._settings[0], None
+        if not (optimized or setting or first.deployed):  # it is open already, and closed by whoever asks for it
+            session, self._probe = self._probe, None
         return OnnxCandidate(
             self.path, setting=setting or first, optimized=optimized, inputs=self._matched.inputs,
             widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
-            session=probe,
+            session=session,
         )  # fmt: skip
