@@ -199,3 +199,40 @@ def test_a_large_file_folds_to_the_same_bytes(tmp_path: Path, monkeypatch: pytes
         report = bnfold.export(tmp_path / "net.onnx", tmp_path / f"{name}.onnx", device="cpu")
         assert report.passed and report.ledger.count() == (1, 1)
     assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "light.onnx").read_bytes()
+
+
+NORM = ["x", *["c"] * 4]
+#: Operator, its operands and results, opset -> operands and results of what is written; None where it is refused.
+LEFT_OUT: dict[str, tuple[tuple[str, list[str], list[str], int], tuple[list[str], list[str]] | None]] = {
+    "normalised by what is stored": (("BatchNormalization", NORM, ["y", "", "", "", ""], 9), (NORM, ["y"])),
+    "of the next version": (("BatchNormalization", NORM, ["y", "", ""], 14), (NORM, ["y"])),
+    "an empty bias": (("LayerNormalization", ["x", "c", ""], ["y"], 17), (["x", "c"], ["y"])),
+    "in the middle": (("Clip", ["x", "", "one"], ["y"], 13), (["x", "", "one"], ["y"])),
+    "normalised by the batch": (("BatchNormalization", NORM, ["y", "", "b", "", "d"], 9), None),
+    "one of any number": (("Max", ["x", ""], ["y"], 13), None),
+    "an operand that is needed": (("Add", ["", "x"], ["y"], 13), None),
+    "a part": (("Split", ["x", "parts"], ["y", ""], 13), None),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_empty_names_behind_all_others_go_and_what_is_needed_is_refused(name: str, tmp_path: Path) -> None:
+    """ONNX Runtime ends the process on most of them."""
+    (operator, reads, makes, opset), wanted = LEFT_OUT[name]
+    held = {"c": np.ones(4, np.float32), "one": np.float32(1), "parts": np.array([2, 2])}
+    axis = {"axis": 1} if operator == "Split" else {}
+    graph = helper.make_graph(
+        [helper.make_node(operator, reads, makes, **axis), helper.make_node("Softmax", ["y"], ["z"])], "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, None, 4])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(held[n], n) for n in dict.fromkeys(reads) if n in held],
+    )  # fmt: skip
+    source, folded = tmp_path / "net.onnx", tmp_path / "folded.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=6), source)
+    if wanted is None:
+        with pytest.raises(InputError, match=f"{operator} .* has no name for its"):
+            bnfold.export(source, folded, device="cpu")
+        return
+    assert bnfold.export(source, folded, device="cpu").passed
+    node = onnx.load(folded).graph.node[0]
+    assert (list(node.input), list(node.output)) == wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import onnx
 
 from bnfold.errors import InputError
 from bnfold.loading.specs import DTYPES, InputSpec
-from bnfold.runtime.model_file import read_model, tensors_of
+from bnfold.runtime.model_file import is_optional, nodes_of, opsets_of, read_model, tensors_of
 
 _AGAIN = "Export it again, or fetch it again and compare its size with the original's"
 
@@ -97,6 +97,9 @@ def read_onnx(path: Path) -> OnnxFile:
         raise InputError(f"its function '{name}' calls itself", where=where)
     if problem := next(_miswired(model.graph, set()), None):
         raise InputError(problem, where=where)
+    opsets = opsets_of(model)
+    if problem := next((said for node in nodes_of(model) for said in _unnamed(node, opsets)), None):
+        raise InputError(problem, where=where, hint="ONNX Runtime would end the process on it: name what it needs")
     for function in model.functions:
         if problem := next(_miswired(function, set(function.input)), None):
             raise InputError(f"in its function '{function.name}' {problem}", where=where)
@@ -130,6 +133,17 @@ def _miswired(graph: onnx.GraphProto | onnx.FunctionProto, around: Collection[st
         seen.update(node.output)
     if missing := [name for name in outputs if name not in seen]:
         yield f"nothing computes its output '{missing[0]}'"
+
+
+def _unnamed(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Iterator[str]:
+    """What a node leaves out that its operator cannot do without."""
+    label = f"{node.op_type} '{node.name or next(filter(None, node.output), '')}'"
+    for names, result in ((node.input, False), (node.output, True)):
+        # A BatchNormalization that has more than one result normalises by its batch, and writes all of them.
+        needs = result and node.op_type == "BatchNormalization" and not node.domain and len(names) > 1
+        for at, name in enumerate(names):
+            if not name and (needs or not is_optional(node, opsets, at, result=result)):
+                yield f"{label} has no name for its {'output' if result else 'input'} {at}, which is not optional"
 
 
 def specs_of_file(file: onnx.ModelProto) -> list[InputSpec]:

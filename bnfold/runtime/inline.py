@@ -15,6 +15,8 @@ from typing import NamedTuple
 LARGE, HELD = 64 << 20, 1024
 #: Numbers of fields in onnx.proto: ModelProto.graph, GraphProto.initializer, and those of a TensorProto.
 _GRAPH, _INITIALIZER, _RAW, _EXTERNAL, _LOCATION = 7, 5, 9, 13, 14
+#: ModelProto.functions, GraphProto.node; an empty string among NodeProto.input and NodeProto.output, as it is stored.
+_FUNCTIONS, _NODE, _EMPTY = 25, 1, (b"\n\0", b"\x12\0")
 _BYTES = 2
 
 
@@ -38,6 +40,20 @@ def apart(path: Path) -> bytes | None:
             return _rebuilt(data, 0, len(data), path.name, (_GRAPH, _INITIALIZER))
         except (ValueError, IndexError):
             return None
+
+
+def may_leave_out(path: Path) -> bool:
+    """Whether the bytes of a node are such that an operand or a result of it may have an empty name."""
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            top = [field for field in _fields(data, 0, len(data)) if field.number in (_GRAPH, _FUNCTIONS)]
+            nodes = [
+                part for graph in top for part in _fields(data, graph.value, graph.end)
+                if graph.number == _FUNCTIONS or part.number == _NODE
+            ]  # fmt: skip
+            return any(empty in data[node.value : node.end] for node in nodes for empty in _EMPTY)
+        except (ValueError, IndexError):
+            return False
 
 
 def _rebuilt(data: mmap.mmap, start: int, end: int, name: str, below: tuple[int, ...]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,9 @@ def read_model(path: Path, *, light: bool = False) -> onnx.ModelProto:
         raise refused from error
     if not model.HasField("graph"):  # an empty file is a message without any field
         raise refused
+    opsets = opsets_of(model)
+    for node in nodes_of(model):
+        _shorten(node, opsets)
     for tensor in tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := _misplaced(tensor, path.parent)):
             raise InputError(
@@ -51,6 +54,51 @@ def read_model(path: Path, *, light: bool = False) -> onnx.ModelProto:
                 hint="Keep the model's own .data file beside it, in the same folder",
             )
     return model
+
+
+def opsets_of(model: onnx.ModelProto) -> dict[str, int]:
+    """The version of every operator set, by domain."""
+    return {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+
+
+def nodes_of(part: Any) -> Iterator[Any]:
+    """Every node of a model, of its functions and of the bodies of nodes."""
+    if hasattr(part, "graph"):
+        yield from nodes_of(part.graph)
+        for function in part.functions:
+            yield from nodes_of(function)
+        return
+    for node in part.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from nodes_of(body)
+
+
+def is_optional(node: onnx.NodeProto, opsets: Mapping[str, int], at: int, *, result: bool) -> bool:
+    """Whether an operand, or a result, of a node may be left out; True of an operator that nobody knows."""
+    import onnx
+
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opsets.get(domain, 1), domain)
+    except onnx.defs.SchemaError:
+        return True
+    formal, kinds = schema.outputs if result else schema.inputs, onnx.defs.OpSchema.FormalParameterOption
+    if at >= len(formal):  # of those without number none, and of others the runtime says that there are too many
+        return not formal or formal[-1].option != kinds.Variadic
+    return bool(formal[at].option == kinds.Optional)
+
+
+def _shorten(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
+    """Takes away empty names behind the last operand and the last result.
+
+    They say nothing, and ONNX Runtime ends the process on some: a BatchNormalization of which four are left out, a
+    LayerNormalization with an empty bias.
+    """
+    for names, result in ((node.input, False), (node.output, True)):
+        while names and not names[-1] and is_optional(node, opsets, len(names) - 1, result=result):
+            del names[-1]
 
 
 def tensors_of(part: Any) -> Iterator[Any]:
