@@ -192,3 +192,129 @@ def test_a_file_of_another_domain_alone_needs_no_default_operator_set(version: i
     else:
         report: Any = bnfold.export(tmp_path / "net.onnx", tmp_path / "out.onnx", device="cpu")
         assert report.check.verdict == "pass", report.check.problems
+
+
+# -- sparse constants --------------------------------------------------------------------------------------------------
+
+
+def sparse(name: str, value: np.ndarray[Any, Any], flat: bool = True) -> onnx.SparseTensorProto:
+    at = np.flatnonzero(value) if flat else np.argwhere(value)
+    elements = numpy_helper.from_array(value[value != 0], name)
+    return helper.make_sparse_tensor(elements, numpy_helper.from_array(at.astype(np.int64), ""), list(value.shape))
+
+
+def sparse_net(change: Callable[[onnx.SparseTensorProto], None] = lambda tensor: None) -> onnx.ModelProto:
+    """A convolution and BatchNormalization, a product with a sparse initializer, one in a body, a sparse constant."""
+    rng = np.random.default_rng(0)
+    weight, few, table = f(5, 3, 1, 1), f(5, 4) * (rng.random((5, 4)) > 0.6), f(4) * np.array([1, 0, 0, 1], np.float32)
+    held = {"w": weight, "c": f(5) ** 2 + np.float32(0.1), "yes": np.array(True)}
+    value = onnx.helper.make_tensor_value_info("d", TensorProto.FLOAT, [4])
+    body = helper.make_graph([helper.make_node("Identity", ["t"], ["d"])], "body", [], [value])
+    body.sparse_initializer.append(sparse("t", table))
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["conv"]),
+        helper.make_node("BatchNormalization", ["conv", "c", "c", "c", "c"], ["norm"]),
+        helper.make_node("GlobalAveragePool", ["norm"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "few"], ["product"]),
+        helper.make_node("If", ["yes"], ["e"], then_branch=body, else_branch=body),
+        helper.make_node("Constant", [], ["k"], sparse_value=sparse("", table)),
+        helper.make_node("Sum", ["product", "e", "k"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "sparse", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+        [numpy_helper.from_array(v, n) for n, v in held.items()], sparse_initializer=[sparse("few", few, flat=False)],
+    )  # fmt: skip
+    change(graph.sparse_initializer[0])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+
+
+def test_sparse_constants_stay_and_are_what_they_spread_out_to(tmp_path: Path) -> None:
+    def other(tensor: onnx.SparseTensorProto) -> None:
+        tensor.values.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor.values) * 1.01, "few"))
+
+    right, out = tmp_path / "right.onnx", tmp_path / "out.onnx"
+    onnx.save(sparse_net(), right)
+    report: Any = bnfold.export(right, out, device="cpu")
+    assert report.passed and report.file.batch_norms == 0, report.check.problems
+    before, after = onnx.load(right).graph, onnx.load(out).graph
+    assert after.sparse_initializer == before.sparse_initializer and after.node[-2:] == before.node[-2:]
+    onnx.save(sparse_net(other), right)
+    assert bnfold.check(right, out, device="cpu").verdict == "fail"
+
+
+def longer(tensor: onnx.SparseTensorProto) -> None:
+    tensor.indices.dims[0] += 1
+
+
+def negative(tensor: onnx.SparseTensorProto) -> None:
+    tensor.dims[0] = -5
+
+
+def huge(tensor: onnx.SparseTensorProto) -> None:
+    tensor.dims[:] = [5, 1 << 40]
+
+
+def outside(tensor: onnx.SparseTensorProto) -> None:
+    tensor.indices.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor.indices) + 3, ""))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (longer, "and indices of shape"),
+        (negative, r"is of shape \[-5"),
+        (huge, "few.* bytes"),
+        (outside, "out of bounds"),
+    ],
+)
+def test_sparse_constants_that_claim_what_they_do_not_hold_are_one_line(
+    change: Any, words: str, tmp_path: Path
+) -> None:
+    onnx.save(sparse_net(change), tmp_path / "net.onnx")
+    with pytest.raises(bnfold.BnfoldError, match=words):
+        bnfold.export(tmp_path / "net.onnx", tmp_path / "out.onnx", device="cpu")
+    if change in (huge, outside):  # which ONNX Runtime was asked first
+        with pytest.raises(bnfold.BnfoldError, match="the sparse 'few'"):
+            File64(tmp_path / "net.onnx").run({"x": f(1, 3, 8, 8)})
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def function_net() -> onnx.ModelProto:
+    """Two calls of a function that calls another, which decides."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    steps = [node("Round", ["a"], ["r"]), node("Add", ["a", "r"], ["b"])]
+    rounds = helper.make_function("own", "Rounds", ["a"], ["b"], steps, opsets)
+    steps = [
+        node("MatMul", ["p", "w"], ["t"]),
+        node("Rounds", ["t"], ["u"], domain="own"),
+        node("LeakyRelu", ["u"], ["q"]),
+    ]
+    steps[-1].attribute.append(onnx.AttributeProto(name="alpha", ref_attr_name="alpha", type=onnx.AttributeProto.FLOAT))
+    layer = helper.make_function("own", "Layer", ["p", "w"], ["q"], steps, opsets, attributes=["alpha"])
+    nodes = [
+        node("Gemm", ["x", "w"], ["gemm"]),
+        node("BatchNormalization", ["gemm", "c", "c", "c", "c"], ["norm"]),
+        node("Layer", ["norm", "w"], ["z"], domain="own", alpha=0.25),
+        node("Layer", ["z", "w"], ["y"], domain="own", alpha=0.5),
+    ]
+    graph = helper.make_graph(
+        nodes, "functions", *([helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4])] for n in "xy"),
+        [numpy_helper.from_array(f(4, 4), "w"), numpy_helper.from_array(f(4) ** 2 + np.float32(0.1), "c")],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[layer, rounds])
+
+
+def test_a_file_with_functions_is_asked_for_what_is_in_them(tmp_path: Path) -> None:
+    right, out, wrong = (tmp_path / f"{name}.onnx" for name in ("right", "out", "wrong"))
+    onnx.save(function_net(), right)
+    report: Any = bnfold.export(right, out, device="cpu")
+    assert report.passed and report.file.batch_norms == 0, report.check.problems
+    model = onnx.load(out)
+    assert model.functions == onnx.load(right).functions and model.graph.node[-1] == function_net().graph.node[-1]
+    model.functions[1].node[0].op_type = "Floor"
+    onnx.save(model, wrong)
+    assert bnfold.check(wrong, right, device="cpu").verdict == "fail"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -28,9 +27,9 @@ from bnfold.evaluate.attributes import Attributes
 from bnfold.evaluate.deciding import deciding
 from bnfold.evaluate.limits import MAX_ELEMENTS, asked
 from bnfold.evaluate.nodes import OPERATORS, tensor
-from bnfold.evaluate.reading import outer_names, raised
+from bnfold.evaluate.reading import inlined, outer_names, raised
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
-from bnfold.evaluate.weights import Weight
+from bnfold.evaluate.weights import Weight, spread_out, weights_of
 from bnfold.rounding import disturb
 from bnfold.runtime.model_file import read_model
 
@@ -107,16 +106,15 @@ class File64:
         if not isinstance(model, onnx.ModelProto):
             path, beside = Path(model), Path(model).parent
             model = read_model(path, light=True)
-        held = {tensor.name for tensor in model.graph.initializer}
-        self.inputs = tuple(_value_info(v) for v in model.graph.input if v.name not in held)
+        weights = weights_of(model, beside) if weights is None else weights
+        self.inputs = tuple(_value_info(v) for v in model.graph.input if v.name not in weights)
         self.outputs = tuple(_value_info(v) for v in model.graph.output)
-        if weights is None:
-            weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
         #: Whether the inputs are all that rounding can disturb.
         self._bare = not any(
             t.data_type in _FLOATS and math.prod(t.dims) > 1
             for t in (
                 *model.graph.initializer,
+                *(t.values for t in model.graph.sparse_initializer),
                 *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t")),
             )
         )
@@ -201,10 +199,10 @@ def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(model.graph.node)
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
-    graph.sparse_initializer.extend(model.graph.sparse_initializer)
     for part in (*light.opset_import, *graph.node):
         part.domain = "" if part.domain == "ai.onnx" else part.domain  # two names of one domain
-    return onnx.inliner.inline_local_functions(light) if model.functions else light
+    spread_out(graph, *light.functions)
+    return inlined(light)
 
 
 def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 
 _KINDS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _NARROW = {onnx.helper.tensor_dtype_to_np_dtype(kind) for kind in _KINDS}
@@ -30,3 +31,15 @@ def outer_names(node: onnx.NodeProto) -> set[str]:
             found.update(value.name for value in graph.output)
             stack += [a for inner in graph.node for a in inner.attribute]
     return found
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the nodes of its functions in place of their calls; itself where it has none.
+
+    What a call inside makes is called alike however often this is done.
+    """
+    if not model.functions:
+        return model
+    for part in (*model.opset_import, *model.graph.node):
+        part.domain = "" if part.domain == "ai.onnx" else part.domain  # two names of one domain
+    return onnx.inliner.inline_local_functions(model)

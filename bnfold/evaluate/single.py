@@ -12,6 +12,7 @@ import torch
 
 from bnfold.evaluate.reading import raised
 from bnfold.evaluate.subject import Array
+from bnfold.evaluate.weights import spread_out
 
 if TYPE_CHECKING:
     from bnfold.evaluate.evaluator import Evaluator
@@ -38,5 +39,6 @@ def _one_node(content: bytes, opsets: tuple[tuple[str, int], ...]) -> Evaluator:
 
     node = onnx.NodeProto.FromString(content)
     graph = onnx.GraphProto(node=[node])
+    spread_out(graph)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
     return Evaluator(graph, opsets=dict(opsets))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, ResourceError
+from bnfold.evaluate.limits import MAX_ELEMENTS
 from bnfold.evaluate.subject import Array
 
 
@@ -43,3 +46,55 @@ class Weight:
                 f"the external data of '{tensor.name}' cannot be read: {' '.join(str(error).split())[:200]}",
                 hint="Keep the model's own .data file beside it, in the same folder",
             ) from error
+
+
+class SparseWeight(Weight):
+    """A sparse initializer, spread out where it is used."""
+
+    def __init__(self, tensor: onnx.SparseTensorProto, beside: Path | None) -> None:
+        super().__init__(tensor.values, beside)
+        self._label, self._shape = tensor.values.name, tuple(tensor.dims)
+        self._indices = Weight(tensor.indices, beside)
+
+    def array(self) -> Array:
+        """Its value, zeros in it."""
+        if math.prod(self._shape) > MAX_ELEMENTS:
+            raise ResourceError(f"the memory does not suffice for the sparse '{self._label}'")
+        values, at = super().array(), self._indices.array()
+        found = np.zeros(self._shape, values.dtype)
+        try:
+            found[np.unravel_index(at, self._shape) if at.ndim == 1 else tuple(at.T)] = values
+        except (IndexError, ValueError) as error:
+            raise InputError(f"the sparse '{self._label}' holds an element outside of {list(self._shape)}") from error
+        return found
+
+
+def weights_of(model: onnx.ModelProto, beside: Path | None) -> dict[str, Weight]:
+    """The initializers of a model by name.
+
+    Args:
+        beside: the folder of its external data.
+    """
+    plain = {tensor.name: Weight(tensor, beside) for tensor in model.graph.initializer}
+    return plain | {t.values.name: SparseWeight(t, beside) for t in model.graph.sparse_initializer}
+
+
+def spread_out(*graphs: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Makes dense what is sparse in the nodes of graphs: initializers of bodies, and constants."""
+    stack = list(graphs)
+    while stack:
+        graph = stack.pop()
+        for attribute in (a for node in graph.node for a in node.attribute):
+            bodies = [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+            for body in bodies:
+                body.initializer.extend(_dense(t) for t in body.sparse_initializer)
+                del body.sparse_initializer[:]
+            stack += bodies
+            if attribute.HasField("sparse_tensor"):
+                attribute.t.CopyFrom(_dense(attribute.sparse_tensor))
+                attribute.ClearField("sparse_tensor")
+                attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+
+
+def _dense(tensor: onnx.SparseTensorProto) -> onnx.TensorProto:
+    return onnx.numpy_helper.from_array(SparseWeight(tensor, None).array(), tensor.values.name)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
+from bnfold.evaluate.reading import inlined
 from bnfold.gate.engines import Setting
 from bnfold.gate.values import as_tensor, to_numpy
 from bnfold.graph.capture import Captured
@@ -160,10 +161,17 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[byt
     else:
         with path.open("rb") as file:
             shutil.copyfileobj(file, content)
-    graph = onnx.load_model_from_string(content.getvalue()).graph
-    made = {name for node in graph.node for name in node.output}
+    model = onnx.load_model_from_string(content.getvalue())
+    if model.functions:
+        model = inlined(model)
+        content = io.BytesIO()
+        content.write(model.SerializeToString())
+    graph = model.graph
+    # A constant that is sparse ONNX Runtime hands out as no array.
+    shown = (node for node in graph.node if not any(a.HasField("sparse_tensor") for a in node.attribute))
+    made = {name for node in shown for name in node.output}
     already = {value.name for value in graph.output}
-    del graph  # the weights are in it
+    del graph, model  # the weights are in it
     present = [name for name in names if name in made]
     more = onnx.ModelProto()
     more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in present if name not in already)

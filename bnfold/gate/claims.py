@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.evaluate.evaluator import After, File64
+from bnfold.evaluate.reading import inlined
 from bnfold.evaluate.subject import Run
 from bnfold.gate.models import Program64
 from bnfold.gate.samples import Batch
@@ -53,6 +54,7 @@ class FileClaim:
         self, path: Path, model: onnx.ModelProto, inputs: Sequence[tuple[int, str]], outputs: Sequence[str] | None,
         names: Mapping[str, str] | None, epsilon: float, halves: Collection[str],
     ) -> None:  # fmt: skip
+        model = inlined(model)  # so that operators in functions are asked too
         self.name, self.file = "the file in float64", File64(model, beside=path.parent, where=str(path))
         self._inputs, self._outputs, self._names, self._epsilon = inputs, outputs, names or {}, epsilon
         self._halves = bool(halves)

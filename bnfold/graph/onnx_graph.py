@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
-from bnfold.evaluate.weights import Weight
+from bnfold.evaluate.weights import SparseWeight, weights_of
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name
 from bnfold.graph.onnx_call import OnnxCall
@@ -63,7 +63,7 @@ class OnnxGraph(Graph):
         self.added, self.dropped = 0, 0
         self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
-        self._weights = {t.name: Weight(t, beside) for t in model.graph.initializer}
+        self._weights = weights_of(model, beside)
         self._way, self._inference = 0, Shapes(model, self._weights)
         #: The bytes of constants that the finished file has and does not hold, by name: made when they are asked for.
         self.beside: dict[str, Callable[[], bytes]] = {}
@@ -77,11 +77,11 @@ class OnnxGraph(Graph):
         # Up to IR version 3 every initializer has to be an input, so that being one means nothing.
         fed = {v.name for v in graph.input} if self.model.ir_version >= 4 else set[str]()
         inputs = [v.name for v in graph.input if v.name not in self._weights or v.name in fed]
-        sparse = [tensor.values.name for tensor in graph.sparse_initializer]  # read, and never changed
-        for name in dict.fromkeys([*self._weights, *inputs, *sparse]):
+        for name in dict.fromkeys([*self._weights, *inputs]):
             node = values[name] = self.graph.placeholder(f"v{len(values)}")
             self._note(node, name, known)
-            if name in self._weights and name not in fed:
+            weight = self._weights.get(name)  # a sparse one is read, and never changed: it would not be sparse
+            if weight is not None and name not in fed and not isinstance(weight, SparseWeight):
                 self._targets[node] = name
         for proto in graph.node:
             operator = Operator(proto, self.opsets)

@@ -200,6 +200,9 @@ def _light(
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(weights[tensor.name].array()), tensor.name))
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    for sparse in model.graph.sparse_initializer:
+        held = sparse.values
+        graph.input.append(onnx.helper.make_tensor_value_info(held.name, held.data_type, list(sparse.dims)))
     return light
 
 

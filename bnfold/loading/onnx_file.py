@@ -93,6 +93,9 @@ def read_onnx(path: Path) -> OnnxFile:
     for tensor in model.graph.initializer:
         if problem := _problem(tensor):
             raise InputError(f"initializer '{tensor.name}' {problem}", where=where, hint=_AGAIN)
+    for sparse in model.graph.sparse_initializer:
+        if problem := _sparse_problem(sparse):
+            raise InputError(f"the sparse initializer '{sparse.values.name}' {problem}", where=where, hint=_AGAIN)
     if name := next(_recursive(model), None):
         raise InputError(f"its function '{name}' calls itself", where=where)
     if problem := next(_miswired(model.graph, set()), None):
@@ -208,6 +211,15 @@ def _problem(tensor: onnx.TensorProto) -> str | None:
     held = max(len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data), len(tensor.double_data),
                len(tensor.uint64_data))  # fmt: skip
     return None if held or not size else f"holds nothing and claims {size} bytes"
+
+
+def _sparse_problem(tensor: onnx.SparseTensorProto) -> str | None:
+    count, rank = list(tensor.values.dims), len(tensor.dims)
+    if any(dim < 0 for dim in tensor.dims) or len(count) != 1:
+        return f"is of shape {list(tensor.dims)}, with values of shape {count}"
+    if list(tensor.indices.dims) not in (count, [*count, rank]) or tensor.indices.data_type != onnx.TensorProto.INT64:
+        return f"has {count[0]} values and indices of shape {list(tensor.indices.dims)}"
+    return _problem(tensor.values) or _problem(tensor.indices)
 
 
 def _recursive(model: onnx.ModelProto) -> Iterator[str]:

@@ -18,6 +18,7 @@ _GRAPH, _INITIALIZER, _RAW, _EXTERNAL, _LOCATION = 7, 5, 9, 13, 14
 #: ModelProto.functions, GraphProto.node; an empty string among NodeProto.input and NodeProto.output, as it is stored.
 _FUNCTIONS, _NODE, _EMPTY = 25, 1, (b"\n\0", b"\x12\0")
 _BYTES = 2
+Data = mmap.mmap | bytes
 
 
 class _Field(NamedTuple):
@@ -42,21 +43,27 @@ def apart(path: Path) -> bytes | None:
             return None
 
 
-def may_leave_out(path: Path) -> bool:
+def may_leave_out(model: Path | bytes) -> bool:
     """Whether the bytes of a node are such that an operand or a result of it may have an empty name."""
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            top = [field for field in _fields(data, 0, len(data)) if field.number in (_GRAPH, _FUNCTIONS)]
-            nodes = [
-                part for graph in top for part in _fields(data, graph.value, graph.end)
-                if graph.number == _FUNCTIONS or part.number == _NODE
-            ]  # fmt: skip
-            return any(empty in data[node.value : node.end] for node in nodes for empty in _EMPTY)
-        except (ValueError, IndexError):
-            return False
+    if isinstance(model, bytes):
+        return _may_leave_out(model)
+    with model.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _may_leave_out(data)
 
 
-def _rebuilt(data: mmap.mmap, start: int, end: int, name: str, below: tuple[int, ...]) -> bytes:
+def _may_leave_out(data: Data) -> bool:
+    try:
+        top = [field for field in _fields(data, 0, len(data)) if field.number in (_GRAPH, _FUNCTIONS)]
+        nodes = (
+            part for graph in top for part in _fields(data, graph.value, graph.end)
+            if graph.number == _FUNCTIONS or part.number == _NODE
+        )  # fmt: skip
+        return any(empty in data[node.value : node.end] for node in nodes for empty in _EMPTY)
+    except (ValueError, IndexError):
+        return False
+
+
+def _rebuilt(data: Data, start: int, end: int, name: str, below: tuple[int, ...]) -> bytes:
     """A message, in which the fields ``below`` one another are gone through, down to tensors."""
     found = bytearray()
     for field in _fields(data, start, end):
@@ -68,7 +75,7 @@ def _rebuilt(data: mmap.mmap, start: int, end: int, name: str, below: tuple[int,
     return bytes(found)
 
 
-def _tensor(data: mmap.mmap, tensor: _Field, name: str) -> bytes:
+def _tensor(data: Data, tensor: _Field, name: str) -> bytes:
     fields = list(_fields(data, tensor.value, tensor.end))
     raw = [field for field in fields if field.number == _RAW]
     elsewhere = any(field.number in (_EXTERNAL, _LOCATION) for field in fields)
@@ -81,7 +88,7 @@ def _tensor(data: mmap.mmap, tensor: _Field, name: str) -> bytes:
     return found + _varint(_LOCATION << 3) + _varint(1)
 
 
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
+def _fields(data: Data, at: int, end: int) -> Iterator[_Field]:
     """The fields of a message.
 
     Raises:
@@ -105,7 +112,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
         yield _Field(tag >> 3, wire, start, value, at)
 
 
-def _read(data: mmap.mmap, at: int) -> tuple[int, int]:
+def _read(data: Data, at: int) -> tuple[int, int]:
     """A number, and where it ends."""
     number = 0
     for shift in range(0, 70, 7):

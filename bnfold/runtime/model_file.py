@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import InputError
 from bnfold.files import require_file
-from bnfold.runtime.inline import apart
+from bnfold.runtime.inline import apart, may_leave_out
 
 if TYPE_CHECKING:
     import onnx
@@ -43,9 +43,7 @@ def read_model(path: Path, *, light: bool = False) -> onnx.ModelProto:
         raise refused from error
     if not model.HasField("graph"):  # an empty file is a message without any field
         raise refused
-    opsets = opsets_of(model)
-    for node in nodes_of(model):
-        _shorten(node, opsets)
+    _shorten(model)
     for tensor in tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := _misplaced(tensor, path.parent)):
             raise InputError(
@@ -90,15 +88,33 @@ def is_optional(node: onnx.NodeProto, opsets: Mapping[str, int], at: int, *, res
     return bool(formal[at].option == kinds.Optional)
 
 
-def _shorten(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
-    """Takes away empty names behind the last operand and the last result.
+def shortened(model: Path | bytes) -> bytes | None:
+    """The content of a file, or content, without empty names behind all others; None where it has none.
+
+    Raises:
+        InputError: as for ``read_model``.
+    """
+    import onnx
+
+    if not may_leave_out(model):
+        return None
+    found = onnx.load_model_from_string(model) if isinstance(model, bytes) else read_model(model, light=True)
+    return found.SerializeToString() if _shorten(found) or not isinstance(model, bytes) else None
+
+
+def _shorten(model: onnx.ModelProto) -> bool:
+    """Takes away empty names behind the last operand and the last result of a node; whether there were any.
 
     They say nothing, and ONNX Runtime ends the process on some: a BatchNormalization of which four are left out, a
     LayerNormalization with an empty bias.
     """
-    for names, result in ((node.input, False), (node.output, True)):
-        while names and not names[-1] and is_optional(node, opsets, len(names) - 1, result=result):
-            del names[-1]
+    opsets, there = opsets_of(model), False
+    for node in nodes_of(model):
+        for names, result in ((node.input, False), (node.output, True)):
+            while names and not names[-1] and is_optional(node, opsets, len(names) - 1, result=result):
+                del names[-1]
+                there = True
+    return there
 
 
 def tensors_of(part: Any) -> Iterator[Any]:

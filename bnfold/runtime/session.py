@@ -23,8 +23,7 @@ import numpy.typing as npt
 from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, ResourceError, UsageError
 from bnfold.files import require_file
 from bnfold.runtime.device import CPU, Device
-from bnfold.runtime.inline import may_leave_out
-from bnfold.runtime.model_file import read_model
+from bnfold.runtime.model_file import shortened
 
 Array = npt.NDArray[Any]
 
@@ -232,9 +231,9 @@ def open_on(
     where = "the model" if file is None else os.fspath(file)
     if not isinstance(model, bytes):
         require_file(model, hint="Name an existing ONNX file")
-        path = Path(model)
-        if may_leave_out(path):
-            model, beside = read_model(path, light=True).SerializeToString(), path
+        beside = Path(model)
+    short = shortened(model if isinstance(model, bytes) else Path(model))
+    model = model if short is None else short
     wanted, doctor = device.provider.ort_name, "Run: python -m bnfold doctor"
     if wanted not in ort.get_available_providers():
         raise ProviderError(f"asked for {wanted}, which this onnxruntime does not have", where=where, hint=doctor)
