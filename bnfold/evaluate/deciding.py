@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from bnfold.aten.deciding import Comparison, Deciding, Modulus, Rounding, Selection, rare
+from bnfold.evaluate.quantised import ROWS as QUANTISED
+from bnfold.evaluate.quantised import Levels
 
 if TYPE_CHECKING:
     from bnfold.evaluate.attributes import Attributes
@@ -96,6 +98,11 @@ _TABLE: dict[str, Callable[[Attributes], Deciding | None]] = {
 
 def deciding(operator: str, at: Attributes, operands: Sequence[Any]) -> tuple[Deciding, dict[str, Any]] | None:
     """How an operator decides and on what, as the rules name it; None where it does not, or not on floats."""
+    if operator in QUANTISED:
+        levels = QUANTISED[operator](at, *(None if x is None else torch.from_numpy(np.array(x)) for x in operands))
+        if not isinstance(levels, Levels):
+            return None
+        return Quantisation(1), {"self": levels.quotient, "other": 1.0, "zero": levels.zero, "size": levels.size}
     row = _TABLE.get(operator)
     arrays = [x for x in operands if isinstance(x, np.ndarray) and x.dtype == np.float64]
     rule = row(at) if row is not None and arrays else None

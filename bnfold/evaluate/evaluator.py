@@ -359,9 +359,10 @@ def _stored(value: Any) -> Any:
 
 def _decided(node: OpRun, values: Mapping[str, Any], results: Sequence[Any], watch: _Watch) -> Sequence[Any]:
     """The results of a node that decides on floats, after somebody else's decision where one is to be followed."""
-    attributes = Attributes({a: getattr(node, a) for a in node.attributes_names_}, 0, len(node.output))
+    explicit = {a.name: getattr(node, a.name) for a in node.onnx_node.attribute if hasattr(node, a.name)}
+    attributes = Attributes(explicit, 0, len(node.output))
     read = [raised(_stored(values[name])) for name in node.input]
-    found = deciding(node.op_type if not node.domain else "", attributes, read)
+    found = deciding(f"{node.domain}.{node.op_type}" if node.domain else node.op_type, attributes, read)
     if found is None:
         return results
     rule, at = found

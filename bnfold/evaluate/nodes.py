@@ -16,11 +16,14 @@ from bnfold.evaluate.operators import TABLE
 from bnfold.evaluate.reading import raised
 from bnfold.evaluate.subject import Array
 
+#: What torch computes as other integers.
+_WIDENED = ("uint16", "uint32", "uint64")
+
 
 def tensor(value: Array) -> Tensor:
     """An array as a tensor that shares its memory where it may."""
     array = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
-    if array.dtype.name in ("uint16", "uint32", "uint64"):
+    if array.dtype.name in _WIDENED:
         array = array.astype(np.int64)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
@@ -37,7 +40,7 @@ class _TorchOperator(OpRun):
         found = type(self).row(at, *(None if x is None else tensor(x) for x in given))
         results = [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
         first = next((x.dtype for x in given if x is not None), None)
-        if first is not None and first.kind in "ui" and results[0].dtype.kind in "ui":
+        if first is not None and first.name in _WIDENED and results[0].dtype.kind in "ui":
             results[0] = results[0].astype(first, copy=False)
         return tuple(results[: max(len(self.onnx_node.output), 1)])
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnfold.evaluate.attributes import Attributes, Row
+from bnfold.evaluate.quantised import TABLE as QUANTISED
 from bnfold.evaluate.recurrent import gru, lstm, rnn
 from bnfold.evaluate.resize import resize, upsample
 from bnfold.evaluate.windows import average_pool, conv, conv_transpose, lp_pool, max_pool
@@ -335,12 +336,16 @@ _STANDARD: dict[str, Row] = {
     "ScatterND": scatter_nd,
 }
 #: THE table: domain and operator -> what computes it.
-TABLE: dict[tuple[str, str], Row] = {("", name): row for name, row in _STANDARD.items()} | {
-    # what ONNX Runtime writes into files that it has optimised
-    ("com.microsoft", "FusedMatMul"): fused_matmul,
-    ("com.microsoft", "Gelu"): gelu,
-    ("com.microsoft", "BiasGelu"): bias_gelu,
-    ("com.microsoft", "FastGelu"): fast_gelu,
-    ("com.microsoft", "QuickGelu"): swish,
-    ("com.microsoft", "SkipLayerNormalization"): skip_layer_norm,
-}
+TABLE: dict[tuple[str, str], Row] = (
+    {("", name): row for name, row in _STANDARD.items()}
+    | QUANTISED
+    | {
+        # what ONNX Runtime writes into files that it has optimised
+        ("com.microsoft", "FusedMatMul"): fused_matmul,
+        ("com.microsoft", "Gelu"): gelu,
+        ("com.microsoft", "BiasGelu"): bias_gelu,
+        ("com.microsoft", "FastGelu"): fast_gelu,
+        ("com.microsoft", "QuickGelu"): swish,
+        ("com.microsoft", "SkipLayerNormalization"): skip_layer_norm,
+    }
+)
