@@ -41,8 +41,8 @@ def held(kind: Any) -> dict[str, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
     return {
         "xs": np.asarray(X), "ws": np.asarray(W), "ys": np.asarray(Y), "xz": np.asarray(kind(3)),
-        "ps": np.asarray(np.float32(1 / 256)), "yz": np.asarray(kind(5)), "wz": np.asarray(I8(0)), "mz": np.asarray(kind(2)),
-        "ms": np.asarray(W),
+        "ps": np.asarray(np.float32(1 / 256)), "yz": np.asarray(kind(5)), "wz": np.asarray(I8(0)),
+        "mz": np.asarray(kind(2)), "ms": np.asarray(W),
         "x2": rng.integers(0, 60, (1, 3, 8, 8)).astype(kind), "w": rng.integers(-9, 9, (4, 3, 3, 3)).astype(I8),
         "m": rng.integers(0, 20, (8, 8)).astype(kind), "b": rng.integers(-50, 50, 4).astype(np.int32),
         "c": rng.integers(-50, 50, 8).astype(np.int32), "which": rng.random((1, 3, 8, 8)) > 0.5,
