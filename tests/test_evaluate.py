@@ -215,6 +215,40 @@ def test_bodies_read_what_lies_outside() -> None:
     assert (run.outputs[3] == 2 * x[:, ::-1].cumsum(1)).all()
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_an_optional_value_is_the_value_or_none(full: bool, tmp_path: Path) -> None:
+    """Of a tensor and of a sequence, in the branches of an If; ONNX Runtime agrees."""
+
+    def branch(nodes: list[Any]) -> onnx.GraphProto:
+        return helper.make_graph(nodes, "b", [], [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)])
+
+    kind = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("SequenceConstruct", ["r", "x"], ["seq"]),
+        helper.make_node("Optional", ["r"] if full else [], ["one"], **({} if full else {"type": kind})),
+        helper.make_node("Optional", ["seq"], ["many"]),
+        helper.make_node("OptionalGetElement", ["many"], ["back"]),
+        helper.make_node("SequenceAt", ["back", "at"], ["second"]),
+        helper.make_node("OptionalHasElement", ["one"], ["has"]),
+        helper.make_node("If", ["has"], ["first"],
+                         then_branch=branch([helper.make_node("OptionalGetElement", ["one"], ["out"])]),
+                         else_branch=branch([helper.make_node("Neg", ["x"], ["out"])])),
+        helper.make_node("Add", ["first", "second"], ["y"]),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "optional", *([helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 3])] for n in "xy"),
+        [numpy_helper.from_array(np.array(1), "at")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    x = np.array([[-1.0, 0.0, 2.0]])
+    (y,) = File64(model).run({"x": x}).outputs
+    assert np.array_equal(y, np.maximum(x, 0) + x if full else 0 * x)
+    onnx.save(model, tmp_path / "net.onnx")
+    verdict = bnfold.check(tmp_path / "net.onnx", tmp_path / "net.onnx", device="cpu")
+    assert verdict.verdict == "pass", verdict.problems
+
+
 def test_batch_statistics_where_a_file_asks_for_them() -> None:
     weights = {n: np.float32([1, 2, 3]) for n in "sbmv"}
     for outputs, opset, more in ((["y"], 15, {"training_mode": 1}), (["y", "a", "c", "d", "e"], 9, {})):

@@ -140,6 +140,30 @@ def _empty(kind: Any) -> Array:
     return np.zeros((0, *dims), dtype)
 
 
+class Optional(OpRun):
+    """A dictionary of one value, or of none: what ONNX Runtime hands out as no array is none here."""
+
+    def _run(self, x: Any = None, type: Any = None) -> tuple[Any]:
+        return ({} if x is None else {"value": x},)
+
+
+class OptionalHasElement(OpRun):
+    """Whether there is one."""
+
+    def _run(self, x: Any = None) -> tuple[Any]:
+        return (np.array(bool(x) if isinstance(x, dict) else x is not None),)
+
+
+class OptionalGetElement(OpRun):
+    """The value that is there."""
+
+    def _run(self, x: Any) -> tuple[Any]:
+        found = x.get("value") if isinstance(x, dict) else x
+        if found is None:
+            raise ValueError("there is no value in it")
+        return (found,)
+
+
 class ConstantOfShape(OpRun):
     """One number, so often."""
 
@@ -153,5 +177,6 @@ _ROWS = {
 }
 #: What computes an operator, by domain and name.
 OPERATORS: dict[tuple[str, str], type[OpRun]] = {
-    **{("", own.__name__): own for own in (Cast, CastLike, ConstantOfShape, Loop, Scan)}, **_ROWS,
-}  # fmt: skip
+    ("", own.__name__): own
+    for own in (Cast, CastLike, ConstantOfShape, Loop, Optional, OptionalGetElement, OptionalHasElement, Scan)
+} | _ROWS
