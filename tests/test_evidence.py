@@ -124,6 +124,21 @@ def test_a_channel_that_one_draw_left_still_has_the_noise_of_others_that_are_as_
     assert float(few[0, 8].max()) < 1e-12 and float(typical(noise, size)[0, 7].max()) == 1e-12
 
 
+def test_of_one_draw_the_elements_of_a_sample_are_each_others_neighbours_and_nobody_elses() -> None:
+    """One sample may be moved thirty times as far as another one whose elements are as large."""
+    loud = torch.tensor([1.0, 30.0, 1.0], dtype=torch.float64)[:, None]
+    truth, noise = normal(3, 2000, seed=1), 1e-7 * loud * normal(3, 2000, seed=2)
+    right = truth + 1e-7 * loud * normal(3, 2000, seed=3).clamp(-1.7, 1.7)
+    wrong = right.clone()
+    wrong[0, 5] = truth[0, 5] + 2e-6  # less than the loud sample is moved by
+
+    def worst(given: Tensor, batched: bool) -> float:
+        return compare(given, truth, noise.abs(), unit=UNIT, draws=1, batched=batched)[1]
+
+    assert worst(right, True) < 6 < worst(right, False)
+    assert worst(wrong, True) > 12
+
+
 @pytest.mark.parametrize(
     ("given", "truth", "said"),
     [

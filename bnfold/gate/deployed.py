@@ -19,11 +19,11 @@ from bnfold.gate.alone import alone
 from bnfold.gate.by_operator import Asked, as_kernels_round, ask
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
-from bnfold.gate.evidence import MANY, STEPS, Draws, Row, Source, seen_error
+from bnfold.gate.evidence import MANY, SLACK, STEPS, Draws, Row, Source, seen_error
 from bnfold.gate.findings import first_line
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.optimizers import guilty
-from bnfold.gate.outside import SLACK
+from bnfold.gate.screen import Screen
 from bnfold.gate.turns import judge_turns
 from bnfold.gate.values import identical, to_numpy
 
@@ -45,6 +45,8 @@ class Sessions:
     claim: FileClaim | None
     make: Callable[..., OnnxCandidate]
     device: Any
+    #: What was seen of the deployed session before.
+    screen: Screen | None = None
     plain: dict[str, list[Any]] = field(default_factory=dict)
     followed: dict[str, Run] = field(default_factory=dict)
     _asked: bool = False
@@ -231,7 +233,8 @@ class Sessions:
         failed: dict[str, list[str]] = {}
         for case in self.judge.cases:
             try:
-                outputs = candidate.run(case.batch.flat)
+                known = self.screen.outputs.get(case.batch) if self.screen is not None else None
+                outputs = candidate.run(case.batch.flat) if known is None else known
             except Exception as error:
                 failed.setdefault(first_line(error), []).append(case.words)
                 continue
@@ -240,6 +243,7 @@ class Sessions:
             if misfit > 1 and case.claimed is not None and case.claimed.decided:
                 rows = self._decided(candidate, case, outputs, truth, rows, misfit)
             self.judge.table.rows += rows
+        self.judge.table.rows += self.screen.rows if self.screen is not None else []
         self._failures(candidate.name, failed)
 
     def _decided(

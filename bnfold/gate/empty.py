@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from bnfold.gate.judge import Case, Judge
+from bnfold.gate.judge import Judge
+from bnfold.gate.samples import Batch
 from bnfold.gate.values import batched
 from bnfold.graph.capture import Captured
 
 
-def prove_nothing(judge: Judge, captured: Captured, cases: Sequence[Case]) -> None:
-    """Says of a judgement why nothing follows from it, where that is so."""
+def prove_nothing(judge: Judge, captured: Captured, runs: Sequence[tuple[Batch, Sequence[Tensor]]]) -> None:
+    """Says of a judgement why nothing follows from it, where that is so; ``runs`` are inputs with their outputs."""
     findings, compared = judge.findings, judge.compared
     shown = [row.witness for row in judge.table.rows if not row.inside]
     ran = dict.fromkeys([*shown, *(name for name, _ in judge.said)])
@@ -28,7 +28,7 @@ def prove_nothing(judge: Judge, captured: Captured, cases: Sequence[Case]) -> No
             "no output depends on any input: the model answers with what it kept from an earlier call, or with a "
             "constant"
         )
-    elif _says_nothing(cases):
+    elif _says_nothing(runs):
         findings.doubts.append(
             "every output is the same for every input that was tried, so nothing is seen of what lies before it: "
             "load trained weights (is the last layer zero?), or give inputs that matter (--data)"
@@ -44,18 +44,18 @@ def _reads_inputs(captured: Captured) -> bool:
     return captured.program.graph.output_node() in reached
 
 
-def _says_nothing(cases: Sequence[Case]) -> bool:
+def _says_nothing(runs: Sequence[tuple[Batch, Sequence[Tensor]]]) -> bool:
     """Whether inputs differ and no output does: the same floats for every sample of every run."""
 
-    def alike(runs: Sequence[Sequence[Any]]) -> bool:
-        first: dict[int, torch.Tensor] = {}
-        for case, values in zip(cases, runs):
+    def alike(runs: Sequence[tuple[Batch, Sequence[Tensor]]]) -> bool:
+        first: dict[int, Tensor] = {}
+        for batch, values in runs:
             for i, value in enumerate(values):
-                rows = value if batched(case.batch, value) else value[None]
+                rows = value if batched(batch, value) else value[None]
                 row = first.setdefault(i, rows[0]) if len(rows) else torch.empty(0)
                 if not value.is_floating_point() or row.shape != rows.shape[1:] or not bool((rows == row).all()):
                     return False
         return bool(first)
 
-    given = [[value for value in case.batch.flat if isinstance(value, torch.Tensor)] for case in cases]
-    return alike([case.truth.outputs for case in cases]) and not alike(given)
+    given = [(batch, [value for value in batch.flat if isinstance(value, Tensor)]) for batch, _ in runs]
+    return alike(runs) and not alike(given)

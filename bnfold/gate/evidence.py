@@ -19,6 +19,8 @@ NEIGHBOURS, FEWEST = 32, 16
 #: A single element may be off by so many limits. Rounding errors add up to a normal distribution, of which one in 10^8
 #: lies beyond 5.7 standard deviations, and rounding a constant once is at most as much as the draws take it to be.
 ELEMENT = 1.5
+#: What the error of a runtime is measured in is itself but a few draws; a wrong kernel or fusion is off by thousands.
+SLACK = 2.0
 #: Sums in float64 are right to this, relative to the magnitude of a channel.
 EXACT = 2.0**-46
 #: The smallest number of each dtype, by its unit roundoff: what is less is nothing there.
@@ -112,7 +114,7 @@ def compare(
     bar = (coarser * torch.maximum(known, least)).clamp(min=TINY)
     ratios = off / bar
     if float(ratios.max()) > enough:  # else nobody's neighbours change the verdict
-        bar = (coarser * torch.maximum(typical(known, size, draws), least)).clamp(min=TINY)
+        bar = (coarser * torch.maximum(typical(known, size, draws, batched), least)).clamp(min=TINY)
         ratios = off / bar
     rows = ratios.reshape(ratios.shape[0] if batched and ratios.ndim else 1, -1)
     worst = int(ratios.argmax())
@@ -131,33 +133,34 @@ def floor(truth: Tensor, unit: float) -> Tensor:
     return torch.maximum(0.25 * unit * truth.abs(), EXACT * channel).clamp(min=SUBNORMAL.get(unit, 0.0))
 
 
-def typical(noise: Tensor, size: Tensor, draws: float = math.inf) -> Tensor:
+def typical(noise: Tensor, size: Tensor, draws: float = math.inf, batched: bool = False) -> Tensor:
     """Every element's noise, and no less than its neighbours in the order of their size say it is.
 
-    These are the elements of its channel; since one constant may move all of them at once, of a few draws also those
-    of the other channels, which weigh as much as two draws do.
+    These are the elements of its channel, and where axis 0 holds samples with enough of them of its sample; since one
+    constant may move all of them at once, of a few draws also those of the other channels, which weigh as much as two
+    draws do.
 
     The median of RMS of a few normal draws is less than what they are draws of: by the cube of 1 - 2/(9 draws), under
     a root (Wilson and Hilferty 1931, "The distribution of chi-square").
     """
-    floor = _least(noise, size, NEIGHBOURS, _median)
+    apart = (0,) if batched and noise.ndim > 1 and noise[:1].numel() >= FEWEST else ()
+    floor = _least(noise, size, NEIGHBOURS, _median, apart)
     if draws < math.inf and noise.numel():
-        beside = _neighbours(noise, size, None, NEIGHBOURS, _median)
+        beside = _neighbours(noise, size, apart, NEIGHBOURS, _median)
         floor = torch.maximum(floor, beside * (2 / (2 + draws)) ** 0.5)
     return torch.maximum(noise, floor / (1 - 2 / (9 * draws)) ** 1.5)
 
 
 def pooled(error: Tensor, size: Tensor) -> Tensor:
     """What errors that were seen once say of each element: RMS over many neighbours, for kernels err in steps."""
-    return torch.maximum(error.abs(), _least(error.abs(), size, 8 * NEIGHBOURS, _rms))
+    return torch.maximum(error.abs(), _least(error.abs(), size, 8 * NEIGHBOURS, _rms, ()))
 
 
-def _least(noise: Tensor, size: Tensor, width: int, middle: Middle) -> Tensor:
+def _least(noise: Tensor, size: Tensor, width: int, middle: Middle, apart: tuple[int, ...]) -> Tensor:
     if not noise.numel():
         return noise
-    axes: list[int | None] = [*_channels(noise)] or [None]
-    found = [_neighbours(noise, size, axis, width, middle) for axis in axes]
-    return torch.stack(found).amin(0)
+    axes = [(*apart, axis) for axis in _channels(noise)] or [apart]
+    return torch.stack([_neighbours(noise, size, each, width, middle) for each in axes]).amin(0)
 
 
 def _median(blocks: Tensor) -> Tensor:
@@ -177,23 +180,28 @@ def _others(value: Tensor, axis: int) -> list[int]:
     return [i for i in range(value.ndim) if i != axis]
 
 
-def _neighbours(noise: Tensor, size: Tensor, axis: int | None, width: int, middle: Middle) -> Tensor:
-    """The middle of the noise of elements of a channel that are about as large; zeros are nobody's neighbours.
+def _neighbours(noise: Tensor, size: Tensor, axes: tuple[int, ...], width: int, middle: Middle) -> Tensor:
+    """The middle of the noise of elements about as large, of one place on ``axes``; zeros are nobody's neighbours.
 
-    A channel with few elements of its own is judged with the others.
+    A channel with few elements of its own is judged with the others, a sample with the other samples.
     """
-    rows, sizes = (x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1) for x in (noise, size))
-    counts = (sizes > 0).sum(1)
-    if axis is None or int(counts.amin()) >= FEWEST:
-        return _grouped(rows, sizes, noise, axis, width, middle)
-    whole = _neighbours(noise, size, None, width, middle)
+    front = tuple(range(len(axes)))
+    moved = noise.movedim(axes, front)
+    rows, sizes = (x.movedim(axes, front).reshape(math.prod(moved.shape[: len(axes)]), -1) for x in (noise, size))
+    few = (sizes > 0).sum(1) < FEWEST
+
+    def back(found: Tensor) -> Tensor:
+        return found.reshape(moved.shape).movedim(front, axes)
+
+    if not axes or not bool(few.any()):
+        return back(_grouped(rows, sizes, width, middle))
+    whole = _neighbours(noise, size, axes[:-1], width, middle)
     if rows.shape[1] < FEWEST:
         return whole
-    few = (counts < FEWEST).reshape(-1, *(1,) * (noise.ndim - 1)).movedim(0, axis)
-    return torch.where(few, whole, _grouped(rows, sizes, noise, axis, width, middle))
+    return torch.where(back(few[:, None].expand_as(rows)), whole, back(_grouped(rows, sizes, width, middle)))
 
 
-def _grouped(rows: Tensor, sizes: Tensor, like: Tensor, axis: int | None, width: int, middle: Middle) -> Tensor:
+def _grouped(rows: Tensor, sizes: Tensor, width: int, middle: Middle) -> Tensor:
     """Blocks of ``width`` elements of each row in the order of their size, largest first, and the middle of each."""
     count = rows.shape[1]
     width = min(width, count)
@@ -204,11 +212,7 @@ def _grouped(rows: Tensor, sizes: Tensor, like: Tensor, axis: int | None, width:
     if found.shape[1] > 1:  # the last may hold a handful
         few = (~blocks.isnan()).sum(2) < min(FEWEST, width)
         found = torch.where(few, torch.maximum(found, torch.cat([found[:, :1], found[:, :-1]], 1)), found)
-    back = torch.empty_like(ordered).scatter_(1, order, found.repeat_interleave(width, 1)[:, :count])
-    if axis is None:
-        return back.reshape(like.shape)
-    others = [like.shape[i] for i in range(like.ndim) if i != axis]
-    return back.reshape(like.shape[axis], *others).movedim(0, axis)
+    return torch.empty_like(ordered).scatter_(1, order, found.repeat_interleave(width, 1)[:, :count])
 
 
 @dataclass(frozen=True)
@@ -233,12 +237,15 @@ class Draws:
 
     Args:
         sources: what rounds constants, the reference first. Their noises add up as independent ones do.
+        begun: draws of which the first source is the same.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], begun: Draws | None = None) -> None:
         self._sources, self._counts = sources, [0] * len(sources)
         self._steps = CHEAP if sources and sources[0].louder > 1 else STEPS
         self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in source.still] for source in sources]
+        if begun is not None:
+            self._counts[0], self._squares[0] = begun._counts[0], [square.clone() for square in begun._squares[0]]
 
     def more(self, step: int) -> None:
         """Draws as often as a step of ``STEPS`` says."""

@@ -52,6 +52,7 @@ from bnfold.gate.outside import judge_outside, judge_twice
 from bnfold.gate.parts import Facts, Part, Spread
 from bnfold.gate.runners import RunnerCandidate
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
+from bnfold.gate.screen import Screen
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.gate.turns import judge_turns
@@ -139,9 +140,10 @@ class Gate:
         )  # fmt: skip
         found = self._search(made)
         model = self._model = Model(captured, dear=self._dear)
+        screen = self._screened()
         cases, reason = run_cases(
             model, [*made, *found.batches], findings, self.progress,
-            lambda batch, own, truth: model.accepts(batch, own, truth, findings),
+            lambda batch, own, truth: model.accepts(batch, own, truth, findings), screen,
         )  # fmt: skip
         if not cases and not findings.doubts:
             raise InputError(
@@ -150,7 +152,9 @@ class Gate:
         if not cases:
             return CheckReport("inconclusive", "torch", 0, (), problems=tuple(findings.doubts), limit=self.limit)
         stateful = model.keeps_state(findings)
-        ran = sum(case.batch.samples for case in cases)
+        runs = [(case.batch, case.truth.outputs if screen is None else case.own) for case in cases]
+        runs += screen.cleared if screen is not None else []
+        ran, at = sum(batch.samples for batch, _ in runs), dict.fromkeys(batch.size for batch, _ in runs)
         if ran < ENOUGH:
             findings.doubts.append(
                 f"only {ran} samples could be run, which is too few for a verdict: give real ones, --data"
@@ -174,7 +178,7 @@ class Gate:
             noise = judge.drawn(case).noise
             model.judge_capture(case.batch, case.own, case.truth, noise, findings, self.limit)
         self.progress("check", 1, 4)
-        engines, placed = self._run_file(claim if isinstance(claim, FileClaim) else None)
+        engines, placed = self._run_file(claim if isinstance(claim, FileClaim) else None, screen)
         self.progress("check", 3, 4)
         for candidate in self._outside():
             judge_outside(judge, candidate)
@@ -189,7 +193,7 @@ class Gate:
                 judge, last, self.data, self.labels, pinned=self._matched.pinned, spread=self.spread,
                 follow=self._follow(claim), progress=self.progress,
             )  # fmt: skip
-        prove_nothing(judge, captured, cases)
+        prove_nothing(judge, captured, runs)
         self.progress("check", 4, 4)
         findings.once()
         problems, doubts = findings.problems, findings.doubts
@@ -197,9 +201,9 @@ class Gate:
         witnesses = dict.fromkeys(row.witness for row in judge.table.rows)
         outputs: list[OutputResult] = [r for witness in witnesses for r in judge.results(witness)]
         return CheckReport(
-            verdict, engines[-1].name if engines else "torch", ran, tuple(dict.fromkeys(c.batch.size for c in cases)),
-            tuple(outputs), tuple(sites), model.capture_error, (*problems, *doubts), tuple(findings.notes), accuracy,
-            self.limit, ELEMENT * self.limit, placement=placed, engines=tuple(engines),
+            verdict, engines[-1].name if engines else "torch", ran, tuple(at), tuple(outputs), tuple(sites),
+            model.capture_error, (*problems, *doubts), tuple(findings.notes), accuracy, self.limit,
+            ELEMENT * self.limit, placement=placed, engines=tuple(engines),
             adversarial=found.result(self._worst_found(found)),
         )  # fmt: skip
 
@@ -256,12 +260,21 @@ class Gate:
 
     # -- questions 2 and 3 ---------------------------------------------------------------------------------------------
 
-    def _run_file(self, claim: FileClaim | None) -> tuple[list[Engine], Placement | None]:
+    def _screened(self) -> Screen | None:
+        """What tells which inputs need no float64: of a dear model that decides nothing, and of its file alone."""
+        model, elsewhere = self._model, self.eager is not None or self.runner is not None or self.data is not None
+        if self.path is None or elsewhere or self.adversarial or model.decisions or model.louder == 1:
+            return None
+        if len(self._settings) > 1 or self._settings[0].coarser > 1:
+            return None
+        return Screen(model, self._onnx(optimized=True, setting=self._settings[0]), self.limit)
+
+    def _run_file(self, claim: FileClaim | None, screen: Screen | None) -> tuple[list[Engine], Placement | None]:
         if self.path is None:
             return [], None
         judge, findings, placed = self._judged, self._findings, None
         findings.notes += provider_notes(self._device)
-        sessions = Sessions(judge, claim, self._onnx, self._settings[0].device)
+        sessions = Sessions(judge, claim, self._onnx, self._settings[0].device, screen)
         unread = self._unread(claim) if claim is not None else self._hidden
         sessions.run_plain()
         judge.report("ONNX Runtime, optimisations off", unread=unread)

@@ -29,6 +29,7 @@ from bnfold.gate.evidence import (
 from bnfold.gate.findings import Findings, first_line, kind_of, words
 from bnfold.gate.models import Reference
 from bnfold.gate.samples import Batch
+from bnfold.gate.screen import Screen
 from bnfold.gate.turns import DRAWS, WILD, judge_turns, near_noise
 from bnfold.gate.values import batched, numbers
 from bnfold.report import OutputResult
@@ -153,7 +154,8 @@ class Judge:
         assert run is not None
         follow = run.decided or None
         theirs = Source(run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs)
-        case.draws = draws = Draws([self._source(case, truth), theirs])
+        mine = self._source(case, truth)
+        case.draws = draws = Draws([mine, theirs], begun=case.draws if mine.louder > 1 else None)
 
         def noise(i: int) -> Tensor:
             found = draws.noise(i)
@@ -338,9 +340,9 @@ def overflow(own: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
 
 def run_cases(
     reference: Reference, batches: Sequence[Batch], findings: Findings, progress: Callable[[str, int, int], None],
-    accept: Callable[[Batch, list[Tensor] | Exception, Run | None], bool] | None = None,
+    accept: Callable[[Batch, list[Tensor] | Exception, Run | None], bool] | None = None, screen: Screen | None = None,
 ) -> tuple[list[Case], str]:  # fmt: skip
-    """The cases that the reference runs on, and why the last of the others was dropped.
+    """The cases that the reference runs on and ``screen`` does not clear, and why the last of the others was dropped.
 
     Inputs of the gate's own making on which the model itself overflows are dropped and told. Those that were searched
     for are a problem: that is what the search is asked for.
@@ -360,6 +362,8 @@ def run_cases(
             if accept is None:
                 findings.notes.append(f"the original does not run at {words(batch)}: {reason}")
         failed = ""
+        if screen is not None and not isinstance(own, Exception) and screen.clears(batch, own, first=not cases):
+            continue
         if not isinstance(own, Exception) and truth is None:
             try:
                 truth = reference.run(batch)
@@ -380,5 +384,5 @@ def run_cases(
             reason = f"the model itself overflows at {words(batch)}: not judged there"
             findings.notes.append(reason)
             continue
-        cases.append(Case(batch, truth, own, words=words(batch)))
+        cases.append(Case(batch, truth, own, draws=screen.drawn.get(batch) if screen else None, words=words(batch)))
     return cases, reason

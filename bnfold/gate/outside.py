@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from bnfold.gate.candidates import Candidate
-from bnfold.gate.evidence import STEPS, Draws, Row, compare, seen_error, specials, unit_roundoff
+from bnfold.gate.evidence import SLACK, STEPS, Draws, Row, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.findings import first_line
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed
 from bnfold.gate.runners import RunnerCandidate
 from bnfold.gate.values import batched, numbers
-
-#: What the error of a runtime is measured in is itself but a few draws; a wrong kernel or fusion is off by thousands.
-SLACK = 2.0
 
 
 def judge_outside(judge: Judge, candidate: Candidate) -> None:

@@ -1,0 +1,92 @@
+"""Which inputs of a dear model need no float64: those on which its file, as it is deployed, is the model itself.
+
+Both compute in float32 then, and are apart by what rounding on the way does, which no bound tells beforehand. How far
+that is, in multiples of what rounding the constants does, is seen on the first input. That one is judged in float64
+whatever is found here; where another one leaves a doubt, so is that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfold.gate.candidates import Candidate
+from bnfold.gate.evidence import NEIGHBOURS, SLACK, Draws, Row, Source, compare, unit_roundoff
+from bnfold.gate.findings import words
+from bnfold.gate.models import Model
+from bnfold.gate.samples import Batch
+from bnfold.gate.values import batched, numbers
+
+#: How many times as far apart as on the first input the two may be in the RMS: over four nets and three kinds of inputs
+#: it was at most 1.3. An element may be off as any other of a run in ONNX Runtime.
+APART = 2.0
+
+
+class Screen:
+    """Clears inputs, one after another.
+
+    Args:
+        model: one whose rounding is drawn in float32, and which decides nothing.
+        candidate: the file as it is deployed.
+        limit: as for ``Gate``.
+
+    Attributes:
+        outputs: what the candidate returned.
+        rows: what was seen on inputs that were cleared.
+        cleared: these, with what the model answers.
+    """
+
+    def __init__(self, model: Model, candidate: Candidate, limit: float) -> None:
+        self._model, self._candidate, self._limit = model, candidate, limit
+        self._apart: dict[str, float] = {}
+        self.outputs: dict[Batch, list[Any]] = {}
+        self.drawn: dict[Batch, Draws] = {}
+        self.rows: list[Row] = []
+        self.cleared: list[tuple[Batch, list[Tensor]]] = []
+
+    def clears(self, batch: Batch, own: list[Tensor], *, first: bool) -> bool:
+        """Whether a batch, on which the model answers ``own``, needs no float64; the ``first`` one always does."""
+        if not first and not self._apart:
+            return False
+        try:
+            given = self.outputs[batch] = self._candidate.run(batch.flat)
+        except Exception:  # which is told where that batch is judged
+            return False
+        rows = self._rows(batch, own, numbers(given), first=first)
+        if first:
+            self._apart = {row.value: max(row.ratio, 1.0) for row in rows or ()}
+            return False
+        if rows is None or not all(row.ratio <= APART / SLACK and row.misfit(self._limit) <= 1 for row in rows):
+            return False
+        self.rows += rows
+        self.cleared.append((batch, own))
+        return True
+
+    def _rows(self, batch: Batch, own: list[Tensor], given: list[Tensor], *, first: bool) -> list[Row] | None:
+        """How far apart the two are; None where no number says that."""
+        model, rows = self._model, list[Row]()
+        if [(x.shape, x.dtype) for x in given] != [(x.shape, x.dtype) for x in own]:
+            return None
+        floats = [x for x in own if x.is_floating_point()]
+        if not floats or any(x.numel() < NEIGHBOURS for x in floats):  # of so few the RMS is chance
+            return None
+        if not all(bool(x.isfinite().all()) for x in (*own, *given)):
+            return None
+        draws = Draws([Source(own, lambda seed: model.loudly(batch, seed).outputs, model.louder)])
+        draws.more(0)
+        self.drawn[batch] = draws
+        for i, (name, value, mine) in enumerate(zip(model.outputs, given, own)):
+            if not mine.is_floating_point():
+                if not torch.equal(value, mine):
+                    return None
+                rows.append(Row(words(batch), self._candidate.name, name, 0.0, 0.0, samples=batch.samples))
+                continue
+            apart = 1.0 if first else SLACK * self._apart.get(name, 0.0)
+            found = compare(
+                value, mine.double(), draws.noise(i), unit=unit_roundoff(mine.dtype), batched=batched(batch, mine),
+                coarser=apart, draws=draws.count,
+            )  # fmt: skip
+            rows.append(Row(words(batch), self._candidate.name, name, *found, mine.numel(), batch.samples))
+        return rows
