@@ -41,7 +41,8 @@ def alone(
             continue
         if not fixed or outer_names(node) or node.op_type in SKIPPED or not x.size or not x.ndim:
             continue
-        shapes = [given[n].shape if n and given.get(n) is not None else () for n in node.input[1:]]  # type: ignore[union-attr]
+        held = {n: given.get(n) for n in node.input[1:] if n}
+        shapes = [getattr(held.get(n), "shape", ()) for n in node.input[1:]]
         kind = onnx.NodeProto()
         kind.CopyFrom(node)
         kind.name = kind.doc_string = ""
@@ -51,7 +52,6 @@ def alone(
         if key in seen or key in _right:
             continue
         seen.add(key)
-        held = {n: given[n] for n in node.input[1:] if n}
         try:
             session = open_session(one_node(node, opsets, x, held), device=device, optimized=False)
         except BnfoldError:

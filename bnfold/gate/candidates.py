@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +19,7 @@ from bnfold.gate.values import as_tensor, to_numpy
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.report import Placement
+from bnfold.runtime.inline import apart
 from bnfold.runtime.placement import placement
 from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
 
@@ -77,7 +76,7 @@ class OnnxCandidate:
         self._inputs, self.widen = list(inputs), widen
         #: ``outputs`` are those of the file that are the model's; ``wider`` lets it return float32 for half floats.
         self._outputs, self.wider = outputs, wider or widen
-        self._session = session
+        self._session, self._takes = session, session.inputs if session is not None else ()
         self._watching: tuple[tuple[str, ...], Session, list[str], int] | None = None
 
     @property
@@ -89,18 +88,17 @@ class OnnxCandidate:
                 model, device=self._device, optimized=self._optimized, deployed=self._as_deployed,
                 disabled_optimizers=self._disabled, beside=self._path,
             )  # fmt: skip
+            self._takes = self._session.inputs
         return self._session
 
     def binding_problem(self, flat: Sequence[Any]) -> str | None:
         """How a run with bound inputs and outputs differs from a plain one; None where they agree."""
-        return self.session.binding_problem(self._feeds(self.session, flat))
+        return self.session.binding_problem(self.feeds(flat))
 
     def placement(self, flat: Sequence[Any]) -> Placement:
         """Where the nodes of the file run, seen in a session of its own."""
         model = widened(self._path) if self.widen else self._path
-        return placement(
-            model, self._feeds(self.session, flat), device=self._device, optimized=self._optimized, beside=self._path
-        )
+        return placement(model, self.feeds(flat), device=self._device, optimized=self._optimized, beside=self._path)
 
     def close(self) -> None:
         """Frees the sessions."""
@@ -108,7 +106,7 @@ class OnnxCandidate:
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""
-        return [as_tensor(value) for value in self.session.run(self._feeds(self.session, flat), self._outputs)]
+        return [as_tensor(value) for value in self.session.run(self.feeds(flat), self._outputs)]
 
     def also(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
         """Flat outputs, and values by their names in the file, through a session that returns both.
@@ -123,19 +121,15 @@ class OnnxCandidate:
                 content, device=self._device, optimized=self._optimized, deployed=self._as_deployed, beside=self._path
             )
             self._watching = wanted, session, present, own
-            del content
         _, session, present, count = self._watching
-        values = [as_tensor(array) for array in session.run(self._feeds(session, flat))]
+        values = [as_tensor(array) for array in session.run(self.feeds(flat))]
         named = {value.name: tensor for value, tensor in zip(session.outputs, values)}
         own_outputs = [named[name] for name in self._outputs] if self._outputs else values[:count]
         return own_outputs, {name: named[name] for name in present}
 
     def feeds(self, flat: Sequence[Any]) -> dict[str, np.ndarray]:
         """What is fed for flat inputs."""
-        return self._feeds(self.session, flat)
-
-    def _feeds(self, session: Session, flat: Sequence[Any]) -> dict[str, np.ndarray]:
-        wanted = {value.name: value for value in session.inputs}
+        wanted = {value.name: value for value in self._takes or self.session.inputs}
         feeds = {}
         for index, name in self._inputs:
             if name in wanted:
@@ -155,29 +149,20 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[byt
 
     With it come those of the names that it has, and how many outputs it had before.
     """
-    content = io.BytesIO()  # hands out its bytes without a copy of them
-    if widen:
-        content.write(widened(path))
-    else:
-        with path.open("rb") as file:
-            shutil.copyfileobj(file, content)
-    model = onnx.load_model_from_string(content.getvalue())
+    content = widened(path) if widen else apart(path, large=0) or path.read_bytes()  # weights stay in the file
+    model = onnx.load_model_from_string(content)
     if model.functions:
         model = inlined(model)
-        content = io.BytesIO()
-        content.write(model.SerializeToString())
-    graph = model.graph
+        content = model.SerializeToString()
     # A constant that is sparse ONNX Runtime hands out as no array.
-    shown = (node for node in graph.node if not any(a.HasField("sparse_tensor") for a in node.attribute))
+    shown = (node for node in model.graph.node if not any(a.HasField("sparse_tensor") for a in node.attribute))
     made = {name for node in shown for name in node.output}
-    already = {value.name for value in graph.output}
-    del graph, model  # the weights are in it
+    already = {value.name for value in model.graph.output}
     present = [name for name in names if name in made]
     more = onnx.ModelProto()
     more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in present if name not in already)
     # Two messages after one another are one with the fields of both: that is how protobuf's encoding is defined.
-    content.write(more.SerializeToString())
-    return content.getvalue(), present, len(already)
+    return content + more.SerializeToString(), present, len(already)
 
 
 def needs_widening(model: onnx.ModelProto, device: Device) -> bool:

@@ -111,6 +111,9 @@ class Weights(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._held[name].array()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._held  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +71,9 @@ class Sessions:
                 continue
             self.plain[case.words] = outputs
             self.followed[case.words] = self._following(case, decided)
+        candidate.close()  # what operators are asked on is another session: there is one at a time
+        for case in (case for case in self.judge.cases if case.words in self.plain):
+            outputs = self.plain[case.words]
             rows, misfit = self._rows(PLAIN, case, candidate, outputs, self.followed[case.words], plain=False)
             if 1 < misfit < math.inf and self._clears(candidate, case, misfit):
                 rows, misfit = self._rows(PLAIN, case, candidate, outputs, self.followed[case.words], plain=True)
@@ -202,8 +206,7 @@ class Sessions:
         """Runs of nodes, with their operands and results as the runtime has them: so many elements at a time."""
         assert self.claim is not None
         shapes = case.claimed.shapes if case.claimed else self.claim.file.shapes(self.claim.feeds(case.batch))
-        weights = self.claim.weights()
-        feeds = candidate.feeds(case.batch.flat)
+        weights, feeds = self.claim.weights(), candidate.feeds(case.batch.flat)
         chunk: list[Any] = []
         held = 0
         nodes = list(self.claim.graph.node)
@@ -219,11 +222,13 @@ class Sessions:
             shown = inside & read_by
             wanted = [name for name in shapes if name in shown]
             outputs, values = candidate.also(case.batch.flat, wanted)
+            candidate.close()
             if self._exact and not all(map(identical, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")
-            read = {n: weights[n] for n in inside if n in weights}
-            given = {**feeds, **read, **{name: to_numpy(x) for name, x in values.items()}}
-            yield chunk, given, frozenset(read)
+            made = {name: to_numpy(x) for name, x in values.items()}
+            given = ChainMap[str, Any](made, feeds, weights)  # type: ignore[arg-type]  # which is read alone
+            del outputs, values
+            yield chunk, given, frozenset(n for n in inside if n in weights)
             chunk, held = [], 0
 
     # -- as it is deployed ---------------------------------------------------------------------------------------------

@@ -145,6 +145,8 @@ class Gate:
             model, [*made, *found.batches], findings, self.progress,
             lambda batch, own, truth: model.accepts(batch, own, truth, findings), screen,
         )  # fmt: skip
+        if screen is not None:
+            screen.close()
         if not cases and not findings.doubts:
             raise InputError(
                 f"the unfolded model runs on none of the inputs made for it: {reason}", hint="Give real ones: --data"
@@ -351,7 +353,7 @@ class Gate:
             return
         self._device = resolve_device(self.device)
         self._settings = settings(self._device, self.captured.program)
-        held = self._held = read_model(self.path)
+        held = self._held = read_model(self.path, light=True)
         self._widen = needs_widening(held, self._settings[0].device)
         if self._widen:
             self._findings.notes.append(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfold.gate.candidates import Candidate
+from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.evidence import NEIGHBOURS, SLACK, Draws, Row, Source, compare, unit_roundoff
 from bnfold.gate.findings import words
 from bnfold.gate.models import Model
@@ -38,7 +38,7 @@ class Screen:
         cleared: these, with what the model answers.
     """
 
-    def __init__(self, model: Model, candidate: Candidate, limit: float) -> None:
+    def __init__(self, model: Model, candidate: OnnxCandidate, limit: float) -> None:
         self._model, self._candidate, self._limit = model, candidate, limit
         self._apart: dict[str, float] = {}
         self.outputs: dict[Batch, list[Any]] = {}
@@ -63,6 +63,10 @@ class Screen:
         self.rows += rows
         self.cleared.append((batch, own))
         return True
+
+    def close(self) -> None:
+        """Frees the candidate's session."""
+        self._candidate.close()
 
     def _rows(self, batch: Batch, own: list[Tensor], given: list[Tensor], *, first: bool) -> list[Row] | None:
         """How far apart the two are; None where no number says that."""

@@ -29,12 +29,13 @@ class _Field(NamedTuple):
     end: int
 
 
-def apart(path: Path) -> bytes | None:
+def apart(path: Path, *, large: int = LARGE) -> bytes | None:
     """The model without the bytes of its large initializers, which say where in the file those are.
 
-    None where the file is small, has other names (which readers of external data refuse), or is damaged.
+    None where the file has no more bytes than ``large``, other names (which readers of external data refuse), or is
+    damaged.
     """
-    if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= LARGE:
+    if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= large:
         return None
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
