@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from bnfold.errors import BnfoldError
 from bnfold.evaluate.reading import outer_names
 from bnfold.evaluate.subject import Array
 from bnfold.gate.by_operator import SKIPPED, Asked, Fault, ask
-from bnfold.runtime.runtime import open_session
+from bnfold.runtime.runtime import Session, open_session
 
 #: Batches beyond one, and powers of two that operands are scaled by.
 BATCHES, SCALES = (2, 3, 33), (-12, 12)
@@ -57,15 +58,10 @@ def alone(
         except BnfoldError:
             continue  # what it cannot stand alone with
         before = count
-        for operand in _provoking(node, x, held):
-            feeds = {first: operand}
-            try:
-                results = session.run(feeds)
-            except BnfoldError:
-                continue  # a size that it does not take
+        for operand, results in _ran(session, first, _provoking(node, x, held)):
             named = zip([n for n in node.output if n], results)  # of a file's values ``given`` has those that are read
             made = {n: x for n, x in named if n in given}
-            found = ask([node], opsets, {**held, **feeds, **made}, frozenset(held))
+            found = ask([node], opsets, {**held, first: operand, **made}, frozenset(held))
             count += found.count
             unbounded |= dict.fromkeys(found.unbounded)
             faults += found.faults
@@ -77,10 +73,28 @@ def alone(
     return Asked(tuple(faults), count, tuple(unbounded))
 
 
-def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Iterator[Array]:
+def _ran(
+    session: Session, name: str, operands: Iterable[tuple[list[Array], bool]]
+) -> Iterator[tuple[Array, list[Array]]]:
+    """Operands with what the session makes of them; batches together, and each row with its results once."""
+    for batches, independent in operands:
+        ran: list[tuple[Array, list[Array]]] = []
+        for operand in batches:
+            with contextlib.suppress(BnfoldError):  # a size that it does not take
+                ran.append((operand, session.run({name: operand})))
+        if not ran or not independent or any(len(y) != len(x) for x, results in ran for y in results):
+            yield from ran
+            continue
+        parts = [np.concatenate(each) for each in zip(*((x, *results) for x, results in ran))]
+        rows = {b"".join(part[i].tobytes() for part in parts): i for i in range(len(parts[0]))}
+        x, *results = (part[sorted(rows.values())] for part in parts)
+        yield x, results
+
+
+def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Iterator[tuple[list[Array], bool]]:
     """Operands that an operator's place in the net may never show it.
 
-    Where rows are independent they are the rows of a few batches, else one after another.
+    Where rows are independent, which is told, they are the rows of a few batches, else one after another.
     """
     rng, rows = np.random.default_rng(0), node.op_type in _ROWS
     small = _part(node, x, held, PLACES) if rows else x
@@ -88,14 +102,12 @@ def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Itera
         return
     kinds = _kinds(node, small, held, rng)
     if not rows or small.shape[0] != 1:
-        yield from kinds
+        yield from (([kind], False) for kind in kinds)
         return
-    yield kinds[0]
-    for count in BATCHES:
-        part = small if count <= len(kinds) else _part(node, x, held, FEW)
-        if part.size * count <= 4 * MOST:
-            some = kinds if part is small else _kinds(node, part, held, rng)
-            yield np.concatenate([some[(count + i) % len(some)] for i in range(count)])
+    few = _kinds(node, _part(node, x, held, FEW), held, rng)
+    for some, counts in ((kinds, (1, *BATCHES[:-1])), (few, BATCHES[-1:])):
+        taken = [n for n in counts if n == 1 or some[0].size * n <= 4 * MOST]
+        yield [np.concatenate([some[(n - 1 + i) % len(some)] for i in range(n)]) for n in taken], True
 
 
 def _part(node: onnx.NodeProto, x: Array, held: Mapping[str, Any], places: int) -> Array:

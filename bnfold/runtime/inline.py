@@ -29,13 +29,12 @@ class _Field(NamedTuple):
     end: int
 
 
-def apart(path: Path, *, large: int = LARGE) -> bytes | None:
+def apart(path: Path, *, large: int | None = None) -> bytes | None:
     """The model without the bytes of its large initializers, which say where in the file those are.
 
-    None where the file has no more bytes than ``large``, other names (which readers of external data refuse), or is
-    damaged.
+    None where the file has no more than so many bytes, other names (which readers of external data refuse), or is damaged.
     """
-    if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= large:
+    if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= (LARGE if large is None else large):
         return None
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
