@@ -32,7 +32,8 @@ class _Field(NamedTuple):
 def apart(path: Path, *, large: int | None = None) -> bytes | None:
     """The model without the bytes of its large initializers, which say where in the file those are.
 
-    None where the file has no more than so many bytes, other names (which readers of external data refuse), or is damaged.
+    None where the file has no more than so many bytes, or other names (which readers of external data refuse), or is
+    damaged.
     """
     if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= (LARGE if large is None else large):
         return None
