@@ -19,6 +19,7 @@ from torch import nn
 import bnfold
 from bnfold.errors import InputError
 from bnfold.evaluate.evaluator import File64, MissingOperatorError
+from bnfold.evaluate.single import node_evaluator
 from bnfold.graph.interpret import Runner
 
 #: What the tests of onnx expect and float64, or every runtime, has otherwise.
@@ -213,6 +214,21 @@ def test_bodies_read_what_lies_outside() -> None:
     assert (run.outputs[0] == x + 10 * x.clip(0)).all() and run.outputs[1].shape == (10, 2, 3)
     assert (run.outputs[2] == x.sum(1)).all()
     assert (run.outputs[3] == 2 * x[:, ::-1].cumsum(1)).all()
+
+
+@pytest.mark.parametrize("fill", [None, np.array([7]), np.array([0.1], np.float32), np.array([True])])
+def test_a_constant_by_itself_is_the_one_in_a_file(fill: Any) -> None:
+    value = {} if fill is None else {"value": numpy_helper.from_array(fill)}
+    node = helper.make_node("ConstantOfShape", ["n"], ["y"], **value)
+    run = node_evaluator(node, {"": 20})
+    sizes = helper.make_tensor_value_info("n", TensorProto.INT64, [2])
+    graph = helper.make_graph([node], "g", [sizes], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    file = File64(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+    for shape in ([2, 3], [0, 3]):
+        (mine,), (its,) = run({"n": np.array(shape)}), file.run({"n": np.array(shape)}).outputs
+        assert mine.dtype == its.dtype and np.array_equal(mine, its)
+    with pytest.raises(bnfold.ResourceError, match="memory"):
+        run({"n": np.array([1 << 30, 1 << 30])})
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -74,7 +74,8 @@ class Shapes:
         self._ways = WAYS if any(dim.dim_value <= 0 for dim in dims) else 1
         read = {name for node in model.graph.node for name in (*node.input, *outer_names(node))}
         read |= {value.name for value in model.graph.output}
-        self._made = [name for node in model.graph.node for name in node.output if name in read - {""}]
+        read.discard("")
+        self._made = [name for node in model.graph.node for name in node.output if name in read]
         #: By way, where all of it was asked for.
         self.known: dict[int, Known] = {}
         self._choices = [*((each, True) for each in range(len(_SIZES))), (0, False)]
@@ -245,7 +246,7 @@ def _with_sizes(
         elif node.op_type in _SIZED and not node.domain and len(node.output) <= 8:
             given = {name: _small(name, known, weights) for name in node.input if name}
             sized = any(name in known.values for name in node.input) or known.types.get(node.output[0]) in _WHOLE
-            small = all(np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL for name in node.output)
+            small = all(math.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL for name in node.output)
             if (sized or node.op_type == "Constant") and small and all(x is not None for x in given.values()):
                 run = runs.get(node.output[0])
                 if run is None:
@@ -258,7 +259,7 @@ def _small(name: str, known: Known, weights: Mapping[str, Weight]) -> Array | No
     if name in known.values:
         return known.values[name]
     weight = weights.get(name)
-    return weight.array() if weight is not None and np.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL else None
+    return weight.array() if weight is not None and math.prod(known.shapes.get(name, (_SMALL + 1,))) <= _SMALL else None
 
 
 def _run(model: onnx.ModelProto, weights: Mapping[str, Weight], light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

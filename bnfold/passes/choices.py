@@ -58,6 +58,8 @@ class Choices:
 
     def __init__(self, gauges: Gauges, excluded: Callable[[Node], Collection[str]] = lambda site: ()) -> None:
         self._gauges, self._equations, self._excluded = gauges, gauges.equations, excluded
+        #: The choice whose equations the systems hold.
+        self._held: Choice | None = None
 
     def choose(self) -> Choice:
         """The most affines that can go, BatchNorms first; the systems then hold their equations."""
@@ -75,8 +77,9 @@ class Choices:
                 best, terms = other, spared
         if len(best.why) > 1 + len(self._hopeless):
             best = self._exchanged(self._better(best, self._run(able[::-1], terms)), terms)
-        held = self.holds(best)
-        assert held, "a choice contradicts itself"
+        if best is not self._held:
+            held = self.holds(best)
+            assert held, "a choice contradicts itself"
         return best
 
     def _alone(self, able: Sequence[Node]) -> dict[Node, Contradiction]:
@@ -148,7 +151,10 @@ class Choices:
             held = {**terms.held, **dict.fromkeys(bare, "closed")}
             return self._run(order, replace(terms, held=held))
         paid = self._paid(choice)
-        return self._run(order, replace(terms, open=terms.open | paid)) if paid else choice
+        if paid:
+            return self._run(order, replace(terms, open=terms.open | paid))
+        self._held = choice
+        return choice
 
     def _way(self, item: Node, terms: Terms) -> How:
         if isinstance(self._gauges.at(item), Contraction):

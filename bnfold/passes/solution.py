@@ -49,7 +49,7 @@ def _nearest(weights: Floats) -> Choose:
     """Every free variable so that as much as can be, by weight, of what follows from it alone is zero."""
 
     def choose(var: Ints, root: Ints, val: Floats, right: Floats) -> Floats:
-        chosen = given(np.zeros(len(right)), False)
+        chosen = given(np.zeros(len(right)), right.shape[1] > 2)
         alone = (np.bincount(var, minlength=len(right))[var] == 1) & (weights[var] > 0)
         var, root, val = var[alone], root[alone], val[alone]
         if not len(root):

@@ -248,9 +248,9 @@ class Variables:
         low, high = np.minimum(a, b), np.maximum(a, b)
         differ = low != high
         if differ.any():
-            pairs = np.stack(np.divmod(np.unique(high[differ] * self.count + low[differ]), self.count), 1)
+            pairs = np.stack(np.divmod(np.unique(high[differ] * self.count + low[differ]), self.count), 1)[:, ::-1]
             for name in only or self._systems:
-                self._all.require(name, pairs, [1.0, -1.0], 0.0, reason)
+                self._all.require(name, pairs, [-1.0, 1.0], 0.0, reason)
         return compressed(np.minimum(one, other))
 
     def pin(self, indices: Ints, reason: str, only: Collection[str] = ()) -> None:

@@ -83,8 +83,8 @@ class _Column:
 
 
 def given(numbers: Floats, logs: bool) -> Floats:
-    """Right-hand sides (n, 4) of numbers; with ``logs`` they are the logarithms of those, 0 meaning 1."""
-    right = np.ones((len(numbers), 4))
+    """Right-hand sides of numbers, (n, 2); with ``logs`` they are the logarithms of those, 0 meaning 1, and (n, 4)."""
+    right = np.ones((len(numbers), 4 if logs else 2))
     if logs:
         right[:, _NUMERATOR] = np.where(numbers == 0, 1.0, numbers)
         numbers = np.log(right[:, _NUMERATOR])
@@ -94,11 +94,18 @@ def given(numbers: Floats, logs: bool) -> Floats:
 
 def times(right: Floats, by: Floats) -> Floats:
     """Right-hand sides times a number each."""
-    found: Floats = right * np.stack([by, np.abs(by), np.ones_like(by), np.ones_like(by)], 1)
+    found = right.copy()
+    found[:, _RHS] *= by
+    found[:, _SIZE] *= np.abs(by)
     if (right[:, _NUMERATOR:] != 1).any():
         power = np.abs(by)[:, None]
         found[:, _NUMERATOR:] = np.where(by[:, None] > 0, right[:, _NUMERATOR:], right[:, :_SIZE:-1]) ** power
     return found
+
+
+def _starts(numbers: Ints) -> Ints:
+    """Where equal ones begin, of sorted numbers."""
+    return np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1])) if len(numbers) else numbers
 
 
 class System:
@@ -113,7 +120,7 @@ class System:
         self.binary, self.logs = binary, logs
         self._rank, self._row = _Column(np.int64), _Column(np.int64)  # by variable; a row of -1: it is free
         self._pivot, self._start, self._length = _Column(np.int64), _Column(np.int64), _Column(np.int64)
-        self._right, self._source = _Column(np.float64, 4), _Column(np.int64)  # by row, as those before
+        self._right, self._source = _Column(np.float64, 4 if logs else 2), _Column(np.int64)  # by row, as those before
         self._cols, self._vals = _Column(np.int64), _Column(np.float64)
         self._batches: list[Batch] = []
         self._ends: list[int] = [0]
@@ -166,11 +173,10 @@ class System:
                 return np.asarray(empty[wrong], dtype=np.int64)
             if not len(equation):
                 break
-            order = np.lexsort((self._rank.now[var], equation))
-            equation, var, val = equation[order], var[order], val[order]
-            last = np.append(equation[1:] != equation[:-1], True)
-            _, first = np.unique(var[last], return_index=True)
-            chosen = equation[last][first]
+            starts, rank = _starts(equation), self._rank.now[var]
+            lengths = np.diff(np.append(starts, len(equation)))
+            last = rank == np.repeat(np.maximum.reduceat(rank, starts), lengths)
+            chosen = equation[starts][self._first(var[last])]
             marked[chosen] = True
             mine, left = marked[equation], left[~marked[left]]
             fresh.append(self._rows_of(equation[mine], var[mine], val[mine], last[mine], right, base))
@@ -181,11 +187,17 @@ class System:
             self._compress(np.concatenate(fresh))
         return np.zeros(0, dtype=np.int64)
 
+    def _first(self, variables: Ints) -> Any:
+        """Which of them are the first of their kind."""
+        places, found = np.arange(len(variables)), np.empty(self._rank.size, dtype=np.int64)
+        found[variables[::-1]] = places[::-1]
+        return found[variables] == places
+
     def _rows_of(self, equation: Ints, var: Ints, val: Floats, last: Any, right: Floats, base: int) -> Ints:
-        """New rows from sorted equations, the pivot being the last entry of each."""
+        """New rows from sorted equations, the pivot being the entry of each that is marked as the ``last``."""
         pivots, ids = var[last], equation[last]
-        by = np.repeat(val[last], np.diff(np.append(-1, np.flatnonzero(last))))
-        lengths = np.diff(np.append(-1, np.flatnonzero(last))) - 1
+        counts = np.diff(np.append(_starts(equation), len(equation)))
+        by, lengths = np.repeat(val[last], counts), counts - 1
         rows = np.arange(self._pivot.size, self._pivot.size + len(pivots))
         self._row.now[pivots] = rows
         self._pivot.extend(pivots)
@@ -200,6 +212,9 @@ class System:
     def _gathered(self, rows: Ints) -> tuple[Ints, Ints, Floats]:
         """The entries of rows: which of ``rows`` each is of, variable, coefficient."""
         lengths = self._length.now[rows]
+        if (lengths == 1).all():
+            at = self._start.now[rows]
+            return np.arange(len(rows)), self._cols.now[at], self._vals.now[at]
         owner = np.repeat(np.arange(len(rows)), lengths)
         at = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + self._start.now[rows][owner]
         return owner, self._cols.now[at], self._vals.now[at]
@@ -213,11 +228,17 @@ class System:
         at, rows, by = equation[hit], row[hit], val[hit]
         owner, cols, vals = self._gathered(rows)
         moved = times(self._right.now[rows], -by)
-        np.add.at(right[:, :_NUMERATOR], at, moved[:, :_NUMERATOR])
-        if self.logs:
-            np.multiply.at(right[:, _NUMERATOR:], at, moved[:, _NUMERATOR:])
+        starts = _starts(at)
+        to, columns = at[starts], [moved[:, i] for i in range(moved.shape[1])]
+        if len(to) < len(at):
+            sums = [np.add, np.add, np.multiply, np.multiply]
+            columns = [by.reduceat(column, starts) for by, column in zip(sums, columns)]
+        right[to, _RHS] += columns[_RHS]
+        right[to, _SIZE] += columns[_SIZE]
+        for i in range(_NUMERATOR, moved.shape[1]):
+            right[to, i] *= columns[i]
         if self.binary:
-            right[at, _RHS] %= 2
+            right[to, _RHS] %= 2
         found = self._merged(
             np.concatenate([equation[~hit], at[owner]]), np.concatenate([var[~hit], cols]),
             np.concatenate([val[~hit], vals * by[owner]]),
@@ -238,8 +259,10 @@ class System:
         """Puts rows into one another; each round doubles how far a row sees."""
         while len(rows):
             owner, cols, vals = self._gathered(rows)
-            rows = rows[np.unique(owner[self._row.now[cols] >= 0])]
-            owner, cols, vals = self._gathered(rows)
+            waits = np.zeros(len(rows), dtype=bool)
+            waits[owner[self._row.now[cols] >= 0]] = True
+            rows, mine = rows[waits], waits[owner]
+            owner, cols, vals = (np.cumsum(waits) - 1)[owner[mine]], cols[mine], vals[mine]
             minus = -np.ones(len(rows))
             right = times(self._right.now[rows], minus)
             found = self._put_in(owner, cols, vals, right)
@@ -259,17 +282,20 @@ class System:
     def _merged(self, equation: Ints, var: Ints, val: Floats) -> tuple[Ints, Ints, Floats]:
         """Sorted by equation, like terms together, and without those that cancel."""
         key = equation * max(self._rank.size, 1) + var
+        if (key[1:] > key[:-1]).all():
+            val = val % 2 if self.binary else val
+            kept = val != 0
+            return (equation, var, val) if kept.all() else (equation[kept], var[kept], val[kept])
         order = np.argsort(key, kind="stable")
-        key = key[order]
-        if not len(key):
-            return equation, var, val
-        starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
-        total = np.add.reduceat(val[order], starts)
+        starts, val = _starts(key[order]), val[order]
+        total = val if len(starts) == len(val) else np.add.reduceat(val, starts)
         if self.binary:
-            total %= 2
+            total = total % 2
+            kept = total != 0
+        elif len(starts) == len(val):
             kept = total != 0
         else:
-            kept = np.abs(total) > ROUNDING * np.add.reduceat(np.abs(val[order]), starts)
+            kept = np.abs(total) > ROUNDING * np.add.reduceat(np.abs(val), starts)
         at = order[starts[kept]]
         return equation[at], var[at], total[kept]
 
