@@ -20,6 +20,8 @@ from bnfold.runtime.runtime import Session, open_session
 BATCHES, SCALES = (2, 3, 33), (-12, 12)
 #: Spatial sizes of what windows walk over, beyond the window itself: a few places, all channels; fewer of many samples.
 PLACES, FEW = 5, 1
+#: Rows of a matrix, of a stack of such: more than kernels take at a time, and no multiple of that.
+LINES = 37
 _WINDOWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 _ROWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "Gemm", "MatMul", "BatchNormalization"}
 #: Elements of an operand that is asked for in several ways.
@@ -112,6 +114,8 @@ def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Itera
 
 def _part(node: onnx.NodeProto, x: Array, held: Mapping[str, Any], places: int) -> Array:
     """One sample, all channels, as much of its space as windows need to stand at a few places."""
+    if node.op_type == "MatMul" and x.ndim > 2:
+        return x[:1, ..., :LINES, :]
     if node.op_type not in _WINDOWS or x.ndim <= 2:
         return x[:1] if x.size > MOST else x
     window = next((a.ints for a in node.attribute if a.name == "kernel_shape"), None)

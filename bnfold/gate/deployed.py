@@ -22,7 +22,7 @@ from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
 from bnfold.gate.evidence import MANY, SLACK, STEPS, Draws, Row, Source, seen_error
 from bnfold.gate.findings import first_line
-from bnfold.gate.judge import CERTAIN, Case, Judge, listed
+from bnfold.gate.judge import CERTAIN, Case, Judge, listed, settled
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.screen import Screen
 from bnfold.gate.turns import judge_turns
@@ -125,14 +125,14 @@ class Sessions:
         found: tuple[list[Row], float] = ([], 0.0)
         for step in range(len(STEPS) + plain):
             if step < len(STEPS):
-                self.judge.drawn(case, step)
+                draws = self.judge.drawn(case, step)
             elif (kernels := self._kernels(case, truth)) is None:
                 break
             found = self.judge.judge(
                 name, case, outputs, truth.outputs, noise, coarser=SLACK * candidate.coarser, wider=candidate.wider,
                 typed=True,
             )  # fmt: skip
-            if found[1] <= 1 or found[1] > CERTAIN:
+            if settled(found[0], self.judge.limit, step, draws):
                 break
         return found
 

@@ -141,9 +141,12 @@ class Gate:
         found = self._search(made)
         model = self._model = Model(captured, dear=self._dear)
         screen = self._screened()
+        held = self.meanings if self.meanings is not None else meanings(self.folded) if self.folded else {}
+        meant = {name: held.get(name) or Meaning(value) for name, value in self.ledger.sites.items()}
         cases, reason = run_cases(
             model, [*made, *found.batches], findings, self.progress,
             lambda batch, own, truth: model.accepts(batch, own, truth, findings), screen,
+            {meaning.value for meaning in meant.values()} if self._dear else (),
         )  # fmt: skip
         if screen is not None:
             screen.close()
@@ -166,9 +169,8 @@ class Gate:
         sites = []
         if claim is not None:
             self.progress("check", 0, 4)
-            judge.claim(claim)
-            held = self.meanings if self.meanings is not None else meanings(self.folded) if self.folded else {}
-            sites = judge_sites(judge, self.ledger, held, claim, self.folded)
+            judge.claim(claim, [own for name in meant if self._dear and (own := claim.called(name)) is not None])
+            sites = judge_sites(judge, self.ledger, meant, claim, self.folded)
             first = next((s.module for s in sites if not s.ratio <= self.limit
                           or not s.channel_ratio <= ELEMENT * self.limit), "")  # fmt: skip
             judge.report(

@@ -93,6 +93,7 @@ class Judge:
     #: What is wrong or missing with an output on a case, and no number says.
     said: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
     compared: dict[str, set[str]] = field(default_factory=dict)
+    claimer: Claim | None = None
     #: Why a case could not be run in float64.
     unrun: dict[str, str] = field(default_factory=dict)
 
@@ -104,11 +105,12 @@ class Judge:
 
     # -- question 1: the file, in float64 --------------------------------------------------------------------------
 
-    def claim(self, claim: Claim) -> None:
-        """Every case of a claim in float64. Those that it does not run are in ``unrun``."""
-        for case in self.cases:
+    def claim(self, claim: Claim, keep: Collection[str] = ()) -> None:
+        """Every case of a claim in float64, the first with values to ``keep``. What it does not run is in ``unrun``."""
+        self.claimer = claim
+        for i, case in enumerate(self.cases):
             try:
-                case.claimed, taken = self.taken(claim, case)
+                case.claimed, taken = self.taken(claim, case, () if i else keep)
             except BnfoldError as error:
                 self.unrun[case.words] = first_line(error)
                 continue
@@ -341,8 +343,11 @@ def overflow(own: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
 def run_cases(
     reference: Reference, batches: Sequence[Batch], findings: Findings, progress: Callable[[str, int, int], None],
     accept: Callable[[Batch, list[Tensor] | Exception, Run | None], bool] | None = None, screen: Screen | None = None,
+    keep: Collection[str] = (),
 ) -> tuple[list[Case], str]:  # fmt: skip
     """The cases that the reference runs on and ``screen`` does not clear, and why the last of the others was dropped.
+
+    The first has the values to ``keep``.
 
     Inputs of the gate's own making on which the model itself overflows are dropped and told. Those that were searched
     for are a problem: that is what the search is asked for.
@@ -366,7 +371,7 @@ def run_cases(
             continue
         if not isinstance(own, Exception) and truth is None:
             try:
-                truth = reference.run(batch)
+                truth = reference.run(batch, () if cases else keep)
             except Exception as error:
                 failed = first_line(error)
         if accept is not None and not accept(batch, own, truth):

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnfold.gate.candidates import Candidate
 from bnfold.gate.evidence import SLACK, STEPS, Draws, Row, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.findings import first_line
-from bnfold.gate.judge import CERTAIN, Case, Judge, listed
+from bnfold.gate.judge import Case, Judge, listed, settled
 from bnfold.gate.runners import RunnerCandidate
 from bnfold.gate.values import batched, numbers
 
@@ -38,10 +38,10 @@ def _judged(judge: Judge, candidate: Candidate, case: Case, outputs: Sequence[An
         def noise(i: int, draws: Draws = draws) -> Tensor:
             return torch.hypot(draws.noise(i), seen_error(case.own[i], case.truth.outputs[i]))
 
-        rows, misfit = judge.judge(
+        rows, _ = judge.judge(
             candidate.name, case, outputs, case.truth.outputs, noise, coarser=SLACK * candidate.coarser, typed=True
         )  # fmt: skip
-        if misfit <= 1 or misfit > CERTAIN:
+        if settled(rows, judge.limit, step, draws):
             break
     return rows
 

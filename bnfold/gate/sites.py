@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnfold.affine import Meaning
+from bnfold.evaluate.subject import Run
 from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Draws, Row, Source, compare, specials
 from bnfold.gate.findings import first_line
@@ -27,7 +29,7 @@ ELEMENTS, LINES = 16_384, 3
 
 
 def judge_sites(
-    judge: Judge, ledger: Ledger, meanings: Mapping[str, Meaning | None], claim: FileClaim | ProgramClaim,
+    judge: Judge, ledger: Ledger, meant: Mapping[str, Meaning], claim: FileClaim | ProgramClaim,
     folded: ExportedProgram | None,
 ) -> list[SiteResult]:  # fmt: skip
     """The ratio of error to noise at every site, in the order of the graph; what exceeds the limit is a problem.
@@ -38,7 +40,6 @@ def judge_sites(
     if not sites:
         return []
     modules = {value: entry.module or entry.value for entry in ledger.entries for value, _ in entry.site}
-    meant = {name: meanings.get(name) or Meaning(captured) for name, captured in sites.items()}
     modules |= {value: merge.into for merge in ledger.merges for value, _ in merge.site}
     modules |= {value: ", ".join(scaled.into) for scaled in ledger.scaled for value, _ in scaled.site}
     mine = {name: own for name in sites if (own := claim.called(name)) is not None}
@@ -56,6 +57,9 @@ def judge_sites(
         program = ProgramClaim(folded)
         there = {name: (name, meant[name]) for name in rest if program.called(name)}
         results += _judged(judge, program, there, modules)
+    for case in judge.cases[:1]:  # they are large
+        case.truth = replace(case.truth, kept={})
+        case.claimed = replace(case.claimed, kept={}) if case.claimed is not None else None
     order = {name: i for i, name in enumerate(sites)}
     return sorted(results, key=lambda site: order[site.value])
 
@@ -119,59 +123,74 @@ def compared(
     Raises:
         Exception: one of them does not run.
     """
-    wanted = {meaning.value for meaning in partners.values()}
-    kept, taken = judge.taken(claim, case, list(partners))
-    decided = {**case.truth.decided, **taken}
-    truth = judge.reference.run(case.batch, wanted, follow=decided).kept
-    rows: dict[str, Row] = {}
-
-    given, right = dict[str, Tensor](), dict[str, Tensor]()
+    claimed, truth = _runs(judge, claim, case, partners)
+    rows, given, right = dict[str, Row](), dict[str, Tensor](), dict[str, Tensor]()
 
     def put(name: str, ratio: float, worst: float, *more: Any) -> None:
-        count = right[name].numel() if name in right else 0
         element, error, noise, doublings = more or ((), 0.0, 0.0, ())
+        count = right[name].numel() if name in right else 0
         rows[name] = Row(case.words, claim.name, name, ratio, worst, element, error, noise, doublings, count,
                          case.batch.samples, inside=True)  # fmt: skip
 
-    for name in (n for n in partners if n in kept.kept and isinstance(truth.get(partners[n].value), Tensor)):
-        one, true = kept.kept[name], partners[name].of(truth[partners[name].value])
-        if one.shape != true.shape or specials(one, true) is not None:
-            put(name, math.inf, math.inf)
-        elif not true.is_floating_point():
-            put(name, *((math.inf,) * 2 if bool((one != true).any()) else (0.0, 0.0)))
-        else:
+    for name, meaning in partners.items():
+        if name not in claimed.kept or not isinstance(truth.kept.get(meaning.value), Tensor):
+            continue
+        one, true = claimed.kept[name], meaning.of(truth.kept[meaning.value])
+        like = one.shape == true.shape and specials(one, true) is None
+        if like and true.is_floating_point():
             given[name], right[name] = part(one), part(true)
-
-    def values(kept: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return [part(partners[name].of(kept[partners[name].value])) for name in right]
-
-    reference, batch = judge.reference, case.batch
-    if reference.louder > 1 and not decided:
-        still = values(reference.loudly(batch, None, wanted).kept)
-        sources = [Source(still, lambda seed: values(reference.loudly(batch, seed, wanted).kept), reference.louder)]
-    else:
-        follow, names = kept.decided or None, list(given)
-
-        def mine(seed: int) -> Sequence[Tensor]:
-            found = claim.run(batch, names, follow=follow, seed=seed).kept
-            return [part(found[name]) for name in names]
-
-        theirs = Source(
-            [*right.values()], lambda seed: values(reference.run(batch, wanted, follow=decided, seed=seed).kept)
-        )
-        sources = [theirs, Source([*given.values()], mine)]
-    del kept, truth
+        else:
+            put(name, *(0.0 if like and bool((one == true).all()) else math.inf,) * 2)
+    of = {name: partners[name] for name in right}
+    sources = _sources(judge, claim, case, of, part, (given, right), (claimed.decided, truth.decided))
+    del claimed, truth
     draws, limit, unsure = Draws(sources), judge.limit, set(right)
-    unit = max(reference.units.values(), default=2.0**-24)
+    unit = max(judge.reference.units.values(), default=2.0**-24)
     # One constant may move all of a channel, and there are many channels: of one source a draw or two say too little.
     for step in range(MANY if len(sources) == 1 else 0, len(STEPS) if right else 0):
         draws.more(step)
         for i, (name, true) in enumerate(right.items()):
             if name in unsure:
-                found = compare(given[name], true, draws.noise(i), unit=unit, draws=draws.count, enough=limit,
-                                batched=batched(batch, true))  # fmt: skip
-                put(name, *found)
+                put(name, *compare(given[name], true, draws.noise(i), unit=unit, draws=draws.count, enough=limit,
+                                   batched=batched(case.batch, true)))  # fmt: skip
         unsure = {name for name in unsure if not settled([rows[name]], limit, step, draws)}
         if not unsure:
             break
     return {name: rows[name] for name in partners if name in rows}
+
+
+def _runs(judge: Judge, claim: Any, case: Case, partners: Mapping[str, Meaning]) -> tuple[Run, Run]:
+    """A run of the claim and one of the reference after its decisions, with the values of both kept."""
+    wanted, known = {meaning.value for meaning in partners.values()}, case.claimed
+    if (
+        known is not None and judge.claimer is claim and not known.decided
+        and known.kept.keys() >= partners.keys() and case.truth.kept.keys() >= wanted
+    ):  # fmt: skip
+        return known, case.truth  # in which all was kept
+    claimed, taken = judge.taken(claim, case, list(partners))
+    decided = {**case.truth.decided, **taken}
+    truth = judge.reference.run(case.batch, wanted, follow=decided)
+    return claimed, replace(truth, decided=decided)
+
+
+def _sources(
+    judge: Judge, claim: Any, case: Case, of: Mapping[str, Meaning], part: Callable[[Tensor], Tensor],
+    still: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], decided: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> list[Source]:  # fmt: skip
+    """What rounds values: the reference's constants, and the claim's where the reference has no louder run."""
+    reference, batch, wanted = judge.reference, case.batch, {meaning.value for meaning in of.values()}
+
+    def meant(run: Run) -> Sequence[Tensor]:
+        return [part(meaning.of(run.kept[meaning.value])) for meaning in of.values()]
+
+    if reference.louder > 1 and not decided[1]:
+        quiet = meant(reference.loudly(batch, None, wanted))
+        return [Source(quiet, lambda seed: meant(reference.loudly(batch, seed, wanted)), reference.louder)]
+
+    def claimed(seed: int) -> Sequence[Tensor]:
+        kept = claim.run(batch, list(of), follow=decided[0] or None, seed=seed).kept
+        return [part(kept[name]) for name in of]
+
+    given, right = (list(values.values()) for values in still)
+    theirs = Source(right, lambda seed: meant(reference.run(batch, wanted, follow=decided[1], seed=seed)))
+    return [theirs, Source(given, claimed)]
