@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import Bisection, CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
+from bnfold.runtime.inline import apart, filled
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import compared, expect, judging, refuse_nonfinite, source_facts
 from bnfold.statistics.diagnose import worst_first
@@ -136,7 +138,7 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
         def failed(said: str) -> FileReport:
             for entry in folded.model.metadata_props:
                 entry.value = said if entry.key == "bnfold.verdict" else entry.value
-            return _stored(source, folded.model, target, staging, file.data)
+            return _stored(source, folded, target, staging, file.data)
 
         return committed(report, file, staging, options, failed)
 
@@ -229,10 +231,7 @@ def _write(
 ) -> FileReport:
     """Writes a file into the staging folder, its weights beside it where they are too many; one is held at a time."""
     model, data = folded.model, None
-
-    def raw(tensor: onnx.TensorProto) -> bytes | None:
-        return folded.beside[tensor.name]() if tensor.name in folded.beside else source.raw(tensor)
-
+    raw = partial(_raw, source, folded)
     outside = [t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)]
     weights = model.ByteSize() + sum(map(bytes_of, outside))
     if external if external is not None else weights > store.EXTERNAL_BYTES:
@@ -241,10 +240,12 @@ def _write(
         for tensor in apart:
             tensor.external_data.add(key="location", value=data)
         model.metadata_props.add(key="bnfold.data_sha256", value=sealed)
-    else:
-        for tensor in outside:
-            put(tensor, raw(tensor) or b"")
-    return _stored(source, model, target, staging, data)
+    return _stored(source, folded, target, staging, data)
+
+
+def _raw(source: OnnxFile, folded: FoldedFile, tensor: onnx.TensorProto) -> bytes | None:
+    """The bytes of an initializer that is written."""
+    return folded.beside[tensor.name]() if tensor.name in folded.beside else source.raw(tensor)
 
 
 def _put_apart(
@@ -271,12 +272,20 @@ def _put_apart(
     return apart
 
 
-def _stored(
-    source: OnnxFile, model: onnx.ModelProto, target: Path, staging: store.Staging, data: str | None
-) -> FileReport:
-    """Writes what is not in a file of its own."""
-    target.write_bytes(model.SerializeToString())
-    if (problem := _invalid(target)) is not None and _invalid(source.path) is None:
+def _stored(source: OnnxFile, folded: FoldedFile, target: Path, staging: store.Staging, data: str | None) -> FileReport:
+    """Writes what is not in a file of its own, the bytes of one initializer after the other."""
+    model = folded.model
+    held = {
+        i: tensor
+        for i, tensor in enumerate(model.graph.initializer)
+        if data is None and onnx.external_data_helper.uses_external_data(tensor)
+    }
+    sizes = {i: bytes_of(tensor) for i, tensor in held.items()}
+    with target.open("wb") as out:
+        out.writelines(
+            filled(model.SerializeToString(), sizes, lambda i: _raw(source, folded, held[i]) or b"")
+        )  # fmt: skip
+    if (problem := _invalid(target, staging.folder)) is not None and _invalid(source.path, None) is None:
         raise LowerError(f"onnx.checker rejects the file: {problem}", hint="Please report this model")
     size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
     norms = sum(node.op_type == "BatchNormalization" for node in model.graph.node)
@@ -284,10 +293,17 @@ def _stored(
     return FileReport(str(target), size, len(model.graph.node), opset, norms, data, sha256_of(target))
 
 
-def _invalid(path: Path) -> str | None:
-    """What onnx.checker has against a file."""
+def _invalid(path: Path, beside: Path | None) -> str | None:
+    """What onnx.checker has against a file; of a large one without its weights, in a file in the folder ``beside``."""
+    content = apart(path) if beside is not None else None
+    light = path if content is None or beside is None else beside / "light.onnx"
     try:
-        onnx.checker.check_model(str(path))
+        if content is not None:
+            light.write_bytes(content)
+        onnx.checker.check_model(str(light))
     except onnx.checker.ValidationError as error:
         return " ".join(str(error).split())[:300]
+    finally:
+        if light != path:
+            light.unlink(missing_ok=True)
     return None

@@ -126,7 +126,7 @@ class FileGate:
         """
         reference = Original(self.original, self.device)
         inputs = self._inputs(reference)
-        model = read_model(self.path)
+        model = read_model(self.path, light=True)
         claim = FileClaim(self.path, model, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
         self._compare_signatures(reference, claim)
         return reference, claim

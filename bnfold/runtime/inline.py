@@ -7,7 +7,7 @@ the bytes of its initializers are passed over.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 LARGE, HELD = 64 << 20, 1024
 #: Numbers of fields in onnx.proto: ModelProto.graph, GraphProto.initializer, and those of a TensorProto.
 _GRAPH, _INITIALIZER, _RAW, _EXTERNAL, _LOCATION = 7, 5, 9, 13, 14
+_NO_DATA = (_RAW, _EXTERNAL, _LOCATION)
 #: ModelProto.functions, GraphProto.node; an empty string among NodeProto.input and NodeProto.output, as it is stored.
 _FUNCTIONS, _NODE, _EMPTY = 25, 1, (b"\n\0", b"\x12\0")
 _BYTES = 2
@@ -42,6 +43,47 @@ def apart(path: Path, *, large: int | None = None) -> bytes | None:
             return _rebuilt(data, 0, len(data), path.name, (_GRAPH, _INITIALIZER))
         except (ValueError, IndexError):
             return None
+
+
+def filled(content: bytes, sizes: Mapping[int, int], raw: Callable[[int], bytes]) -> Iterator[bytes]:
+    """The content of a model with bytes in place of what some initializers say of theirs, piece by piece.
+
+    As protobuf would write it, but for one initializer in memory at a time.
+
+    Args:
+        content: the model without those bytes.
+        sizes: how many they are, by the index of the initializer.
+        raw: the bytes themselves.
+    """
+    pieces = list(_filled(content, sizes))
+    for piece in pieces:
+        yield piece if isinstance(piece, bytes) else raw(piece)
+
+
+def _filled(content: bytes, sizes: Mapping[int, int]) -> Iterator[bytes | int]:
+    """Pieces, and the indices of initializers whose bytes come there."""
+    for top in _fields(content, 0, len(content)):
+        if top.number != _GRAPH:
+            yield content[top.start : top.end]
+            continue
+        inside, index, length = list[bytes | int](), 0, 0
+        for field in _fields(content, top.value, top.end):
+            if field.number == _INITIALIZER and index in sizes:
+                parts = [part for part in _fields(content, field.value, field.end) if part.number not in _NO_DATA]
+                before, behind = (
+                    b"".join(content[part.start : part.end] for part in parts if (part.number < _RAW) == first)
+                    for first in (True, False)
+                )
+                head = before + _varint(_RAW << 3 | _BYTES) + _varint(sizes[index])
+                whole = len(head) + sizes[index] + len(behind)
+                inside += [_varint(_INITIALIZER << 3 | _BYTES) + _varint(whole) + head, index, behind]
+                length += sizes[index]
+            else:
+                inside.append(content[field.start : field.end])
+            index += field.number == _INITIALIZER
+        length += sum(len(piece) for piece in inside if isinstance(piece, bytes))
+        yield _varint(_GRAPH << 3 | _BYTES) + _varint(length)
+        yield from inside
 
 
 def may_leave_out(model: Path | bytes) -> bool:
