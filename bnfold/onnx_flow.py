@@ -296,7 +296,7 @@ def _stored(source: OnnxFile, folded: FoldedFile, target: Path, staging: store.S
 def _invalid(path: Path, beside: Path | None) -> str | None:
     """What onnx.checker has against a file; of a large one without its weights, in a file in the folder ``beside``."""
     content = apart(path) if beside is not None else None
-    light = path if content is None or beside is None else beside / "light.onnx"
+    light = path if content is None or beside is None else beside / f"{path.name}.light"
     try:
         if content is not None:
             light.write_bytes(content)

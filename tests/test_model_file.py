@@ -194,8 +194,12 @@ def test_a_large_file_folds_to_the_same_bytes(tmp_path: Path, monkeypatch: pytes
         helper.make_graph(nodes, "net", ends[:1], ends[1:], tensors), opset_imports=opsets, ir_version=8
     )
     onnx.save(model, tmp_path / "net.onnx")
+    load = onnx.load_model_from_string
     for name, large in (("plain", 1 << 30), ("light", 0)):
         monkeypatch.setattr(inline, "LARGE", large)
+        if not large:  # nothing reads the weights with the file
+            monkeypatch.setattr(onnx, "load_model", None)
+            monkeypatch.setattr(onnx, "load_model_from_string", lambda x: load(x) if len(x) < 4096 else None)
         report = bnfold.export(tmp_path / "net.onnx", tmp_path / f"{name}.onnx", device="cpu")
         assert report.passed and report.ledger.count() == (1, 1)
     assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "light.onnx").read_bytes()

@@ -88,8 +88,10 @@ def is_optional(node: onnx.NodeProto, opsets: Mapping[str, int], at: int, *, res
     return bool(formal[at].option == kinds.Optional)
 
 
-def shortened(model: Path | bytes) -> bytes | None:
+def shortened(model: Path | bytes, *, light: bool) -> bytes | None:
     """The content of a file, or content, without empty names behind all others; None where it has none.
+
+    ``light``: of a large file without the weights in it too.
 
     Raises:
         InputError: as for ``read_model``.
@@ -97,7 +99,7 @@ def shortened(model: Path | bytes) -> bytes | None:
     import onnx
 
     if not may_leave_out(model):
-        return None
+        return apart(model) if light and isinstance(model, Path) else None
     found = onnx.load_model_from_string(model) if isinstance(model, bytes) else read_model(model, light=True)
     return found.SerializeToString() if _shorten(found) or not isinstance(model, bytes) else None
 

@@ -232,7 +232,8 @@ def open_on(
     if not isinstance(model, bytes):
         require_file(model, hint="Name an existing ONNX file")
         beside = Path(model)
-    short = shortened(model if isinstance(model, bytes) else Path(model))
+    # As it is deployed a file is read by the runtime itself; else the weights of a large one stay in it.
+    short = shortened(model if isinstance(model, bytes) else Path(model), light=not optimized)
     model = model if short is None else short
     wanted, doctor = device.provider.ort_name, "Run: python -m bnfold doctor"
     if wanted not in ort.get_available_providers():
