@@ -12,7 +12,7 @@ from onnx.helper import make_node
 
 from bnfold.evaluate.single import node_evaluator
 from bnfold.gate import alone as module
-from bnfold.gate.alone import alone
+from bnfold.gate.alone import LINES, alone
 from bnfold.gate.thinning import EDGE, thinned
 
 OPSETS = {"": 20}
@@ -108,3 +108,41 @@ def test_a_kind_that_could_not_be_asked_is_not_right(monkeypatch: pytest.MonkeyP
         patch.setattr(module, "MOST", 1)
         assert not asked().count and not module._right
     assert asked().count and module._right
+
+
+def test_rows_are_cut_where_each_is_computed_by_itself() -> None:
+    x = np.zeros((1, 200, 6), np.float32)
+    for node, held, rows in (
+        (make_node("MatMul", ["x", "w"], ["y"]), {"w": np.zeros((6, 3), np.float32)}, LINES),
+        (make_node("Add", ["x", "w"], ["y"]), {"w": np.zeros(6, np.float32)}, LINES),
+        (make_node("Add", ["x", "w"], ["y"]), {"w": np.zeros((200, 6), np.float32)}, 200),
+        (make_node("Softmax", ["x"], ["y"], axis=-1), {}, LINES),
+        (make_node("Softmax", ["x"], ["y"], axis=1), {}, 200),
+        (make_node("ReduceMean", ["x"], ["y"]), {}, 200),
+    ):
+        operands = [x for batch, _ in module._provoking(node, x, held) for x in batch]
+        assert operands and {operand.shape[1] for operand in operands} == {rows}
+
+
+def test_what_moves_elements_is_not_asked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_right", set())
+    given = {"x": np.ones((2, 3), np.float32), "y": None}
+    for operator, asked in (("Transpose", False), ("Relu", True)):
+        node = make_node(operator, ["x"], ["y"])
+        assert bool(alone([node], OPSETS, given, frozenset(), "cpu").count) is asked
+
+
+def test_batches_are_judged_on_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, held, feeds = conv(3, 37, 1)
+    monkeypatch.setattr(module, "_right", set())
+    seen: list[int] = []
+    real = module.ask
+
+    def counted(nodes: Any, opsets: Any, given: Mapping[str, Any], constants: Any) -> Any:
+        seen.append(len(given["x"]))
+        return real(nodes, opsets, given, constants)
+
+    monkeypatch.setattr(module, "ask", counted)
+    found = alone([node], OPSETS, {**held, "x": feeds["x"][:1], "y": None}, frozenset(held), "cpu")
+    assert not found.faults and found.count == 2
+    assert 5 <= seen[0] <= 6 and 5 <= seen[1] < 33

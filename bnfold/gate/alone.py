@@ -24,6 +24,16 @@ PLACES, FEW = 5, 1
 LINES = 37
 _WINDOWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
 _ROWS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "Gemm", "MatMul", "BatchNormalization"}
+#: What takes every row of the last axis by itself, where its constants do and ``axis``, if it has one, is the last.
+_LINES = {
+    "MatMul", "Add", "Sub", "Mul", "Div", "Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf", "Gelu",
+    "Exp", "Sqrt", "LeakyRelu", "Softmax", "LayerNormalization",
+}  # fmt: skip
+#: What moves elements, whatever these are: on those of a run it is asked as well as on any.
+_MOVES = {
+    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Gather", "Expand", "Tile", "Identity",
+    "Pad", "DepthToSpace", "SpaceToDepth", "Concat",
+}  # fmt: skip
 #: Elements of an operand that is asked for in several ways.
 MOST = 200_000
 #: The kinds of operators that this process has asked by themselves and found right.
@@ -42,7 +52,7 @@ def alone(
         fixed = all(not n or n in constants for n in node.input[1:])
         if not isinstance(x, np.ndarray) or x.dtype.name not in ("float32", "float16") or first in constants:
             continue
-        if not fixed or outer_names(node) or node.op_type in SKIPPED or not x.size or not x.ndim:
+        if not fixed or outer_names(node) or node.op_type in SKIPPED | _MOVES or not x.size or not x.ndim:
             continue
         held = {n: given.get(n) for n in node.input[1:] if n}
         shapes = [getattr(held.get(n), "shape", ()) for n in node.input[1:]]
@@ -99,7 +109,7 @@ def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Itera
     Where rows are independent, which is told, they are the rows of a few batches, else one after another.
     """
     rng, rows = np.random.default_rng(0), node.op_type in _ROWS
-    small = _part(node, x, held, PLACES) if rows else x
+    small = _part(node, x, held, PLACES) if rows or node.op_type in _LINES else x
     if small.size > MOST:
         return
     kinds = _kinds(node, small, held, rng)
@@ -114,8 +124,10 @@ def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Itera
 
 def _part(node: onnx.NodeProto, x: Array, held: Mapping[str, Any], places: int) -> Array:
     """One sample, all channels, as much of its space as windows need to stand at a few places."""
-    if node.op_type == "MatMul" and x.ndim > 2:
-        return x[:1, ..., :LINES, :]
+    axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+    alike = node.op_type == "MatMul" or all(getattr(y, "shape", ())[-2:-1] in ((), (1,)) for y in held.values())
+    if node.op_type in _LINES and x.ndim > 2 and alike and axis in (-1, x.ndim - 1):
+        return x[:1, ..., :LINES, :] if node.op_type == "MatMul" else x[..., :LINES, :]
     if node.op_type not in _WINDOWS or x.ndim <= 2:
         return x[:1] if x.size > MOST else x
     window = next((a.ints for a in node.attribute if a.name == "kernel_shape"), None)
