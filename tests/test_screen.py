@@ -127,8 +127,8 @@ def one(off: Tensor) -> None:
     ("change", "expected"),
     [
         (lambda off: off, True),
-        (lambda off: 3 * off, False),  # all of it
-        (lambda off: off * torch.tensor([1.0, 1.0, 4.0])[:, None], False),  # one sample
+        (lambda off: 4 * off, False),  # all of it
+        (lambda off: off * torch.tensor([1.0, 1.0, 5.0])[:, None], False),  # one sample
         (one, False),  # one element
         (lambda off: off * torch.nan, False),
     ],

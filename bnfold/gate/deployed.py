@@ -73,10 +73,10 @@ class Sessions:
             self.followed[case.words] = self._following(case, decided)
         candidate.close()  # what operators are asked on is another session: there is one at a time
         for case in (case for case in self.judge.cases if case.words in self.plain):
-            outputs = self.plain[case.words]
-            rows, misfit = self._rows(PLAIN, case, candidate, outputs, self.followed[case.words], plain=False)
-            if 1 < misfit < math.inf and self._clears(candidate, case, misfit):
-                rows, misfit = self._rows(PLAIN, case, candidate, outputs, self.followed[case.words], plain=True)
+            judged = partial(self._rows, PLAIN, case, candidate, self.plain[case.words], self.followed[case.words])
+            rows, misfit = judged(plain=False, steps=MANY)  # more draws cost more than asking the operators
+            if 1 < misfit < math.inf:
+                rows, _ = judged(plain=self._clears(candidate, case, misfit))
             self.judge.table.rows += rows
         if not self._asked and self.plain:
             small = min((c for c in self.judge.cases if c.words in self.plain), key=lambda c: c.batch.samples)
@@ -98,7 +98,15 @@ class Sessions:
         return self.claim.run(case.batch, follow={**claimed.decided, **decided})
 
     def _rows(
-        self, name: str, case: Case, candidate: Any, outputs: Sequence[Any], truth: Run, *, plain: bool
+        self,
+        name: str,
+        case: Case,
+        candidate: Any,
+        outputs: Sequence[Any],
+        truth: Run,
+        *,
+        plain: bool,
+        steps: int = len(STEPS),
     ) -> tuple[list[Row], float]:
         """Judged by what rounding does, by the model's own error and (``plain``) the plain session's and kernels'."""
         kernels: Draws | None = None
@@ -123,7 +131,7 @@ class Sessions:
             return torch.stack(fitting).square().sum(0).sqrt()
 
         found: tuple[list[Row], float] = ([], 0.0)
-        for step in range(len(STEPS) + plain):
+        for step in range(steps + plain):
             if step < len(STEPS):
                 draws = self.judge.drawn(case, step)
             elif (kernels := self._kernels(case, truth)) is None:
