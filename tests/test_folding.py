@@ -249,6 +249,7 @@ def test_refuses_what_would_hold_for_one_size_only():
 
 def test_every_reason_has_its_test():
     elsewhere = {"channels", "overflow", "dtype", "dynamic-size", "inexpressible", "packed-sequence", "region"}
+    elsewhere |= {"cancellation"}  # test_cancellation.py
     assert REFUSALS.keys() | elsewhere == REASONS.keys()
 
 

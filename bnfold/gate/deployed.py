@@ -17,10 +17,21 @@ from bnfold.errors import BnfoldError, InputError
 from bnfold.evaluate.reading import outer_names
 from bnfold.evaluate.subject import Run
 from bnfold.gate.alone import alone
-from bnfold.gate.by_operator import Asked, as_kernels_round, ask
+from bnfold.gate.by_operator import Asked, as_kernels_round, ask, rounded_once
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
-from bnfold.gate.evidence import MANY, SLACK, STEPS, Draws, Row, Source, seen_error
+from bnfold.gate.evidence import (
+    EXCUSE,
+    MANY,
+    SLACK,
+    STEPS,
+    TINY,
+    Draws,
+    Row,
+    Source,
+    seen_error,
+    unit_roundoff,
+)  # fmt: skip
 from bnfold.gate.findings import first_line
 from bnfold.gate.judge import CERTAIN, Case, Judge, listed, settled
 from bnfold.gate.optimizers import guilty
@@ -51,6 +62,7 @@ class Sessions:
     plain: dict[str, list[Any]] = field(default_factory=dict)
     followed: dict[str, Run] = field(default_factory=dict)
     _asked: bool = False
+    _lost: set[str] = field(default_factory=set)
     _cleared: dict[str, bool] = field(default_factory=dict)
     _blamed: bool = False
 
@@ -76,7 +88,10 @@ class Sessions:
             judged = partial(self._rows, PLAIN, case, candidate, self.plain[case.words], self.followed[case.words])
             rows, misfit = judged(plain=False, steps=MANY)  # more draws cost more than asking the operators
             if 1 < misfit < math.inf:
-                rows, _ = judged(plain=self._clears(candidate, case, misfit))
+                clears = self._clears(candidate, case, misfit)
+                if clears and misfit > EXCUSE / 4:
+                    self._lose(case)
+                rows, _ = judged(plain=clears)
             self.judge.table.rows += rows
         if not self._asked and self.plain:
             small = min((c for c in self.judge.cases if c.words in self.plain), key=lambda c: c.batch.samples)
@@ -86,6 +101,30 @@ class Sessions:
         for words, reason in self.judge.unrun.items():
             if words in self.plain:
                 self.judge.findings.doubts.append(f"the file in float64: cannot be computed at {words}: {reason}")
+
+    def _lose(self, case: Case) -> None:
+        """A problem for every output that loses its digits where operators round their results once and no more.
+
+        On inputs like the example's alone, and over whole channels: what is next to nothing may lose all of its own.
+        """
+        claim, truth, judge = self.claim, self.followed[case.words], self.judge
+        if claim is None or case.claimed is None or case.batch.origin:
+            return
+        outputs = claim.run(case.batch, follow=truth.decided or None, after=partial(rounded_once, self._dtype)).outputs
+        units = judge.reference.units
+        for i, name in enumerate(judge.reference.outputs):
+            own, true, right = case.own[i], case.truth.outputs[i], truth.outputs[i]
+            if not own.is_floating_point() or not own.shape == true.shape == right.shape == outputs[i].shape:
+                continue
+            unit = units.get(name, unit_roundoff(own.dtype))
+            noise = sum((_size(x).square() for x in (own - true, judge.drawn(case).noise(i), unit * true)), start=TINY)
+            lost = float((_size(outputs[i] - right) / noise**0.5).max()) if own.numel() else 0.0
+            if lost > EXCUSE * judge.limit and name not in self._lost:
+                self._lost.add(name)
+                judge.findings.problems.append(
+                    f"{PLAIN}, output '{name}': error is {lost:.3g} times the model's own at {case.words}, though "
+                    "every operator is right: the file adds and takes away what hides the digits of its values"
+                )
 
     def _following(self, case: Case, decided: dict[str, Tensor]) -> Run:
         """The file in float64, with the decisions of a run; the model where there is no such file."""
@@ -149,15 +188,18 @@ class Sessions:
         claim = self.claim
         if claim is None or case.claimed is None:
             return None
-        dtype = "float16" if claim.file.halves() else "float32"
 
         def draw(seed: int) -> Sequence[Tensor]:
-            after = partial(as_kernels_round, opsets=claim.opsets, dtype=dtype, rng=np.random.default_rng(seed))
+            after = partial(as_kernels_round, opsets=claim.opsets, dtype=self._dtype, rng=np.random.default_rng(seed))
             return claim.run(case.batch, follow=truth.decided or None, after=after).outputs
 
         draws = Draws([Source(truth.outputs, draw)])
         draws.more(MANY)
         return draws
+
+    @property
+    def _dtype(self) -> str:
+        return "float16" if self.claim is not None and self.claim.file.halves() else "float32"
 
     # -- operator by operator ------------------------------------------------------------------------------------------
 
@@ -318,3 +360,9 @@ class Sessions:
     def _failures(self, name: str, failed: dict[str, list[str]]) -> None:
         for reason, at in failed.items():
             self.judge.findings.problems.append(f"{name}: fails at {listed(at)}: {reason}")
+
+
+def _size(value: Tensor) -> Tensor:
+    """RMS of what is finite, by place on axis 1."""
+    axes = [axis for axis in range(value.ndim) if axis != 1]
+    return value.double().nan_to_num(0.0, 0.0, 0.0).square().mean(axes).sqrt() if axes else value.double().abs()

@@ -228,6 +228,9 @@ class Source:
 #: right files; of the claim as well; and more where what was seen may be chance.
 STEPS = ((1, 0), (1, 1), (4, 4), (8, 8), (16, 16))
 MANY = 2  # the first step that draws all sources more than once
+#: Rounding the constants of a claim excuses this many times what rounding the reference's does, and no more: arithmetic
+#: that takes away what it added loses the digits between, and its own rounding would hide that.
+EXCUSE = 16.0
 #: The same where the reference is cheap to draw, as it is louder.
 CHEAP = ((1, 0), (4, 0), (4, 4), (8, 8), (16, 16))
 
@@ -238,10 +241,11 @@ class Draws:
     Args:
         sources: what rounds constants, the reference first. Their noises add up as independent ones do.
         begun: draws of which the first source is the same.
+        unit: the unit roundoff of what the reference is stored in.
     """
 
-    def __init__(self, sources: Sequence[Source], begun: Draws | None = None) -> None:
-        self._sources, self._counts = sources, [0] * len(sources)
+    def __init__(self, sources: Sequence[Source], begun: Draws | None = None, unit: float = 2.0**-24) -> None:
+        self._sources, self._counts, self._unit = sources, [0] * len(sources), unit
         self._steps = CHEAP if sources and sources[0].louder > 1 else STEPS
         self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in source.still] for source in sources]
         if begun is not None:
@@ -269,10 +273,16 @@ class Draws:
         return len(counts) ** 2 / sum(1 / count for count in counts) if counts else math.inf
 
     def noise(self, index: int) -> Tensor:
-        """RMS of what all sources together do to a value."""
+        """RMS of what all sources together do to a value, others at most ``EXCUSE`` times what the first does."""
         counted = zip(self._squares, self._counts)
-        each = [squares[index] / max(count, 1) for squares, count in counted if index < len(squares)]
-        return torch.stack([square for square in each if square.shape == each[0].shape]).sum(0).sqrt()
+        first, *each = [squares[index] / max(count, 1) for squares, count in counted if index < len(squares)]
+        fitting = (square for square in each if square.shape == first.shape)
+        rest = sum(fitting, torch.zeros_like(first))
+        if bool((rest > EXCUSE**2 * first).any()):
+            size = self._sources[0].still[index].double().abs()
+            usual = typical(first.sqrt(), size, self._counts[0] or math.inf)
+            rest = torch.minimum(rest, (EXCUSE * torch.maximum(usual, self._unit * size)).square())
+        return (first + rest).sqrt()
 
 
 def seen_error(given: Tensor, truth: Tensor) -> Tensor:

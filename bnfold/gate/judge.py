@@ -157,7 +157,8 @@ class Judge:
         follow = run.decided or None
         theirs = Source(run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs)
         mine = self._source(case, truth)
-        case.draws = draws = Draws([mine, theirs], begun=case.draws if mine.louder > 1 else None)
+        unit = max(self.reference.units.values(), default=2.0**-24)
+        case.draws = draws = Draws([mine, theirs], case.draws if mine.louder > 1 else None, unit)
 
         def noise(i: int) -> Tensor:
             found = draws.noise(i)

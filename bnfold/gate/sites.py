@@ -144,8 +144,8 @@ def compared(
     of = {name: partners[name] for name in right}
     sources = _sources(judge, claim, case, of, part, (given, right), (claimed.decided, truth.decided))
     del claimed, truth
-    draws, limit, unsure = Draws(sources), judge.limit, set(right)
     unit = max(judge.reference.units.values(), default=2.0**-24)
+    draws, limit, unsure = Draws(sources, unit=unit), judge.limit, set(right)
     # One constant may move all of a channel, and there are many channels: of one source a draw or two say too little.
     for step in range(MANY if len(sources) == 1 else 0, len(STEPS) if right else 0):
         draws.more(step)

@@ -98,14 +98,15 @@ def batch_norm(call: OnnxCall) -> Semantics:
     scale, bias, mean, var = (call.constant(slot) for slot in slots)
     assert scale is not None and bias is not None and mean is not None and var is not None
     sigma = (var + eps).sqrt()
-    own = Affine((scale / sigma)[None], (bias - mean * scale / sigma)[None])
+    own, usual = Affine((scale / sigma)[None], (bias - mean * scale / sigma)[None]), Affine(sigma[None], mean[None])
     shape = sigma.shape
 
     def write(new: Affine) -> Mapping[str, Tensor]:
         s, t = (part.expand(1, *shape)[0] for part in (new.scale, new.shift))
         return {slots[0]: s * sigma, slots[1]: t + s * mean}
 
-    return Scaling("X", own.compressed(), "batch_norm", write, ("scale", "shift"), tuple(range(1, call.rank)))
+    axes = tuple(range(1, call.rank))
+    return Scaling("X", own.compressed(), "batch_norm", write, ("scale", "shift"), axes, usual=usual)
 
 
 def trains(call: OnnxCall) -> bool:

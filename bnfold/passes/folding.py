@@ -13,6 +13,7 @@ from bnfold.affine import Meaning
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.threads import torch_threads
 from bnfold.passes.bodies import fold_regions
+from bnfold.passes.cancellation import cancellations
 from bnfold.passes.choices import Choices
 from bnfold.passes.gauges import Gauges
 from bnfold.passes.normalisations import recognise
@@ -78,7 +79,7 @@ class Folder:
             self._gone = set(self._choice.gone)
             self._solution = solved(self._gauges, self._gone)
             self._plan = Plan.of(self._gauges, self._solution, self._gone)
-            if self._overflows():
+            if self._overflows() or self._cancels():
                 continue
             kept = self._must_be_kept()
             if not kept:
@@ -135,6 +136,18 @@ class Folder:
             self._banned[self._nearest(value)] = refusal
             return True
         return False
+
+    def _cancels(self) -> bool:
+        """Keeps affines from going because of which what is stored next to them would be mostly a shift."""
+        found = cancellations(self._gauges, self._solution, self._gone)
+        for each in found:
+            reads = [r for r in self.graph.readers(each.value) if r in self._gone and self._solution.is_kept(r)]
+            detail = f"rounding would move [{', '.join(map(str, each.index))}] {each.factor:.2g} times as much"
+            refusal = Refusal(
+                "cancellation", self.rewriter.where(each.value), self.graph.call(each.value).operator, detail
+            )
+            self._banned[reads[0] if reads else self._nearest(each.value)] = refusal
+        return bool(found)
 
     def _nearest(self, value: Node) -> Node:
         """The affine that goes next to a value, past others that are stored otherwise."""

@@ -92,8 +92,8 @@ def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *
         s, t = (part.flatten().expand(sigma.shape) for part in (new.scale, new.shift))
         return {slots[0]: s * sigma, slots[1]: t + s * mean}
 
-    own = Affine.per_channel(scale, shift, call.rank)
-    return Scaling(data, own, "batch_norm", write, ("scale", "shift"), (1,))
+    own, usual = (Affine.per_channel(*parts, call.rank) for parts in ((scale, shift), (sigma, mean)))
+    return Scaling(data, own, "batch_norm", write, ("scale", "shift"), (1,), usual=usual)
 
 
 def normalised(call: Operands, axes: Sequence[int], weight: str, bias: str) -> Semantics:

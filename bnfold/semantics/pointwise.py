@@ -34,6 +34,8 @@ class Scaling(Semantics):
     axes: tuple[int, ...] | None = None
     #: Why its operand cannot take its place, if it cannot: it is of another dtype, or is written to later.
     stays: Opaque | None = None
+    #: The deviation and the mean of its operand in training, as scale and shift, if it knows them.
+    usual: Affine | None = None
     absorbs: ClassVar[bool] = True
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
