@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ import onnx
 from bnfold.errors import InputError, ResourceError
 from bnfold.evaluate.limits import MAX_ELEMENTS
 from bnfold.evaluate.subject import Array
+from bnfold.runtime.model_file import misplaced
+
+#: Types whose bytes are the elements, on a machine that begins with the low byte.
+_PLAIN = {"float32", "float64", "float16", "int8", "uint8", "int32", "int64"} if sys.byteorder == "little" else set()
 
 
 class Weight:
@@ -33,9 +38,16 @@ class Weight:
         return str(onnx.helper.tensor_dtype_to_np_dtype(self._tensor.data_type).name)
 
     def array(self) -> Array:
-        """Its value, as it is stored."""
+        """Its value, as it is stored; of external data a view of the file."""
         if self._array is not None:
             return self._array
+        assert self._tensor is not None
+        if self.dtype in _PLAIN and self._beside is not None and misplaced(self._tensor, self._beside) is None:
+            held = {entry.key: entry.value for entry in self._tensor.external_data}
+            shape, at = tuple(self._tensor.dims), int(held.get("offset") or 0)
+            size = int(math.prod(shape) * np.dtype(self.dtype).itemsize)
+            if 0 < size == int(held.get("length") or 0):
+                return np.asarray(np.memmap(self._beside / held["location"], self.dtype, "r", at, shape))
         tensor = onnx.TensorProto()
         tensor.CopyFrom(self._tensor)
         try:  # refuses what lies outside of the folder

@@ -45,7 +45,7 @@ def read_model(path: Path, *, light: bool = False) -> onnx.ModelProto:
         raise refused
     _shorten(model)
     for tensor in tensors_of(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := _misplaced(tensor, path.parent)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := misplaced(tensor, path.parent)):
             raise InputError(
                 f"the external data of '{tensor.name}' {problem}",
                 where=str(path),
@@ -131,7 +131,8 @@ def tensors_of(part: Any) -> Iterator[Any]:
                 yield from tensors_of(each)
 
 
-def _misplaced(tensor: Any, folder: Path) -> str | None:
+def misplaced(tensor: Any, folder: Path) -> str | None:
+    """What is wrong with where a tensor's external data lie; None where they may be read."""
     given = {entry.key: entry.value for entry in tensor.external_data}
     location = given.get("location", "")
     try:
