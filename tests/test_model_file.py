@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 import bnfold
 from bnfold.errors import InputError
+from bnfold.evaluate.weights import weights_of
 from bnfold.runtime import inline
 from bnfold.runtime.model_file import read_model
 
@@ -165,6 +166,14 @@ def test_the_weights_of_a_large_file_stay_in_it(held: Path) -> None:
         tensor.ClearField("data_location")
         del tensor.external_data[:]
     assert light == whole == read_model(held)
+
+
+def test_a_weight_that_stays_in_a_file_is_a_view_of_it(held: Path) -> None:
+    far, near = (weights_of(read_model(held, light=light), held.parent) for light in (True, False))
+    for i in range(5):
+        view = far[f"raw{i}"].array()
+        assert isinstance(view.base, np.memmap) and np.array_equal(view, near[f"raw{i}"].array())
+    assert not isinstance(far["typed"].array().base, np.memmap)  # which has numbers in place of bytes
 
 
 def test_a_file_that_has_another_name_is_read_whole(held: Path) -> None:
