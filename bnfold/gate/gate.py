@@ -188,7 +188,7 @@ class Gate:
             judge_outside(judge, candidate)
             if isinstance(candidate, RunnerCandidate):
                 judge_twice(judge, candidate)
-            judge.report(candidate.name, unread=self._hidden)
+            judge.report(candidate.name, unread=self._unread(None))
             if isinstance(candidate, RunnerCandidate):
                 engines.append(self._engine(candidate.setting, candidate.name))
         accuracy = None
@@ -230,19 +230,15 @@ class Gate:
             self._findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
             return None
 
-    def _unread(self, claim: FileClaim | ProgramClaim) -> Callable[[str], int]:
-        """On how many decisions that the file gives no names to an output depends."""
-        hidden = claim.unread(self._model.decisions)
+    def _unread(self, claim: FileClaim | ProgramClaim | None) -> Callable[[str], int]:
+        """On how many decisions that the file gives no names to, or of all that are not seen, an output depends."""
+        hidden = self._model.decisions if claim is None else claim.unread(self._model.decisions)
 
         def count(output: str) -> int:
             at = self._model.outputs.index(output) if output in self._model.outputs else -1
             return sum(at in (self._model.influence(name) or ()) for name in hidden)
 
         return count
-
-    def _hidden(self, output: str) -> int:
-        at = self._model.outputs.index(output) if output in self._model.outputs else -1
-        return sum(at in (self._model.influence(name) or ()) for name in self._model.decisions)
 
     def _follow(self, claim: FileClaim | ProgramClaim | None) -> Follow | None:
         """The model in float64, with what the file decides in ONNX Runtime; None where it decides nothing."""
@@ -279,7 +275,7 @@ class Gate:
         judge, findings, placed = self._judged, self._findings, None
         findings.notes += provider_notes(self._device)
         sessions = Sessions(judge, claim, self._onnx, self._settings[0].device, screen)
-        unread = self._unread(claim) if claim is not None else self._hidden
+        unread = self._unread(claim)
         sessions.run_plain()
         judge.report("ONNX Runtime, optimisations off", unread=unread)
         engines = []
