@@ -3,6 +3,7 @@ draws the same numbers every time."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -23,6 +24,13 @@ torch.manual_seed(0)  # for what test modules draw as they are imported
 
 #: Before a command: permissions bind it, though root runs it.
 BOUND = [] if sys.platform == "win32" or os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and looking through it for garbage, of which tracing makes much, takes time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

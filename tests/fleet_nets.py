@@ -33,16 +33,6 @@ def configured() -> nn.Module:
     return small(json.loads((Path(__file__).parent / "width.json").read_text())["width"])
 
 
-def zoo(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A small net of transformers, as the zoo builds it."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from zoo_hf import HF_NETS
-
-    return HF_NETS[name]()
-
-
 class Touched(nn.Module):
     """Leaves a line in a file whenever it is built, and takes its time: what is computed twice shows."""
 

@@ -96,9 +96,7 @@ def test_the_trained_models_keep_their_class_and_pass_the_gate(name: str) -> Non
     assert {o.candidate for o in report.outputs} == {"folded torch", "folded class"}
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("resnet_basic", 12), ("mobilenet_v2", 52), ("regnet_x", 17), ("efficientnet", 25)]
-)
+@pytest.mark.parametrize(("name", "count"), [("resnet_basic", 12), ("regnet_x", 17), ("efficientnet", 25)])
 def test_transformers_models_keep_their_class_and_pass_the_gate(name: str, count: int) -> None:
     wrapper, args = HF_NETS[name]()
     back, report = judged(wrapper, args)

@@ -28,7 +28,7 @@ from bnfold.report.schema import schema
 
 TESTS = Path(__file__).resolve().parent
 #: Of the nets that export in a moment.
-SEEDS = range(8)
+SEEDS = range(10)
 
 
 class Fleet:
@@ -98,7 +98,7 @@ def fleet(tmp_path: Path) -> Fleet:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster() as cluster:
-        cluster.workers(1)
+        cluster.workers(2)
         yield cluster
 
 
@@ -109,15 +109,14 @@ def touched(seed: int, seconds: float = 0.0) -> str:
 
 
 @pytest.mark.slow
-def test_a_fleet_of_sixteen_on_this_machine(fleet: Fleet) -> None:
+def test_a_fleet_of_sixteen_on_this_machine(fleet: Fleet, cluster: Cluster) -> None:
     """One broken, one that hangs, one that eats memory: thirteen files, and three rows that say what happened."""
     digits = [
         f'source = "{ROOT}/models/digits.py:{net}"\nweights = "{ROOT}/models/{net}.safetensors"'
-        for net in ("digits_cnn", "digits_tcn", "digits_mlp")
+        for net in ("digits_cnn", "digits_mlp")
     ]
     small = [f'name = "s{seed}"\nsource = "nets.py:small"\narg = {{seed = {seed}}}' for seed in SEEDS]
-    small += ['name = "levit"\nsource = "nets.py:zoo"\narg = {name = "levit"}']
-    bad = ['source = "nets.py:broken"', 'source = "nets.py:hangs"\ntimeout = 3.0']
+    bad = ['source = "nets.py:broken"', 'source = "nets.py:hangs"\ntimeout = 1.0']
     bad += ['source = "nets.py:eats"\nmemory = "1 GB"']
     fleet.write(*digits, *bad, *small, 'source = "nets.py:small"\nbench = true')
     rows = fleet.run("--workers", "2")
@@ -127,7 +126,7 @@ def test_a_fleet_of_sixteen_on_this_machine(fleet: Fleet) -> None:
     for name in files:
         onnx.checker.check_model(fleet.folder / "out" / name)
     assert "the factory failed with ValueError: no such layer. It happened at nets.py:" in rows["broken"]["said"]
-    assert rows["hangs"]["said"] == "it did not end within its time limit of 3 s. Give it more: timeout"
+    assert rows["hangs"]["said"] == "it did not end within its time limit of 1 s. Give it more: timeout"
     assert rows["eats"]["said"].endswith("GB, beyond its memory limit. Give it more: memory")
     assert [rows[name]["exit_code"] for name in ("broken", "hangs", "eats")] == [3, 4, 6] and fleet.code == 3
     assert rows["small"]["latency"] > 0 and rows["digits_cnn"]["folded"] == rows["digits_cnn"]["batch_norms"] == 11
@@ -138,11 +137,11 @@ def test_a_fleet_of_sixteen_on_this_machine(fleet: Fleet) -> None:
     assert "13 pass, 3 error" in fleet.text and fleet.err.count("16/16") == 1
 
     stamps = {path: path.stat().st_mtime_ns for path in (fleet.folder / "out").glob("*.onnx")}
-    bad[1] = bad[1].replace("3.0", "4.0")  # a limit matters where it was reached
-    digits[2] += "\nno-merge = true\ntimeout = 500"
+    bad[1] = bad[1].replace("1.0", "2.0")  # a limit matters where it was reached
+    digits[1] += "\nno-merge = true\ntimeout = 500"
     small[0] += "\ntimeout = 500"
     fleet.write(*digits, *bad, *small, 'source = "nets.py:small"\nbench = true')
-    again = fleet.run("--workers", "2")
+    again = fleet.run("--scheduler", cluster.address)
     anew = {"digits_mlp", "hangs"}
     assert {name for name, row in again.items() if not row["earlier"]} == anew and fleet.code == 3
     assert not any(row["changed"] for name, row in again.items() if name not in anew)
@@ -161,7 +160,6 @@ def test_what_a_result_depends_on(fleet: Fleet, cluster: Cluster) -> None:
     broken = 'source = "nets.py:broken"'
     fleet.write(wide, other, broken)
     assert run() == {"configured", "small", "broken"}
-    assert run() == set()
     assert run("--retry") == {"broken"}
     fleet.write(other, broken, wide)
     assert run() == set(), "the order of the list is nothing"
@@ -183,13 +181,13 @@ def test_what_a_result_depends_on(fleet: Fleet, cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
-def test_a_third_of_the_workers_is_killed_and_the_files_are_the_same(fleet: Fleet, cluster: Cluster) -> None:
-    fleet.write(*(touched(seed, 0.5) for seed in range(6)))
-    cluster.workers(3)
+def test_half_of_the_workers_is_killed_and_the_files_are_the_same(fleet: Fleet, cluster: Cluster) -> None:
+    fleet.write(*(touched(seed, 0.5) for seed in range(4)))
+    cluster.workers(2)
     quiet = fleet.run("--scheduler", cluster.address, out="quiet")
     built = len(fleet.built())
     process = fleet.start("--scheduler", cluster.address, out="killed")
-    until(process, lambda: len(fleet.built()) >= built + 2)
+    until(process, lambda: len(fleet.built()) >= built + 1)
     victim = random.Random(0).choice(cluster.processes)
     family = psutil.Process(victim.pid).children(recursive=True)
     victim.kill()
@@ -206,28 +204,6 @@ def test_a_third_of_the_workers_is_killed_and_the_files_are_the_same(fleet: Flee
 
 
 @pytest.mark.slow
-def test_the_scheduler_goes_away_and_the_next_run_goes_on(fleet: Fleet, cluster: Cluster) -> None:
-    cluster.workers(1)
-    fleet.write(*(touched(seed, 0.3) for seed in range(5)))
-    process = fleet.start("--scheduler", cluster.address)
-    done = fleet.folder / "out" / ".fleet"
-    until(process, lambda: len(list(done.glob("*.json"))) > 1)
-    cluster.scheduler.kill()
-    cluster.scheduler.wait()
-    rows = fleet.end(process)
-    assert fleet.code == 5
-    lost = {name for name, row in rows.items() if row["outcome"] == "error"}
-    assert lost and lost != set(rows)
-    assert all("the scheduler went away. What is done is stored" in rows[name]["said"] for name in lost)
-    cluster.workers_gone()
-    cluster.scheduler = cluster.start_scheduler()
-    cluster.workers(1)
-    rows = fleet.run("--scheduler", cluster.address)
-    assert fleet.code == 0 and all(row["outcome"] == "pass" for row in rows.values())
-    assert {name for name, row in rows.items() if row["earlier"]} >= set(rows) - lost
-
-
-@pytest.mark.slow
 def test_two_runs_over_one_folder(fleet: Fleet, cluster: Cluster) -> None:
     cluster.workers(2)
     fleet.write(*(touched(seed) for seed in range(3)))
@@ -239,15 +215,19 @@ def test_two_runs_over_one_folder(fleet: Fleet, cluster: Cluster) -> None:
     assert all(row["earlier"] for row in again.values())
 
 
-def test_no_scheduler_and_no_worker_with_what_a_model_needs(fleet: Fleet, cluster: Cluster) -> None:
+def test_no_scheduler_and_no_worker_with_what_a_model_needs(
+    fleet: Fleet, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fleet.write('source = "nets.py:small"', 'name = "gpu"\nsource = "nets.py:small"\nresources = {GPU = 1}')
     rows = fleet.run("--scheduler", cluster.address)
     assert rows["gpu"]["said"].startswith("no worker has 1 GPU.") and rows["gpu"]["exit_code"] == fleet.code == 5
     assert rows["small"]["outcome"] == "pass"
-    process = fleet.start("--scheduler", "tcp://127.0.0.1:1", out="none")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 5 and err.startswith("error: tcp://127.0.0.1:1: no scheduler with workers answers")
-    assert len(err.splitlines()) == 1
+    monkeypatch.setattr("bnfold.fleet.cluster._CONNECT", 1)
+    with contextlib.chdir(fleet.folder):
+        result = CliRunner().invoke(cli, ["fleet", "models.toml", "-o", "none", "--scheduler", "tcp://127.0.0.1:1"])
+    assert result.exit_code == 5
+    assert result.stderr.startswith("error: tcp://127.0.0.1:1: no scheduler with workers answers")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -338,3 +318,28 @@ def test_weights_data_and_results_on_a_server(fleet: Fleet, cluster: Cluster, st
     rows = run()
     assert not rows["digits_mlp"]["earlier"] and rows["digits_mlp"]["exit_code"] == 3
     assert rows["digits_mlp"]["changed"][0] == "was pass"
+
+
+# -- last, as every worker ends with its scheduler ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_scheduler_goes_away_and_the_next_run_goes_on(fleet: Fleet, cluster: Cluster) -> None:
+    cluster.workers(1)
+    fleet.write(*(touched(seed, 0.3) for seed in range(4)))
+    process = fleet.start("--scheduler", cluster.address)
+    done = fleet.folder / "out" / ".fleet"
+    until(process, lambda: len(list(done.glob("*.json"))) > 1)
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    rows = fleet.end(process)
+    assert fleet.code == 5
+    lost = {name for name, row in rows.items() if row["outcome"] == "error"}
+    assert lost and lost != set(rows)
+    assert all("the scheduler went away. What is done is stored" in rows[name]["said"] for name in lost)
+    cluster.workers_gone()
+    cluster.scheduler = cluster.start_scheduler()
+    cluster.workers(1)
+    rows = fleet.run("--scheduler", cluster.address)
+    assert fleet.code == 0 and all(row["outcome"] == "pass" for row in rows.values())
+    assert {name for name, row in rows.items() if row["earlier"]} >= set(rows) - lost

@@ -81,7 +81,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(build("ResNet"), tmp_path_factory.mktemp("hub") / "resnet")
 
 
-@pytest.mark.parametrize(("name", "count"), [("ResNet", 16), ("RegNet", 17), ("MobileNetV2", 52), ("EfficientNet", 25)])
+@pytest.mark.parametrize(("name", "count"), [("ResNet", 16), ("RegNet", 17), ("EfficientNet", 25)])
 def test_a_folder_of_transformers_is_exported_end_to_end(name: str, count: int, tmp_path: Path) -> None:
     folder = save(build(name), tmp_path / "model")
     loaded = load(f"hf:{folder}")

@@ -371,7 +371,7 @@ def trees(draw: st.DrawFn, *, activations: bool) -> tuple[Tree, int]:
     return forest[0], channels
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(trees(activations=False))
 def test_a_tree_of_linear_branches_becomes_one_convolution(drawn: tuple[Tree, int]) -> None:
     tree, channels = drawn
@@ -380,7 +380,7 @@ def test_a_tree_of_linear_branches_becomes_one_convolution(drawn: tuple[Tree, in
     assert sum(merge.operators for merge in folded.ledger.merges) >= len(folded.ledger.merges)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(trees(activations=True))
 def test_a_tree_keeps_its_activations_and_no_other_branch(drawn: tuple[Tree, int]) -> None:
     tree, channels = drawn

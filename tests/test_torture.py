@@ -25,7 +25,7 @@ def tortured(*arguments: str) -> str:
 def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     told = tortured(
-        "--share", "0.02", "--only", "commits,exports,terminations,writers,disks,limits", "--write", str(page)
+        "--share", "0.01", "--only", "commits,exports,terminations,writers,disks,limits", "--write", str(page)
     )
     parts = re.findall(r"^(.+): (\d+) trials, 0 faults; (.+) \(", told, re.M)
     assert len(parts) == 6 and all(int(trials) > 0 or "not tried" in counts for _, trials, counts in parts), told
@@ -33,7 +33,7 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
 
 
 def test_files_from_strangers_are_refused_in_one_line() -> None:
-    told = tortured("--share", "0.04", "--only", "mutations", "--seed", "1")
+    told = tortured("--share", "0.02", "--only", "mutations", "--seed", "1")
     assert re.search(r"damaged files: \d+ trials, 0 faults; .*exit 3", told), told
 
 
@@ -48,7 +48,7 @@ def test_a_fault_is_told(tmp_path: Path) -> None:
         "    with (self.folder / file).open('rb') as source, self.path.open('wb') as target:\n"
         "        while piece := source.read(64): target.write(piece), target.flush()\n"
         "store.Staging.commit = commit\n"
-        "sys.exit(torture.main(['--share', '0.03', '--only', 'commits']))\n"
+        "sys.exit(torture.main(['--share', '0.02', '--only', 'commits']))\n"
     )
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}

@@ -17,5 +17,9 @@ HF_NETS: dict[str, Factory] = {
     name: prepared(f"hf_{name}", factory) for family in FAMILIES for name, factory in family.NETS.items()
 }
 
+#: Nets that are another of these with a second head, a deeper neck, or its backbone under another model.
+VARIANTS: set[str] = {
+    "d_fine", "data2vec", "dpt", "mobilenet_v2_deeplab", "mobilevit", "pp_lcnet", "regnet_x", "rt_detr_v2", "zoedepth",
+}  # fmt: skip
 #: Nets without BatchNorm, kept for their LayerScale.
 WITHOUT_BATCHNORM: set[str] = {"convnext", "dinov2", "poolformer"}
