@@ -13,6 +13,7 @@ os.environ["COLUMNS"] = "120"  # reports wrap at the terminal's width, which a t
 import hypothesis
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
@@ -37,6 +38,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     # What torch logs is no part of a failure.
     shown = session.config.pluginmanager.get_plugin("logging-plugin").report_handler
     shown.addFilter(lambda record: not record.name.startswith("torch"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten() -> None:
+    """torch keeps what it learns of every traced operator with the sizes of its trace, which never come again."""
+    FakeTensorMode.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def test_outputs_without_elements_alone_prove_nothing(tmp_path):
     assert "ONNX Runtime: no output has an element to compare" in " ".join(report.check.problems)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_an_output_of_one_number_is_no_lottery(seed, tmp_path):
     report = bnfold.export(net(torch.mean, 14, seed), tmp_path / "net.onnx", (IMAGE,), device="cpu", seed=seed)
     assert report.passed, report.check.problems
