@@ -162,7 +162,7 @@ def test_right_files_pass(name: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "name"), zip(list(KINDS)[::3], itertools.cycle(NETS)))
+@pytest.mark.parametrize(("kind", "name"), [*zip(list(KINDS)[::3], itertools.cycle(NETS))])
 def test_faults_are_caught(kind: str, name: str, tmp_path: Path) -> None:
     measure = measured(name)
     if (model := KINDS[kind](measure.subject)) is not None:

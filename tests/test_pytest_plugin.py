@@ -86,12 +86,12 @@ def suite(kept: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 def test_a_suite_from_no_baselines_to_a_regression(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = suite.path / "tests" / "bnfold-baselines" / "test_net"
 
-    first = suite.runpytest_inprocess(*LOADED, "tests/test_net.py::test_net")
+    first = suite.runpytest_subprocess(*LOADED, "tests/test_net.py::test_net")
     first.assert_outcomes(failed=1)
     first.stdout.fnmatch_lines(["*test_net.json: there is no baseline yet. Create it once with*--bnfold-update*"])
     assert not folder.exists()
 
-    update = suite.runpytest_inprocess(*LOADED, "--bnfold-update")
+    update = suite.runpytest_subprocess(*LOADED, "--bnfold-update")
     update.assert_outcomes(passed=4, failed=2)
     # What fails is rendered for people, without bnfold's own traceback.
     update.stdout.fnmatch_lines(
@@ -106,10 +106,10 @@ def test_a_suite_from_no_baselines_to_a_regression(suite: pytest.Pytester, monke
     assert json.loads((folder / "test_net.json").read_text())["accuracy"]["top1"] == 1
 
     stored = {path: path.read_bytes() for path in folder.iterdir()}
-    held = suite.runpytest_inprocess(*LOADED, "-k", "not wrong")
+    held = suite.runpytest_subprocess(*LOADED, "-k", "not wrong")
     held.assert_outcomes(passed=4)
     monkeypatch.setenv("SEED", "1")
-    worse = suite.runpytest_inprocess(*LOADED, "tests/test_net.py::test_net")
+    worse = suite.runpytest_subprocess(*LOADED, "tests/test_net.py::test_net")
     worse.assert_outcomes(failed=1)
     worse.stdout.fnmatch_lines(["the gate failed: baseline *: top-1 100.00% then, *", "*WORSE"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == stored
@@ -135,7 +135,7 @@ def test_of_something_else():
 
 def test_a_red_test_shows_nothing_of_torchs_log(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import logging" + NETS + LOGS)
-    result = pytester.runpytest_inprocess(*LOADED)
+    result = pytester.runpytest_subprocess(*LOADED)
     result.assert_outcomes(failed=2)
     gated, other = result.stdout.str().partition("_ test_of_something_else _")[::2]
     assert "a line of mine" in gated and "torch.onnx:" not in gated and "torch.__trace:" not in gated

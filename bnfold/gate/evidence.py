@@ -242,10 +242,14 @@ class Draws:
         sources: what rounds constants, the reference first. Their noises add up as independent ones do.
         begun: draws of which the first source is the same.
         unit: the unit roundoff of what the reference is stored in.
+        coarser: how many times more coarsely than its finest constant is stored the reference rounds by itself.
     """
 
-    def __init__(self, sources: Sequence[Source], begun: Draws | None = None, unit: float = 2.0**-24) -> None:
-        self._sources, self._counts, self._unit = sources, [0] * len(sources), unit
+    def __init__(
+        self, sources: Sequence[Source], begun: Draws | None = None, unit: float = 2.0**-24, coarser: float = 1.0
+    ) -> None:
+        self._sources, self._counts = sources, [0] * len(sources)
+        self._unit, self._excuse = unit, EXCUSE * coarser
         self._steps = CHEAP if sources and sources[0].louder > 1 else STEPS
         self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in source.still] for source in sources]
         if begun is not None:
@@ -278,10 +282,10 @@ class Draws:
         first, *each = [squares[index] / max(count, 1) for squares, count in counted if index < len(squares)]
         fitting = (square for square in each if square.shape == first.shape)
         rest = sum(fitting, torch.zeros_like(first))
-        if bool((rest > EXCUSE**2 * first).any()):
+        if bool((rest > self._excuse**2 * first).any()):
             size = self._sources[0].still[index].double().abs()
             usual = typical(first.sqrt(), size, self._counts[0] or math.inf)
-            rest = torch.minimum(rest, (EXCUSE * torch.maximum(usual, self._unit * size)).square())
+            rest = torch.minimum(rest, (self._excuse * torch.maximum(usual, self._unit * size)).square())
         return (first + rest).sqrt()
 
 

@@ -157,8 +157,7 @@ class Judge:
         follow = run.decided or None
         theirs = Source(run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs)
         mine = self._source(case, truth)
-        unit = max(self.reference.units.values(), default=2.0**-24)
-        case.draws = draws = Draws([mine, theirs], case.draws if mine.louder > 1 else None, unit)
+        case.draws = draws = drawing(self.reference, [mine, theirs], case.draws if mine.louder > 1 else None)
 
         def noise(i: int) -> Tensor:
             found = draws.noise(i)
@@ -305,6 +304,11 @@ class Judge:
                     "anything would pass; it is discontinuous on these inputs (top-k, rounding) or out of its range: "
                     "try --data"
                 )
+
+
+def drawing(reference: Reference, sources: Sequence[Source], begun: Draws | None = None) -> Draws:
+    """Draws of a reference and of a claim, which is excused by what the reference does."""
+    return Draws(sources, begun, max(reference.units.values(), default=2.0**-24), reference.coarser)
 
 
 def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:

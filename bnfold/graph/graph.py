@@ -8,7 +8,6 @@ keeps what it had.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -23,6 +22,7 @@ from bnfold.affine import Meaning
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name
+from bnfold.graph.overflow import Overflow, overflow
 from bnfold.graph.program import MEANING, copy_graph, with_constants
 from bnfold.semantics import Semantics, Shape
 from bnfold.semantics.call import Call
@@ -30,14 +30,6 @@ from bnfold.semantics.sizes import Sizes
 
 Node = fx.Node
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-@dataclass(frozen=True)
-class Overflow:
-    """A constant that does not fit its dtype, as the largest magnitude and where it stands."""
-
-    largest: float
-    index: tuple[int, ...]
 
 
 class Graph:
@@ -268,18 +260,7 @@ class Graph:
 
     def overflow(self, value: Node, slot: str, tensor: Tensor) -> Overflow | None:
         """Where ``tensor`` would not fit the dtype it is rounded to in that slot."""
-        dtype = self._slot_dtype(self.call(value), slot)
-        if tensor.numel() and dtype.is_floating_point:
-            # One look at all of it: nearly every tensor fits, and a NaN fails every comparison.
-            low, high = tensor.aminmax()
-            if -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max:
-                return None
-        rounded = tensor.to(dtype)
-        bad = ~rounded.isfinite()
-        if not bool(bad.any()):
-            return None
-        index = tuple(int(i) for i in bad.nonzero()[0])
-        return Overflow(float(tensor[index].abs()), index)
+        return overflow(tensor, self._slot_dtype(self.call(value), slot))
 
     def set_constant(self, value: Node, slot: str, tensor: Tensor) -> None:
         """Gives a slot a constant of its own; ``tensor`` is float64 and rounded to the slot's dtype at the end."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from bnfold.affine import Affine
 from bnfold.graph.graph import Node
 from bnfold.passes.gauges import Gauges
-from bnfold.passes.plan import downstream
+from bnfold.passes.plan import Path, downstream, upstream
 from bnfold.passes.solution import Solution
 from bnfold.semantics import Scaling
 
@@ -35,25 +35,27 @@ class Cancellation:
 
 def cancellations(gauges: Gauges, solution: Solution, gone: Collection[Node]) -> list[Cancellation]:
     """The values next to BatchNorms that some reader has to make of what is mostly a shift."""
-    found, undone = list[Cancellation](), None
+    found, ways = list[Cancellation](), list[dict[Node, Path]]()
     for norm in gauges.sites:
         semantics = gauges.at(norm)
         if not isinstance(semantics, Scaling) or semantics.usual is None:
             continue
         usual, own = semantics.usual, semantics.affine
-        sides = {gauges.operand(norm): (usual, _size(usual))}
+        near = {gauges.operand(norm): (usual, _size(usual))}
         if norm in gone:  # what it makes is stored as its operand is; where it multiplies by zero nobody reads it
             made = own.after(usual)
             rounded = torch.maximum(_size(made), (own.scale * _size(usual)).abs())
-            sides[norm] = made, torch.where(own.scale == 0, torch.inf, rounded)
-        for value, (values, rounded) in sides.items():
+            near[norm] = made, torch.where(own.scale == 0, torch.inf, rounded)
+        for value, (values, rounded) in near.items():
             if solution.is_kept(value):
                 continue
-            undone = undone or downstream(gauges, solution, set(gone))
+            ways = ways or [way(gauges, solution, set(gone)) for way in (upstream, downstream)]
+            if not all(paths[value].into for paths in ways):
+                continue  # what is stored is a value of the model, or nobody makes up for it
             after, smallest = solution.after(value), torch.finfo(gauges.graph.dtype(value)).tiny
             factor = _size(after.after(values)).clamp(min=smallest) / (after.scale.abs() * rounded)
             factor = torch.where(after.scale == 0, 0.0, factor)  # a channel that is not stored
-            if undone[value].into and float(factor.max()) > MOST:
+            if float(factor.max()) > MOST:
                 index = torch.unravel_index(factor.argmax(), factor.shape)
                 found.append(Cancellation(value, tuple(map(int, index)), float(factor.max())))
     return found

@@ -90,6 +90,8 @@ def may_leave_out(model: Path | bytes) -> bool:
     """Whether the bytes of a node are such that an operand or a result of it may have an empty name."""
     if isinstance(model, bytes):
         return _may_leave_out(model)
+    if not model.stat().st_size:
+        return False
     with model.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _may_leave_out(data)
 
