@@ -111,3 +111,20 @@ def test_what_is_exact_or_drawn_is_left_alone(op: str) -> None:
     whole = [np.arange(3)]
     add = make_node("Add", ["x", "x"], ["y"])
     assert as_kernels_round(add, {"x": whole[0]}, whole, opsets={"": 20}, dtype="float32", rng=rng) is whole
+
+
+def test_a_mean_is_off_by_what_it_is_a_sum_of() -> None:
+    """Of terms that cancel it is next to nothing, and zeros are as far off as any other."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 144)).astype(np.float32)
+    x[..., 0] = 0
+    x -= x[..., 1:].mean(-1, keepdims=True) * (np.arange(144) > 0)
+    wide, unit = x.astype(np.float64), np.ones(3)
+    mean, sigma = wide.mean(-1, keepdims=True), np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    limit = bound(
+        "InstanceNormalization", "float32", Attributes({}, 0, 1), (wide, unit, unit * 0), (wide - mean) / sigma
+    )
+    assert limit is not None
+    # One after another, in float32: each of the sums is rounded.
+    found = ((x - np.add.accumulate(x, -1, dtype=np.float32)[..., -1:] / np.float32(144)) / sigma)[..., 0]
+    assert (np.abs(found + (mean / sigma)[..., 0]) <= limit[..., 0]).all()
+    assert (limit[..., 0] >= UNITS["float32"] * (np.abs(wide).mean(-1) / sigma[..., 0])).all()

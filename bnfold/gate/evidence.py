@@ -242,14 +242,14 @@ class Draws:
         sources: what rounds constants, the reference first. Their noises add up as independent ones do.
         begun: draws of which the first source is the same.
         unit: the unit roundoff of what the reference is stored in.
-        coarser: how many times more coarsely than its finest constant is stored the reference rounds by itself.
+        excuse: how many times what the first source does the others count for.
     """
 
     def __init__(
-        self, sources: Sequence[Source], begun: Draws | None = None, unit: float = 2.0**-24, coarser: float = 1.0
+        self, sources: Sequence[Source], begun: Draws | None = None, unit: float = 2.0**-24, excuse: float = EXCUSE
     ) -> None:
         self._sources, self._counts = sources, [0] * len(sources)
-        self._unit, self._excuse = unit, EXCUSE * coarser
+        self._unit, self._excuse = unit, excuse
         self._steps = CHEAP if sources and sources[0].louder > 1 else STEPS
         self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in source.still] for source in sources]
         if begun is not None:
@@ -277,7 +277,7 @@ class Draws:
         return len(counts) ** 2 / sum(1 / count for count in counts) if counts else math.inf
 
     def noise(self, index: int) -> Tensor:
-        """RMS of what all sources together do to a value, others at most ``EXCUSE`` times what the first does."""
+        """RMS of what all sources together do to a value."""
         counted = zip(self._squares, self._counts)
         first, *each = [squares[index] / max(count, 1) for squares, count in counted if index < len(squares)]
         fitting = (square for square in each if square.shape == first.shape)
@@ -285,7 +285,9 @@ class Draws:
         if bool((rest > self._excuse**2 * first).any()):
             size = self._sources[0].still[index].double().abs()
             usual = typical(first.sqrt(), size, self._counts[0] or math.inf)
-            rest = torch.minimum(rest, (self._excuse * torch.maximum(usual, self._unit * size)).square())
+            most = (self._excuse * torch.maximum(usual, self._unit * size)).square()
+            # In the tail of an activation rounding the model's own moves a value by much of itself, and all by chance.
+            rest = torch.where(self._excuse * usual > size, rest, torch.minimum(rest, most))
         return (first + rest).sqrt()
 
 

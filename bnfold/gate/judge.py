@@ -15,6 +15,7 @@ from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.evidence import (
     ELEMENT,
+    EXCUSE,
     MANY,
     STEPS,
     Draws,
@@ -307,8 +308,9 @@ class Judge:
 
 
 def drawing(reference: Reference, sources: Sequence[Source], begun: Draws | None = None) -> Draws:
-    """Draws of a reference and of a claim, which is excused by what the reference does."""
-    return Draws(sources, begun, max(reference.units.values(), default=2.0**-24), reference.coarser)
+    """Draws of a reference and of a claim. One that rounds to halves may move by much of itself, and is no bound."""
+    unit = max(reference.units.values(), default=2.0**-24)
+    return Draws(sources, begun, unit, math.inf if reference.halves else EXCUSE)
 
 
 def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:

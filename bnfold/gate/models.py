@@ -46,8 +46,8 @@ class Reference(Protocol):
         """Of the finest dtype that a constant is stored in: what rounds more coarsely has lost something."""
 
     @property
-    def coarser(self) -> float:
-        """How many times more coarsely than its finest constant is stored it rounds of its own accord."""
+    def halves(self) -> Collection[str]:
+        """The dtypes of half the width that it has values of."""
 
     @property
     def decisions(self) -> Sequence[str]:
@@ -166,9 +166,7 @@ class Model(Program64):
         self.epsilon = max([finest, *(2 * unit_roundoff(dtype) for dtype in dtypes)])
         values = (n.meta.get("val") for n in captured.program.graph.nodes)
         dtypes += [x.dtype for x in values if isinstance(x, Tensor)]
-        halves = {dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)}
-        self.coarser = max([self.epsilon, *(2 * unit_roundoff(dtype) for dtype in halves)]) / finest
-        self.halves = {str(dtype).removeprefix("torch.") for dtype in halves}
+        self.halves = {str(dtype).removeprefix("torch.") for dtype in dtypes} & {"float16", "bfloat16"}
         # Twice its own rounding errors, between two runs, are then the last hundredth of what is seen.
         plain = dear and not self.halves and self.epsilon == torch.finfo(torch.float32).eps
         self.louder = LOUDER if plain else 1.0

@@ -143,7 +143,7 @@ def _normalised(at: Attributes, y: Array, x: Array, axes: tuple[int, ...], scale
     """Every term of (x - mean) / deviation * scale + bias, the variance taken as E[x²] - mean²."""
     mean, square = x.mean(axes, keepdims=True), np.square(x).mean(axes, keepdims=True)
     variance = x.var(axes, keepdims=True) + (1e-5 if at.epsilon is None else at.epsilon)
-    terms = (np.abs(x) + np.abs(mean)) / np.sqrt(variance)
+    terms = (np.abs(x) + np.abs(x).mean(axes, keepdims=True)) / np.sqrt(variance)  # of which the mean is a sum
     off = np.abs(x - mean) / np.sqrt(variance) * square / variance
     count = math.prod(x.shape[axis] for axis in axes)
     return np.asarray(_summed(count) * np.abs(scale) * (terms + off) + np.abs(bias))

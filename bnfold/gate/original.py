@@ -33,8 +33,6 @@ class Original:
                   if v.dtype.kind == "f" or v.dtype.name == "bfloat16"}  # fmt: skip
         self.units = {name: unit_roundoff(dtype) for name, dtype in floats.items()}
         self.epsilon, self.halves = self.file.epsilon(), self.file.halves()
-        halves = [2 * unit_roundoff(kinds[name]) for name in self.halves]
-        self.coarser = max([self.epsilon, *halves]) / self.epsilon
         self.decisions: Sequence[str] = ()
         self._session: Any = None
 
