@@ -27,7 +27,7 @@ from bnfold.evaluate.attributes import Attributes
 from bnfold.evaluate.deciding import deciding
 from bnfold.evaluate.limits import MAX_ELEMENTS, asked
 from bnfold.evaluate.nodes import OPERATORS, tensor
-from bnfold.evaluate.reading import inlined, outer_names, raised
+from bnfold.evaluate.reading import inlined, outer_names, qualified, raised
 from bnfold.evaluate.subject import Array, Run, Turn, ValueInfo
 from bnfold.evaluate.weights import Weight, spread_out, weights_of
 from bnfold.rounding import disturb
@@ -253,7 +253,7 @@ class Evaluator(ReferenceEvaluator):
         except (NotImplementedError, RuntimeError) as error:
             if type(error).__name__ == "RuntimeContextError":
                 raise
-            operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            operator = qualified(node)
             raise MissingOperatorError(operator, node.name or next(iter(node.output), ""), self._where) from error
 
     def run(  # type: ignore[override]
@@ -362,7 +362,7 @@ def _decided(node: OpRun, values: Mapping[str, Any], results: Sequence[Any], wat
     explicit = {a.name: getattr(node, a.name) for a in node.onnx_node.attribute if hasattr(node, a.name)}
     attributes = Attributes(explicit, 0, len(node.output))
     read = [raised(_stored(values[name])) for name in node.input]
-    found = deciding(f"{node.domain}.{node.op_type}" if node.domain else node.op_type, attributes, read)
+    found = deciding(qualified(node.onnx_node), attributes, read)
     if found is None:
         return results
     rule, at = found

@@ -33,6 +33,11 @@ def outer_names(node: onnx.NodeProto) -> set[str]:
     return found
 
 
+def qualified(node: onnx.NodeProto) -> str:
+    """The name of a node's operator, with its domain where that is not ONNX's own."""
+    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the nodes of its functions in place of their calls; itself where it has none.
 

@@ -30,7 +30,7 @@ from bnfold.gate.findings import Findings
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Case, Judge, run_cases
 from bnfold.gate.matching import match
-from bnfold.gate.models import Model
+from bnfold.gate.models import Model, coarsest_unit
 from bnfold.gate.samples import MIN_SAMPLES, batches
 from bnfold.gate.sites import compared
 from bnfold.gate.turns import distance
@@ -310,7 +310,7 @@ class Search:
         return {name: (value, draws.noise(i)) for i, (name, value) in enumerate(zip(known, true))}
 
     def _against(self, value: Tensor, truth: Tensor, noise: Tensor, case: Case) -> float:
-        unit = max(self._judge.reference.units.values(), default=2.0**-24)
+        unit = coarsest_unit(self._judge.reference)
         noise = noise * 2**0.5  # the file's constants were rounded as well
         ratio, worst, *_ = compare(value, truth, noise, unit=unit, batched=batched(case.batch, truth))
         return _ratio(Row("", "", "", ratio, worst), self.limit)

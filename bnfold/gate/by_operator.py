@@ -26,7 +26,7 @@ from bnfold.evaluate.attributes import Attributes
 from bnfold.evaluate.deciding import Quantisation, deciding
 from bnfold.evaluate.operators import TABLE
 from bnfold.evaluate.quantised import LEVELS
-from bnfold.evaluate.reading import outer_names, raised
+from bnfold.evaluate.reading import outer_names, qualified, raised
 from bnfold.evaluate.single import node_evaluator
 from bnfold.evaluate.subject import Array
 from bnfold.gate.evidence import typical
@@ -180,8 +180,7 @@ def _beside_a_tie(
 ) -> bool:
     """Whether quantised levels differ only where what is rounded lies as near to a tie as a few roundings move it."""
     read = [raised(operands[name]) if name else None for name in node.input]
-    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    found = deciding(name, _attributes(node, opsets), read)
+    found = deciding(qualified(node), _attributes(node, opsets), read)
     if found is None or not isinstance(found[0], Quantisation):
         return False
     rule, at = found

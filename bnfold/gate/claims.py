@@ -17,6 +17,7 @@ from bnfold.evaluate.subject import Run
 from bnfold.gate.models import Program64
 from bnfold.gate.samples import Batch
 from bnfold.gate.values import as_tensor, to_numpy
+from bnfold.runtime.model_file import opsets_of
 
 
 def run_file(
@@ -61,7 +62,7 @@ class FileClaim:
         self.file.rounds = {"float16", "bfloat16"} - set(halves)
         #: Its operators and their versions without its weights.
         self.graph = onnx.GraphProto(node=model.graph.node, output=model.graph.output)
-        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self.opsets = opsets_of(model)
         self.values = {name for node in self.graph.node for name in node.output if name}
         self.knows = names is not None
         self._taken = {value.name for value in self.file.inputs}

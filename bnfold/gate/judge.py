@@ -28,7 +28,7 @@ from bnfold.gate.evidence import (
     unit_roundoff,
 )  # fmt: skip
 from bnfold.gate.findings import Findings, first_line, kind_of, words
-from bnfold.gate.models import Reference
+from bnfold.gate.models import Reference, coarsest_unit
 from bnfold.gate.samples import Batch
 from bnfold.gate.screen import Screen
 from bnfold.gate.turns import DRAWS, WILD, judge_turns, near_noise
@@ -309,8 +309,7 @@ class Judge:
 
 def drawing(reference: Reference, sources: Sequence[Source], begun: Draws | None = None) -> Draws:
     """Draws of a reference and of a claim. One that rounds to halves may move by much of itself, and is no bound."""
-    unit = max(reference.units.values(), default=2.0**-24)
-    return Draws(sources, begun, unit, math.inf if reference.halves else EXCUSE)
+    return Draws(sources, begun, coarsest_unit(reference), math.inf if reference.halves else EXCUSE)
 
 
 def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:

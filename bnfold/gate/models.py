@@ -87,6 +87,11 @@ class Reference(Protocol):
         """Decisions, and those of places that compute the very same: a file may hold one of them only."""
 
 
+def coarsest_unit(reference: Reference) -> float:
+    """The unit roundoff of the coarsest output; that of float32 where none holds floats."""
+    return max(reference.units.values(), default=2.0**-24)
+
+
 # ---- a program ------------------------------------------------------------------------------------------------------
 
 

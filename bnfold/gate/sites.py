@@ -21,6 +21,7 @@ from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Row, Source, compare, specials
 from bnfold.gate.findings import first_line
 from bnfold.gate.judge import Case, Judge, drawing, listed, settled
+from bnfold.gate.models import coarsest_unit
 from bnfold.gate.values import batched
 from bnfold.report import Ledger, SiteResult
 
@@ -144,7 +145,7 @@ def compared(
     of = {name: partners[name] for name in right}
     sources = _sources(judge, claim, case, of, part, (given, right), (claimed.decided, truth.decided))
     del claimed, truth
-    unit = max(judge.reference.units.values(), default=2.0**-24)
+    unit = coarsest_unit(judge.reference)
     draws, limit, unsure = drawing(judge.reference, sources), judge.limit, set(right)
     # One constant may move all of a channel, and there are many channels: of one source a draw or two say too little.
     for step in range(MANY if len(sources) == 1 else 0, len(STEPS) if right else 0):
