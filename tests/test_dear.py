@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import zoo
@@ -13,9 +15,10 @@ from faults import AT_SITES, FAULTS, victim
 from test_gate import Exported
 from torch import Tensor
 
+import bnfold
 from bnfold.affine import Meaning
+from bnfold.gate import file_gate, sites
 from bnfold.gate import gate as gate_module
-from bnfold.gate import sites
 from bnfold.gate.findings import Findings
 from bnfold.gate.judge import Case, Judge
 from bnfold.gate.models import LOUDER, Model
@@ -52,6 +55,27 @@ def test_a_fault_is_never_green(name: str, tmp_path: Path) -> None:
     assert report.verdict == "fail", report
     if name in AT_SITES:
         assert all("fold of 'branch_norm'" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_file_against_a_file_takes_few_samples_too(
+    static: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where one sample is dear; as many as ever where it is not. A weight that is off shows in either."""
+    path, wrong = tmp_path / "net.onnx", tmp_path / "wrong.onnx"
+    model, args = zoo.NETS["resnet_basic"]()
+    bnfold.export(model, path, args, check=False, dynamic_shapes=({},) if static else None)
+    held = onnx.load(path)
+    weight = held.graph.initializer[0]
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
+    onnx.save(held, wrong)
+    batches = {False: (1, 3), True: (0,)}[static]
+    for limit, few in ((0, True), (10**18, False)):
+        monkeypatch.setattr(file_gate, "DEAR", limit)
+        report = bnfold.check(path, path)
+        assert report.verdict == "pass", report.problems
+        assert (report.samples == 4 and report.batches == batches) == few
+        assert bnfold.check(wrong, path).verdict == "fail"
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> tuple[Captured, Batch]:

@@ -174,6 +174,10 @@ class File64:
         held: Mapping[str, Any] = self._evaluator.rt_inits_
         return {name: w for name, w in held.items() if isinstance(w, Weight)}
 
+    def nodes(self) -> list[onnx.NodeProto]:
+        """The nodes of its main graph."""
+        return [node.onnx_node for node in self._evaluator.rt_nodes_]
+
     def shapes(self, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
         """The shape of every value that nodes of the main graph compute, from one run.
 

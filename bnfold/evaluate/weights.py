@@ -37,6 +37,14 @@ class Weight:
         assert self._tensor is not None
         return str(onnx.helper.tensor_dtype_to_np_dtype(self._tensor.data_type).name)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        if self._array is not None:
+            return self._array.shape
+        assert self._tensor is not None
+        return tuple(self._tensor.dims)
+
     def array(self) -> Array:
         """Its value, as it is stored; of external data a view of the file."""
         if self._array is not None:

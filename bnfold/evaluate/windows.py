@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnfold.evaluate.attributes import Attributes, Row
+from bnfold.evaluate.blocks import convolve
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,10 @@ def conv(at: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
     """Conv, over one to three spatial axes."""
     window = Window.of(at, x.shape[2:], w.shape[2:], least=0)
     even = window.before == window.behind
-    y: Tensor = _CONV[w.ndim - 2](
-        x if even else window.padded(x, 0.0), w, b, window.stride, window.before if even else 0, window.dilation,
-        at.group or 1,
+    return convolve(
+        _CONV[w.ndim - 2], x if even else window.padded(x, 0.0), w, b, window.stride, window.before if even else (0,),
+        window.dilation, at.group or 1,
     )  # fmt: skip
-    return y
 
 
 def conv_transpose(at: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

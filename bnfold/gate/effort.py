@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import onnx
 import torch
 from torch import fx
 
@@ -29,6 +30,8 @@ def has_summaries(captured: Captured) -> bool:
     )
 
 
+#: Operations of one sample beyond which the gate runs few of them, on all threads.
+DEAR = 300_000_000
 #: What an element that is computed costs, in operations: memory is slower than arithmetic, and the gate compares many.
 ELEMENT = 100
 
@@ -44,6 +47,26 @@ def operations(captured: Captured) -> float:
     """Floating-point operations of convolutions and products, for one sample of the example, read off its shapes."""
     rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
     return sum(map(_products, captured.program.graph.nodes)) * 2 / max(rows, 1)
+
+
+def file_effort(nodes: Iterable[onnx.NodeProto], shapes: Mapping[str, Sequence[int]], rows: int) -> float:
+    """What one sample costs a file, in operations, as ``effort``.
+
+    Args:
+        nodes: of its main graph; what others hold is not counted.
+        shapes: of its inputs, its constants and what its nodes compute, in a run of ``rows`` samples.
+    """
+    products = elements = 0.0
+    for node in nodes:
+        elements += sum(math.prod(shapes.get(name, [0])) for name in node.output)
+        one, other, third, out = (shapes.get(name, [0]) for name in (*(*node.input, "", "", "")[:3], node.output[0]))
+        if node.op_type in ("Conv", "ConvTranspose"):
+            products += math.prod(out if node.op_type == "Conv" else one) * math.prod(other[1:])
+        elif node.op_type in ("MatMul", "Gemm"):  # whatever is transposed, the second is of so many columns
+            products += math.prod(one) * (out[-1] if out else 1)
+        elif node.op_type in ("LSTM", "GRU", "RNN"):
+            products += math.prod(one[:2]) * (math.prod(other) + math.prod(third))
+    return (2 * products + ELEMENT * elements) / max(rows, 1)
 
 
 def _products(node: fx.Node) -> float:

@@ -17,6 +17,7 @@ from bnfold.evaluate.subject import Array, ValueInfo
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.claims import FileClaim
 from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
+from bnfold.gate.effort import DEAR, file_effort
 from bnfold.gate.engines import Setting
 from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.findings import Findings
@@ -29,11 +30,12 @@ from bnfold.report.progress import Progress
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 
-#: Batches, each with its kind of values.
-PLAN: tuple[tuple[int, str], ...] = (
-    (1, "ordinary"), (2, "unit"), (1, "binary"), (3, "ordinary"), (1, "bytes"), (1, "faint"), (1, "outlier"),
-    (2, "channel"), (33, "sparse"),
+#: Batches, each with the kinds of its samples, and what follows the first of them where a sample is dear.
+PLAN: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (1, ("faint",)), (1, ("ordinary",)), (2, ("unit",)), (1, ("binary",)), (3, ("ordinary",)), (1, ("bytes",)),
+    (1, ("outlier",)), (2, ("channel",)), (33, ("sparse",)),
 )  # fmt: skip
+FEW: tuple[tuple[int, tuple[str, ...]], ...] = ((3, ("outlier", "binary", "bytes")),)
 #: Sizes of other dynamic axes, until the original runs: what nets with strides take, and what those without may.
 SIZES = ((37, 41, 53), (64, 96, 160), (224, 256, 320), (1, 2, 3))
 #: Elements of inputs beyond which a large batch is left out.
@@ -167,11 +169,12 @@ class FileGate:
         original.open()
         cases: list[Case] = []
         known, reason = SIZES[0], ""
-        for turn, (count, kind) in enumerate(PLAN):
-            self.progress("truth", turn, len(PLAN))
+        todo = list(enumerate(PLAN))
+        for turn, (count, kinds) in todo:
+            self.progress("truth", turn, len(todo))
             notes = Findings()
             for sizes in dict.fromkeys((known, *SIZES)):
-                batch = self._batch(original.inputs, turn, count, kind, sizes)
+                batch = self._batch(original.inputs, turn, count, kinds, sizes)
                 if batch is None:
                     break
                 found, reason = run_cases(original, [batch], notes, lambda stage, done, total: None)
@@ -179,6 +182,10 @@ class FileGate:
                     known, notes = sizes, Findings()
                     cases += found
                     break
+            if turn == 0 and cases and self.data is None and self._effort(original, cases[0]) > DEAR:
+                dynamic = cases[0].batch.size > 0
+                few = FEW if dynamic else [(1, (kind,)) for _, kinds in FEW for kind in kinds]
+                todo[1:] = enumerate(few, 1)
             self.findings.notes += notes.notes[:1]
         if not cases:
             raise InputError(
@@ -187,10 +194,17 @@ class FileGate:
             )  # fmt: skip
         return cases
 
+    @staticmethod
+    def _effort(original: Original, case: Case) -> float:
+        """What one sample costs, in operations."""
+        shapes = {value.name: x.shape for value, x in zip(original.inputs, case.batch.flat)}
+        shapes |= {name: weight.shape for name, weight in original.file.weights().items()}
+        return file_effort(original.file.nodes(), {**shapes, **case.truth.shapes}, case.batch.samples)
+
     def _batch(
-        self, inputs: Sequence[ValueInfo], turn: int, count: int, kind: str, sizes: Sequence[int]
+        self, inputs: Sequence[ValueInfo], turn: int, count: int, kinds: Sequence[str], sizes: Sequence[int]
     ) -> Batch | None:
-        """Inputs of a kind; None where they would be too many."""
+        """Inputs of some kinds, sample by sample; None where they would be too many."""
         flat: list[Any] = []
         named: dict[str, int] = {}
         rng, generator = np.random.default_rng((self.seed, turn)), torch.Generator().manual_seed(self.seed + turn)
@@ -207,7 +221,7 @@ class FileGate:
                 shape.append(size)
             if count > 3 and np.prod(shape, dtype=float) > LARGE:
                 return None
-            if self.data is not None and value.name in self.data and kind == "ordinary":
+            if self.data is not None and value.name in self.data and kinds[0] == "ordinary":
                 given = self.data[value.name]
                 picked = np.arange(turn * 7, turn * 7 + (shape[0] if shape else 1)) % max(rows, 1)
                 flat.append(as_tensor(np.ascontiguousarray(given[picked]).astype(value.dtype)))
@@ -216,10 +230,11 @@ class FileGate:
             else:
                 values = torch.from_numpy(np.asarray(rng.standard_normal(shape)))
                 if values.numel() > 1:  # a number alone is a parameter, as a scale is one
-                    values = provoke(values, values, (kind,), generator, batched=False)
+                    values = provoke(values, values, kinds, generator, batched=len(kinds) > 1)
                 flat.append(as_tensor(values.numpy().astype(value.dtype)))
         if count > 3 and not dynamic:
             return None
         size = flat[0].shape[0] if flat and flat[0].ndim and dynamic else 0
         words = ", ".join(f"{name}={size}" for name, size in named.items() if size != count)
-        return Batch(tuple(flat), size, words, "" if kind == "ordinary" else f"{kind} inputs")
+        origin = "mixed inputs" if len(kinds) > 1 else "" if kinds[0] == "ordinary" else f"{kinds[0]} inputs"
+        return Batch(tuple(flat), size, words, origin)

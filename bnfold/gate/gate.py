@@ -40,7 +40,7 @@ from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.data import Labels
 from bnfold.gate.deployed import DEPLOYED, Sessions
 from bnfold.gate.devices import judge_device
-from bnfold.gate.effort import effort, has_summaries
+from bnfold.gate.effort import DEAR, effort, has_summaries
 from bnfold.gate.empty import prove_nothing
 from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
@@ -67,8 +67,6 @@ from bnfold.runtime.runtime import Arithmetic, Device, Session, provider_notes, 
 
 #: Largest RMS of error over noise, of an output or any of its samples; a single element may be off by ``ELEMENT`` such.
 LIMIT = 4.0
-#: Operations of one sample beyond which the gate runs few of them, on all threads.
-DEAR = 300_000_000
 MANY = 64  # samples of a model that is cheap: a fault in one of twenty shows itself to so many in 96 % of all runs
 ENOUGH = 4  # samples that a verdict rests on at least
 _SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from bnfold.evaluate.blocks import convolve
 from bnfold.rounding import disturb
 
 #: What takes the place of a node's value: called with its arguments and with the value that it has by itself.
@@ -55,9 +56,11 @@ def call_precise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return _RAISED.get(arg, arg) if isinstance(arg, torch.dtype) else arg
 
     args = tuple(raise_dtype(arg) for arg in args)
-    if getattr(target, "_opname", "").startswith("conv"):  # channels-last kernels are for float32: four times slower
-        args = (args[0].contiguous(), *args[1:])
     kwargs = {name: raise_dtype(arg) for name, arg in kwargs.items()}
+    if (name := getattr(target, "_opname", "")).startswith("conv"):
+        args = (args[0].contiguous(), *args[1:])  # channels-last kernels are for float32: four times slower
+        if name in ("conv1d", "conv2d", "conv3d") and target._overloadname == "default":
+            return convolve(target, *args, **kwargs)
     if kwargs.get("dtype") is None and getattr(target, "_opname", "").split(".")[0] in _FACTORIES:
         floats = any(isinstance(arg, float) for arg in args)
         if floats or target._opname not in ("arange", "full", "scalar_tensor"):
