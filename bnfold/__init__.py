@@ -41,34 +41,11 @@ _HOMES = {
 }
 
 __all__ = [
-    "Bisection",
-    "BnfoldError",
-    "CaptureError",
-    "CheckReport",
-    "Diagnosis",
-    "Entry",
-    "ExportReport",
-    "FoldError",
-    "Folded",
-    "InputError",
-    "Ledger",
-    "LowerError",
-    "OptionFields",
-    "Options",
-    "ProviderError",
-    "Refusal",
-    "ResourceError",
-    "UsageError",
-    "WrittenBack",
-    "__version__",
-    "bisect",
-    "calibrate",
-    "check",
-    "export",
-    "fold",
-    "inspect",
-    "prepare",
-]
+    "Bisection", "BnfoldError", "CaptureError", "CheckReport", "Diagnosis", "Entry", "ExportReport", "FoldError",
+    "Folded", "InputError", "Ledger", "LowerError", "OptionFields", "Options", "ProviderError", "Refusal",
+    "ResourceError", "UsageError", "WrittenBack", "__version__", "bisect", "calibrate", "check", "export", "fold",
+    "inspect", "prepare",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

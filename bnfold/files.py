@@ -38,17 +38,11 @@ def require_file(path: str | os.PathLike[str], *, hint: str | None = None) -> No
     if stat.S_ISDIR(mode):
         raise InputError("this is a folder, not a file", where=where, hint="Name a file in it")
     if not stat.S_ISREG(mode):
-        what = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise InputError(
-            f"this is {what}, not a file", where=where, hint="Save what comes out of it and name that file"
-        )
+        what = f"this is {'a pipe' if stat.S_ISFIFO(mode) else 'a device or a socket'}, not a file"
+        raise InputError(what, where=where, hint="Save what comes out of it and name that file")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hex.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """The SHA-256 of a file's bytes, in hex. Raises OSError: it cannot be read."""
     with Path(path).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

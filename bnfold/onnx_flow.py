@@ -98,10 +98,9 @@ def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[OnnxG
         raise ResourceError("the memory does not suffice to fold it", where=str(path)) from error
     except Exception as error:  # a file may contradict itself in any way, and onnx's inference misses some
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"its operators, attributes and shapes do not fit one another: {text}", where=str(path),
-            hint="onnx.checker.check_model(path, full_check=True) may say more; if it runs, please report it",
-        ) from error  # fmt: skip
+        what = f"its operators, attributes and shapes do not fit one another: {text}"
+        hint = "onnx.checker.check_model(path, full_check=True) may say more; if it runs, please report it"
+        raise InputError(what, where=str(path), hint=hint) from error
 
 
 def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> ExportReport:

@@ -74,10 +74,8 @@ def judging(options: Options, *, runs: bool = True, writes: bool = False) -> dic
     device = resolve_device(options.device, options.provider_options)
     runner = None if options.runner is None else UserRunner(options.runner, options.runner_timeout)
     if writes and runner is not None and not runner.takes_path:
-        raise UsageError(
-            "a runner of a file that is not written yet must take its path", where=runner.name,
-            hint="Give it a second parameter: def infer(inputs, path)",
-        )  # fmt: skip
+        hint = "Give it a second parameter: def infer(inputs, path)"
+        raise UsageError("a runner of a file that is not written yet must take its path", where=runner.name, hint=hint)
     arithmetic = FORMATS.get(options.precision or "")
     whole = {"require_all_nodes": options.require_all_nodes}
     return found | whole | {"device": device, "runner": runner, "arithmetic": arithmetic}
@@ -204,11 +202,9 @@ def refuse_nonfinite(ledger: Ledger) -> None:
     for entry in ledger.left:
         for refusal in entry.refusals:
             if refusal.reason == "nonfinite":
-                raise FoldError(
-                    refusal.detail or "a constant is NaN or infinite",
-                    where=f"module '{refusal.blocker}'",
-                    hint="Repair the checkpoint, or export it unfolded as it is with --allow-nonfinite",
-                )
+                what = refusal.detail or "a constant is NaN or infinite"
+                hint = "Repair the checkpoint, or export it unfolded as it is with --allow-nonfinite"
+                raise FoldError(what, where=f"module '{refusal.blocker}'", hint=hint)
 
 
 def traced(folded: Folded) -> list[str]:
@@ -272,11 +268,8 @@ def read_data(
         fits = len(wanted) == len(sample) and all(n == m for n, m in zip(wanted, sample) if isinstance(n, int))
         if not fits or not shapes[name]:
             takes = ", ".join(str(n) if isinstance(n, int) else "?" for n in wanted)
-            raise InputError(
-                f"array '{name}' holds samples of {sample}, the model takes ({takes})",
-                where=labels.where,
-                hint="The first axis of every array is the sample",
-            )
+            what = f"array '{name}' holds samples of {sample}, the model takes ({takes})"
+            raise InputError(what, where=labels.where, hint="The first axis of every array is the sample")
     labels = assign(labels, outputs)
     dtypes = {name: captured.flat[captured.names.index(name)].dtype for name in arrays}
     return arrays, replace(labels, digest=examine(arrays, labels, dtypes, progress))

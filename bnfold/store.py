@@ -186,11 +186,8 @@ class Staging:
         """
         target = self.path if name is None else self.path.with_name(name)
         if data is not None and name is None and _resolve(self.asked.parent) != target.parent:
-            raise UsageError(
-                f"the output is a link into {target.parent}, and ONNX Runtime reads no external data through a link",
-                where=str(self.asked),
-                hint=f"Write to {target} itself",
-            )
+            what = f"the output is a link into {target.parent}, and ONNX Runtime reads no external data through a link"
+            raise UsageError(what, where=str(self.asked), hint=f"Write to {target} itself")
         staged = [self.folder / part for part in (file, data) if part is not None]
         for missing in (part for part in staged if not part.is_file()):
             raise FileNotFoundError(f"nothing was written to {missing}")
@@ -328,11 +325,8 @@ def _exclusive(folder: Path) -> Iterator[bool]:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise ResourceError(
-                    "another process keeps this folder locked",
-                    where=str(folder),
-                    hint="End it or choose another folder",
-                ) from None
+                hint = "End it or choose another folder"
+                raise ResourceError("another process keeps this folder locked", where=str(folder), hint=hint) from None
             time.sleep(0.01)
     try:
         yield lock is not None

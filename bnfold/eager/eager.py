@@ -111,11 +111,8 @@ def _refuse_other(captured: Captured, model: nn.Module) -> None:
         now = own.get(name)
         then = (captured.masters or {}).get(name, constant_of(captured.program, name))
         if now is None or now.shape != then.shape or not _same(now.detach(), then.detach()):
-            raise InputError(
-                f"'{name}' is not what it was when the model was folded",
-                where=type(model).__name__,
-                hint="Fold the model as it is now",
-            )
+            what = f"'{name}' is not what it was when the model was folded"
+            raise InputError(what, where=type(model).__name__, hint="Fold the model as it is now")
 
 
 def _same_class(one: nn.Module, other: nn.Module) -> bool:
@@ -163,8 +160,5 @@ def _verify(captured: Captured, written: nn.Module) -> None:
     else:
         findings.problems.append(f"it runs on no input: {reason}")
     if findings.problems:
-        raise FoldError(
-            f"the fold does not hold in the model's class: {findings.problems[0]}",
-            where=type(written).__name__,
-            hint="Fold to .pt2 instead, and please report this model",
-        )
+        what = f"the fold does not hold in the model's class: {findings.problems[0]}"
+        raise FoldError(what, where=type(written).__name__, hint="Fold to .pt2 instead, and please report this model")

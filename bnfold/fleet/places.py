@@ -80,11 +80,7 @@ class Folder:
         return f"{self._root}/{name}"
 
     def make(self) -> None:
-        """Makes the folder, and that of the records.
-
-        Raises:
-            ResourceError: it cannot be made.
-        """
+        """Makes the folder, and that of the records. Raises ResourceError: it cannot be made."""
         try:
             if not self.remote:
                 Path(self / ".fleet").mkdir(parents=True, exist_ok=True)
@@ -104,11 +100,7 @@ class Folder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file.
-
-        Raises:
-            ResourceError: it cannot be written.
-        """
+        """Writes a file. Raises ResourceError: it cannot be written."""
         if not self.remote:
             with atomic(Path(self / name)) as staged:
                 staged.write_bytes(content)
@@ -119,11 +111,7 @@ class Folder:
             self.put(staged, name)
 
     def put(self, file: Path, name: str) -> None:
-        """Copies a file to a remote folder.
-
-        Raises:
-            ResourceError: it cannot be written.
-        """
+        """Copies a file to a remote folder. Raises ResourceError: it cannot be written."""
         try:
             self._system.put_file(str(file), self / name)
         except Exception as error:

@@ -85,11 +85,7 @@ class Row:
 
 
 def size_of(text: str) -> int:
-    """Bytes of ``"2 GB"`` or ``"512MiB"``.
-
-    Raises:
-        UsageError: it is no size.
-    """
+    """Bytes of ``"2 GB"`` or ``"512MiB"``. Raises UsageError: it is no size."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text)
     if found is None:
         raise UsageError(f"{text!r} is no size", hint="Write it as '2 GB' or '512 MiB'")

@@ -122,11 +122,8 @@ def _identify_archive(path: Path) -> Kind:
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         return Kind.SCRIPT
     if "serialized_exported_program.json" in names:
-        raise InputError(
-            "this exported program was written in the format of torch 2.7 or older",
-            where=str(path),
-            hint="Load it and torch.export.save it again with a torch of today",
-        )
+        what = "this exported program was written in the format of torch 2.7 or older"
+        raise InputError(what, where=str(path), hint="Load it and torch.export.save it again with a torch of today")
     if "archive_format" in inner or any(name.startswith("models/") and name.endswith(".json") for name in inner):
         return Kind.PROGRAM
     if "data.pkl" in inner:
@@ -159,11 +156,8 @@ def verify_archive(path: Path, *, inflated: int = 0) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED) > inflated:
-            raise InputError(
-                "the archive holds compressed members, which torch.save never writes",
-                where=str(path),
-                hint="If you trust it, torch.load it and torch.save it again",
-            )
+            what = "the archive holds compressed members, which torch.save never writes"
+            raise InputError(what, where=str(path), hint="If you trust it, torch.load it and torch.save it again")
         if sum(m.file_size for m in members) > path.stat().st_size + inflated:
             raise InputError("the archive's members claim more bytes than the file has", where=str(path), hint=_DAMAGED)
         if len({member.filename for member in members}) < len(members):
@@ -242,11 +236,8 @@ def read(path: Path, *, unsafe: bool = False) -> Any:
         return _read_shards(path, unsafe)
     kind = identify(path)
     if kind is Kind.SCRIPT:
-        raise InputError(
-            "this is a TorchScript archive, a whole model and no weights",
-            where=str(path),
-            hint="Give it as the source itself; torch.jit.load(...).state_dict() has its weights",
-        )
+        hint = "Give it as the source itself; torch.jit.load(...).state_dict() has its weights"
+        raise InputError("this is a TorchScript archive, a whole model and no weights", where=str(path), hint=hint)
     if kind is Kind.PROGRAM:
         raise InputError("this is an exported program, not weights", where=str(path), hint="Give it as the source")
     if kind is not Kind.SAFETENSORS:

@@ -19,11 +19,9 @@ from bnfold.errors import InputError, UsageError
 from bnfold.files import require_file
 from bnfold.graph.copies import copied
 from bnfold.graph.wrapped import unwrapped
-from bnfold.loading.source import Request
+from bnfold.loading.source import Built, Request
 from bnfold.user_code import importable, is_inside, user_code
 
-#: A model, and its example inputs where it has any.
-Built = tuple[torch.nn.Module, tuple[Any, ...] | None, dict[str, Any]]
 #: Modules that earlier sources imported from their own folder: a later source's ``import blocks`` must find its own.
 _siblings: set[str] = set()
 
@@ -98,12 +96,11 @@ def _build(request: Request, module: ModuleType, name: str) -> Built:
         what = f"{name!r} is a {type(factory).__name__} and cannot be called"
         raise InputError(what, where=request.source, hint=hint)
     model, args, kwargs = _unpack(result, request.source)
-    model = unwrapped(model)
     if args is None and not kwargs:
         args, kwargs = own_example(model)
     if args is None and not kwargs and isinstance(example := getattr(module, "example_inputs", None), tuple):
         args = example
-    return model, args, kwargs
+    return Built(model, args, kwargs)
 
 
 def _call(factory: Callable[..., Any], request: Request) -> Any:
@@ -121,19 +118,17 @@ def _call(factory: Callable[..., Any], request: Request) -> Any:
         return factory(**request.factory_args)
 
 
-def _unpack(result: Any, source: str) -> Built:
+def _unpack(result: Any, source: str) -> tuple[torch.nn.Module, tuple[Any, ...] | None, dict[str, Any]]:
     parts = result if isinstance(result, tuple) else (result,)
     # What a shorter tuple leaves out: no example, no keywords.
     model, args, kwargs = (*parts, *(None, {})[len(parts) - 1 :]) if 1 <= len(parts) <= 3 else (None, None, {})
     args = (args,) if isinstance(args, torch.Tensor) else args
     well_formed = isinstance(args, tuple | list | None) and isinstance(kwargs, Mapping)
     if not isinstance(model, torch.nn.Module) or not well_formed:
-        raise InputError(
-            f"the factory returned {', '.join(type(part).__name__ for part in parts) or 'nothing'}",
-            where=source,
-            hint="It must return an nn.Module, (nn.Module, args) or (nn.Module, args, kwargs)",
-        )
-    return model, None if args is None else tuple(args), dict(kwargs)
+        what = f"the factory returned {', '.join(type(part).__name__ for part in parts) or 'nothing'}"
+        hint = "It must return an nn.Module, (nn.Module, args) or (nn.Module, args, kwargs)"
+        raise InputError(what, where=source, hint=hint)
+    return unwrapped(model), None if args is None else tuple(args), dict(kwargs)
 
 
 def own_example(model: torch.nn.Module) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:

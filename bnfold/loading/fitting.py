@@ -89,11 +89,8 @@ def _select(content: Any, expected: Shapes, path: Path, request: Request) -> Sta
         raise checkpoint.needs_code(path, stub)
     if not found:
         holds = f"holds {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, Mapping) else "is no mapping"
-        raise InputError(
-            f"there is no state dict here: the content {holds} ({type(content).__name__})",
-            where=str(path),
-            hint="--weights-key says where it is",
-        )
+        what = f"there is no state dict here: the content {holds} ({type(content).__name__})"
+        raise InputError(what, where=str(path), hint="--weights-key says where it is")
     stripped = {name: _strip(state, request.strip_prefix, path) for name, state in found.items()}
     if len(stripped) == 1:
         return next(iter(stripped.values()))
@@ -111,20 +108,15 @@ def _select(content: Any, expected: Shapes, path: Path, request: Request) -> Sta
 
 
 def descend(content: Any, key: str, path: Path) -> Any:
-    """The entry of a checkpoint that a key names, with dots for nested ones.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The entry of a checkpoint that a key names, with dots for nested ones. Raises InputError: there is none."""
     if isinstance(content, Mapping):
         if key in content:
             return content[key]
         for name, inner in content.items():
             if isinstance(name, str) and key.startswith(f"{name}."):
                 return descend(inner, key[len(name) + 1 :], path)
-        raise InputError(
-            f"there is no key {key!r} in the checkpoint", where=str(path), hint=f"It has {', '.join(map(str, content))}"
-        )
+        hint = f"It has {', '.join(map(str, content))}"
+        raise InputError(f"there is no key {key!r} in the checkpoint", where=str(path), hint=hint)
     raise InputError(f"there is no key {key!r}: the entry is a {type(content).__name__}", where=str(path))
 
 

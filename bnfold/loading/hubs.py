@@ -12,7 +12,6 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,62 +23,40 @@ from torch.utils import _pytree as pytree
 from bnfold.errors import BnfoldError, InputError, ProviderError, UsageError
 from bnfold.files import require_file, there
 from bnfold.loading.normalize import Normalization
+from bnfold.loading.source import Built, Request
 
 #: What clips of a video model hold where nothing says how many frames.
 _FRAMES = 16
 _TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Named:
-    """A model as its library built it.
+def open_named(request: Request) -> Built:
+    """The model that a library knows by a name, in eval mode, without the weights that a request names.
 
-    Attributes:
-        model: in eval mode.
-        args: example inputs of two samples; None where the library does not say what it takes.
-        kwargs: the same by name.
-        normalization: of its images, where its configuration has one.
-        weights: what the weights are called that it has; None for fresh ones.
-        file: where they came from, if that is a file of the user's.
-    """
-
-    model: nn.Module
-    args: tuple[Any, ...] | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    normalization: Normalization | None = None
-    weights: str | None = None
-    file: Path | None = None
-
-
-def open_named(hub: str, name: str, options: Mapping[str, Any], *, weights: bool) -> Named:
-    """The model that a library knows by a name.
-
-    Args:
-        hub: ``"timm"``, ``"torchvision"`` or ``"hf"``.
-        name: of the model; for ``"hf"`` a folder that ``save_pretrained`` wrote, or the id of a repository.
-        options: for the library's own function, such as ``num_classes``; ``pretrained`` for all three.
-        weights: whether the weights will come from elsewhere.
+    The source is ``timm:NAME``, ``torchvision:NAME``, or ``hf:`` and a folder that ``save_pretrained`` wrote or the id
+    of a repository; the factory's arguments are those of the library's own function, and ``pretrained`` for all three.
 
     Raises:
         ProviderError: the library is not installed.
         InputError: it knows no such model, or cannot build or load it.
         UsageError: an option does not apply.
     """
-    options = dict(options)
+    hub, _, name = request.source.partition(":")
+    options, weights = dict(request.factory_args), request.weights is not None
     pretrained = options.pop("pretrained", None)
     if pretrained is not None and not isinstance(pretrained, bool):
         # Python's literals, and what people write in their place.
         pretrained = {"true": True, "false": False}.get(str(pretrained).lower(), pretrained)
     if pretrained and weights:
         raise UsageError("pretrained=true and --weights contradict each other", hint="Leave one of them out")
-    with _library_errors(f"{hub}:{name}"):
+    with _library_errors(request.source):
         return _HUBS[hub](name, options, False if weights else pretrained)
 
 
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
-def _timm(name: str, options: dict[str, Any], pretrained: Any) -> Named:
+def _timm(name: str, options: dict[str, Any], pretrained: Any) -> Built:
     timm = _package("timm", "timm")
     if ":" not in name:
         _refuse_unknown(name.partition(".")[0], timm.list_models(), f"timm:{name}")
@@ -91,13 +68,13 @@ def _timm(name: str, options: dict[str, Any], pretrained: Any) -> Named:
     height, width = (size, size) if isinstance(size, int) else size
     norm = _normalization(config.get("mean"), config.get("std"), channels)
     tag = (getattr(model, "pretrained_cfg", None) or {}).get("tag") or "pretrained"
-    return Named(model.eval(), (_images((channels, height, width), norm),), {}, norm, tag if pretrained else None)
+    return Built(model.eval(), (_images((channels, height, width), norm),), {}, norm, tag if pretrained else None)
 
 
 # ---- torchvision -----------------------------------------------------------------------------------------------------
 
 
-def _torchvision(name: str, options: dict[str, Any], pretrained: Any) -> Named:
+def _torchvision(name: str, options: dict[str, Any], pretrained: Any) -> Built:
     models = _package("torchvision.models", "torchvision")
     _refuse_unknown(name.lower(), models.list_models(), f"torchvision:{name}")
     if pretrained and "weights" in options:
@@ -113,7 +90,7 @@ def _torchvision(name: str, options: dict[str, Any], pretrained: Any) -> Named:
         options.setdefault("weights_backbone", None)  # by default it would be fetched
     model = models.get_model(name, weights=entry, **options)
     example, norm = _torchvision_example(entry or getattr(known, "DEFAULT", None))
-    return Named(model.eval(), example, {}, norm, None if entry is None else entry.name)
+    return Built(model.eval(), example, {}, norm, None if entry is None else entry.name)
 
 
 def _torchvision_example(weights: Any) -> tuple[tuple[Any, ...] | None, Normalization | None]:
@@ -135,7 +112,7 @@ def _torchvision_example(weights: Any) -> tuple[tuple[Any, ...] | None, Normaliz
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
-def _hf(name: str, options: dict[str, Any], pretrained: Any) -> Named:
+def _hf(name: str, options: dict[str, Any], pretrained: Any) -> Built:
     folder = Path(name).expanduser()
     local = there(folder) and folder.is_dir()
     if local and not (folder / "config.json").is_file():
@@ -171,9 +148,8 @@ def _hf(name: str, options: dict[str, Any], pretrained: Any) -> Named:
     file = folder / "model.safetensors"
     kwargs = {} if example is None else {main: example}
     stored = file if local and file.is_file() and pretrained is not False else None
-    return Named(
-        model, None if example is None else (), kwargs, norm, None if pretrained is False else file.name, stored
-    )
+    weights = None if pretrained is False else file.name
+    return Built(model, None if example is None else (), kwargs, norm, weights, stored)
 
 
 def _tensors_of(model: nn.Module, args: Any, output: Any) -> Any:
@@ -305,4 +281,4 @@ def _images(shape: tuple[int, ...], norm: Normalization | None) -> Tensor:
     return images if norm is None else norm.apply(images)
 
 
-_HUBS: dict[str, Callable[[str, dict[str, Any], Any], Named]] = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}
+_HUBS: dict[str, Callable[[str, dict[str, Any], Any], Built]] = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}

@@ -147,11 +147,9 @@ def _match(specs: Sequence[InputSpec], parameters: Sequence[str]) -> dict[str, I
     unnamed = [spec for spec in specs if spec.name is None]
     free = [name for name in parameters if name not in found]
     if len(unnamed) > len(free):
-        raise InputError(
-            f"{len(specs)} inputs are given and the model has {len(parameters)}",
-            where="--input",
-            hint=f"They are {', '.join(parameters)}" if parameters else "Its forward takes none",
-        )
+        what = f"{len(specs)} inputs are given and the model has {len(parameters)}"
+        hint = f"They are {', '.join(parameters)}" if parameters else "Its forward takes none"
+        raise InputError(what, where="--input", hint=hint)
     found |= dict(zip(free, unnamed))
     return {name: found[name] for name in parameters if name in found}
 

@@ -22,7 +22,7 @@ from bnfold.loading.fitting import descend, load_weights
 from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program
 from bnfold.loading.script_file import load_script
-from bnfold.loading.source import Loaded, Provenance, Request
+from bnfold.loading.source import Built, Loaded, Provenance, Request
 from bnfold.loading.structure import prepare, stored_ledgers
 from bnfold.loading.weights_file import read_notes
 
@@ -66,12 +66,11 @@ def _from_file(request: Request) -> Loaded:
     kind = checkpoint.identify(path)
     if kind is Kind.PROGRAM:
         program = load_program(path, unsafe=request.unsafe_pickle)
-        args, kwargs = program.example_inputs or (None, {})
-        return _loaded(request, program, args, kwargs, sha256=checkpoint.sha256(path))
+        return _loaded(request, Built(program, *(program.example_inputs or (None, {}))), path)
     if kind is Kind.SAFETENSORS:
         raise _only_weights(request.source)
     if kind is Kind.SCRIPT:
-        return _loaded(request, load_script(path), None, {}, sha256=checkpoint.sha256(path))
+        return _loaded(request, Built(load_script(path)), path)
     content = checkpoint.unpickle(path, kind, unsafe=request.unsafe_pickle)
     if request.weights_key:
         content = descend(content, request.weights_key, path)
@@ -87,7 +86,7 @@ def _from_file(request: Request) -> Loaded:
         content = content[inner[0]]
     if not isinstance(content, torch.nn.Module):
         raise InputError(f"the file holds a {type(content).__name__}, no module", where=request.source)
-    return _loaded(request, content, *factory.own_example(unwrapped(content)), sha256=checkpoint.sha256(path))
+    return _loaded(request, Built(content, *factory.own_example(unwrapped(content))), path)
 
 
 def _from_onnx(request: Request, path: Path) -> Loaded:
@@ -103,47 +102,32 @@ def _only_weights(source: str) -> InputError:
     return InputError("the file holds weights and no model", where=source, hint=hint)
 
 
-# ---- models that Python code builds ----------------------------------------------------------------------------------
+# ---- models that Python code or a library builds ---------------------------------------------------------------------
 
 
-def _from_python(request: Request) -> Loaded:
-    with factory.built(request) as (model, args, kwargs):
-        if request.weights is None:
-            return _loaded(request, model, args, kwargs, sha256=None)
-        model, left_out = _weighted(request, model)
-        return _loaded(request, model, args, kwargs, sha256=checkpoint.sha256(request.weights), left_out=left_out)
-
-
-def _weighted(request: Request, model: torch.nn.Module) -> tuple[torch.nn.Module, list[str]]:
-    """The model with the weights that the user names, and the keys of these that were left out."""
-    assert request.weights is not None
-    if stored_ledgers(request.weights):
-        model = prepare(model, request.weights)
-    return model, load_weights(model, request)
-
-
-# ---- named models ----------------------------------------------------------------------------------------------------
+def _from_code(request: Request) -> Loaded:
+    with factory.built(request) as built:
+        return _weighted(request, built)
 
 
 def _from_hub(request: Request) -> Loaded:
-    hub, _, name = request.source.partition(":")
-    named = hubs.open_named(hub, name, request.factory_args, weights=request.weights is not None)
-    model, left_out = (named.model, []) if request.weights is None else _weighted(request, named.model)
-    file = request.weights or named.file
-    sha256 = checkpoint.sha256(file) if file else None
-    loaded = _loaded(request, model, named.args, named.kwargs, sha256=sha256, left_out=left_out)
-    provenance = loaded.provenance
+    return _weighted(request, hubs.open_named(request))
+
+
+def _weighted(request: Request, built: Built) -> Loaded:
+    """The model with the weights that the user names, if any."""
     if request.weights is None:
-        provenance = replace(provenance, weights=named.weights)
-    return replace(loaded, normalization=named.normalization, provenance=provenance)
+        return _loaded(request, built, built.file)
+    if stored_ledgers(request.weights):
+        built = replace(built, model=prepare(built.model, request.weights))
+    return _loaded(request, built, request.weights, load_weights(built.model, request))
 
 
 def _normalized(loaded: Loaded, source: str, asked: bool | Normalization) -> Loaded:
     """The model with a normalisation of its images in front, and raw images for an example."""
     if isinstance(loaded.model, torch.export.ExportedProgram):
-        raise UsageError(
-            "a .pt2 program cannot be normalised", where=source, hint="Give the code that builds the model"
-        )
+        hint = "Give the code that builds the model"
+        raise UsageError("a .pt2 program cannot be normalised", where=source, hint=hint)
     normalization = loaded.normalization if asked is True else asked
     if not isinstance(normalization, Normalization):
         hint = "Say how: --mean-std 0.485,0.456,0.406/0.229,0.224,0.225"
@@ -161,27 +145,17 @@ def _normalized(loaded: Loaded, source: str, asked: bool | Normalization) -> Loa
 # ---- what every source shares ----------------------------------------------------------------------------------------
 
 
-def _loaded(
-    request: Request,
-    model: torch.nn.Module | torch.export.ExportedProgram,
-    args: tuple[Any, ...] | None,
-    kwargs: dict[str, Any],
-    *,
-    sha256: str | None,
-    left_out: Sequence[str] = (),
-) -> Loaded:
+def _loaded(request: Request, built: Built, file: Path | None, left_out: Sequence[str] = ()) -> Loaded:
+    """What was built, and that it came from ``file``."""
+    model, weights = built.model, request.weights
     parameters = {id(p): p.numel() for p in model.parameters() if not torch.nn.parameter.is_lazy(p)}
     provenance = Provenance(
-        source=_public(request.source),
-        weights=request.weights.name if request.weights else None,
-        sha256=sha256,
-        parameters=sum(parameters.values()),
-        notes=read_notes(request.weights) if request.weights else {},
-        left_out=tuple(left_out),
-    )
+        _public(request.source), weights.name if weights else built.weights, checkpoint.sha256(file) if file else None,
+        sum(parameters.values()), read_notes(weights) if weights else {}, tuple(left_out),
+    )  # fmt: skip
     if isinstance(model, torch.nn.Module):
         model = unwrapped(model)
-    return Loaded(model, args, dict(kwargs), provenance)
+    return Loaded(model, built.args, dict(built.kwargs), provenance, built.normalization)
 
 
 def _public(source: str) -> str:
@@ -217,8 +191,8 @@ _NAME = r"[^\W\d]\w*"
 _HUB = r"(timm|torchvision|hf):"
 #: In this order; the first that matches reads the source.
 _SOURCES: tuple[_Source, ...] = (
-    _Source("path/to/file.py:factory", _written(rf"(?!{_HUB}).+\.py:{_NAME}"), _from_python, True),
-    _Source("pkg.module:factory", _written(rf"(?!{_HUB}){_NAME}(\.{_NAME})*:{_NAME}"), _from_python, True),
+    _Source("path/to/file.py:factory", _written(rf"(?!{_HUB}).+\.py:{_NAME}"), _from_code, True),
+    _Source("pkg.module:factory", _written(rf"(?!{_HUB}){_NAME}(\.{_NAME})*:{_NAME}"), _from_code, True),
     _Source("timm:NAME; torchvision:NAME; hf:DIR or hf:ID", _written(f"{_HUB}.+"), _from_hub, True),
     _Source("net.pt2, a TorchScript archive, or net.pt with a whole pickled module", _is_file_name, _from_file, False),
 )

@@ -46,11 +46,7 @@ class Normalization:
 
     @classmethod
     def parse(cls, text: str) -> Normalization:
-        """``"0.5,0.5,0.5/0.25"`` -> the means and the standard deviations.
-
-        Raises:
-            UsageError: the text is not that.
-        """
+        """``"0.5,0.5,0.5/0.25"`` -> the means and the standard deviations. Raises UsageError: the text is not that."""
         mean, slash, std = text.partition("/")
         try:
             if not slash:
@@ -108,11 +104,8 @@ def put_in_front(
     channels = max(len(normalization.mean), len(normalization.std))
     if image is not None and channels not in (1, image.shape[1]):
         hint = "Give as many with --mean-std, or one for all"
-        raise InputError(
-            f"the model takes {image.shape[1]} channels and is to be normalised by {channels} means",
-            where=where,
-            hint=hint,
-        )
+        what = f"the model takes {image.shape[1]} channels and is to be normalised by {channels} means"
+        raise InputError(what, where=where, hint=hint)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     mean, std = (part.to(like) for part in normalization.constants(4 if image is None else image.ndim))
     prefixes = (_NAME, f"{_NAME}_input", f"_bnfold_{_NAME}")

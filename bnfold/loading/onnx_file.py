@@ -86,10 +86,8 @@ def read_onnx(path: Path) -> OnnxFile:
         raise InputError("this is no ONNX file, or one without operators", where=where, hint=_AGAIN)
     newest = onnx.defs.onnx_opset_version()
     if any(o.domain in ("", "ai.onnx") for o in model.opset_import) and not 7 <= file.opset <= newest:
-        raise InputError(
-            f"its operator set is {file.opset}, and those from 7 to {newest} can be read", where=where,
-            hint="Convert it: onnx.version_converter.convert_version",
-        )  # fmt: skip
+        what = f"its operator set is {file.opset}, and those from 7 to {newest} can be read"
+        raise InputError(what, where=where, hint="Convert it: onnx.version_converter.convert_version")
     for tensor in model.graph.initializer:
         if problem := _problem(tensor):
             raise InputError(f"initializer '{tensor.name}' {problem}", where=where, hint=_AGAIN)

@@ -39,11 +39,9 @@ def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedPr
         raise
     except Exception as error:
         text = re.split(r"\.\s|\n", str(error))[0]
-        raise InputError(
-            f"the exported program cannot be loaded ({type(error).__name__}: {text})",
-            where=str(path),
-            hint="Export it again with the installed torch, or install the torch that wrote it",
-        ) from error
+        what = f"the exported program cannot be loaded ({type(error).__name__}: {text})"
+        hint = "Export it again with the installed torch, or install the torch that wrote it"
+        raise InputError(what, where=str(path), hint=hint) from error
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -81,25 +79,10 @@ def _quiet_loader(*, restricted: bool) -> Iterator[None]:
 
 #: What may stand before an opening parenthesis in an expression or a guard, besides torch's own sympy functions.
 _CALLS = {
-    *(
-        "Symbol",
-        "Integer",
-        "Rational",
-        "Float",
-        "Add",
-        "Mul",
-        "Pow",
-        "Abs",
-        "Min",
-        "Max",
-        "Piecewise",
-        "And",
-        "Or",
-        "Not",
-    ),
-    *("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictGreaterThan", "StrictLessThan"),
-    *("GreaterThan", "LessThan", "L.size", "And", "Or", "Not", "and", "or", "not", "max", "min", "abs"),
-}
+    "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Abs", "Min", "Max", "Piecewise", "And", "Or", "Not",
+    "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictGreaterThan", "StrictLessThan", "GreaterThan",
+    "LessThan", "L.size", "and", "or", "not", "max", "min", "abs",
+}  # fmt: skip
 _FREE_TEXT = {"as_string", "as_strings", "metadata"}
 
 
@@ -120,11 +103,8 @@ def _refuse_code(path: Path) -> None:
     found += [name for name in objects if not name.startswith("tensor_")]
     found += [text for program in programs for text in _suspicious(program)]
     if found:
-        raise InputError(
-            f"the exported program holds what can run any code ({found[0][:60]!r})",
-            where=str(path),
-            hint="If you trust where it comes from, pass --unsafe-pickle",
-        )
+        what = f"the exported program holds what can run any code ({found[0][:60]!r})"
+        raise InputError(what, where=str(path), hint="If you trust where it comes from, pass --unsafe-pickle")
 
 
 def _suspicious(value: Any, key: str = "") -> Iterator[str]:

@@ -34,22 +34,18 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
             if re.search(r"/(data|constants)/[^/]+$", member.filename):
                 continue
             if found := _RUN_AT_LOAD.search(archive.read(member)):
-                raise InputError(
-                    f"the archive holds code that loading it would run ({found[0].decode()} in {member.filename})",
-                    where=str(path),
-                    hint="Quantised and custom classes cannot be taken: give the Python class that it was made from",
-                )
+                what = f"the archive holds code that loading it would run ({found[0].decode()} in {member.filename})"
+                hint = "Quantised and custom classes cannot be taken: give the Python class that it was made from"
+                raise InputError(what, where=str(path), hint=hint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             script: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(
-            f"the TorchScript archive cannot be loaded ({(lines or [type(error).__name__])[0][:200]})",
-            where=str(path),
-            hint="Save it again with the installed torch, or give the Python class that it was made from",
-        ) from error
+        what = f"the TorchScript archive cannot be loaded ({(lines or [type(error).__name__])[0][:200]})"
+        hint = "Save it again with the installed torch, or give the Python class that it was made from"
+        raise InputError(what, where=str(path), hint=hint) from error
     try:
         refuse_effects(script)
     except InputError as error:

@@ -63,6 +63,27 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Built:
+    """A model as code of the user's or a library's built it, or as it was in a file.
+
+    Attributes:
+        model: as it is.
+        args: example inputs; of a library's model two samples; None where nothing says what it takes.
+        kwargs: the same by name.
+        normalization: of its images, where its configuration has one.
+        weights: what the weights are called that its library gave it; None for fresh ones.
+        file: where those came from, if that is a file of the user's.
+    """
+
+    model: Any
+    args: tuple[Any, ...] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    normalization: Normalization | None = None
+    weights: str | None = None
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model as its source gave it: neither its mode nor any flag is changed.
 

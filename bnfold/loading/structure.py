@@ -126,11 +126,8 @@ def _module(model: nn.Module, change: Change) -> nn.Module:
     try:
         found, *_ = [model.get_submodule(name) for name in names]
     except AttributeError as error:
-        raise InputError(
-            f"the model has no module '{names[-1]}'",
-            where=type(model).__name__,
-            hint="Build it as it was built when it was folded (--arg name=value)",
-        ) from error
+        hint = "Build it as it was built when it was folded (--arg name=value)"
+        raise InputError(f"the model has no module '{names[-1]}'", where=type(model).__name__, hint=hint) from error
     if change.kind in ("identity", "child") and isinstance(found, nn.Identity):
         hint = "Give a model as its class builds it"
         raise InputError("this module has been folded away already", where=f"module '{change.module}'", hint=hint)
@@ -139,11 +136,9 @@ def _module(model: nn.Module, change: Change) -> nn.Module:
 
 def _gain(owner: nn.Module, change: Change) -> None:
     if getattr(owner, change.name, None) is not None or change.name not in owner._parameters:
-        raise InputError(
-            f"the module cannot gain a parameter '{change.name}'",
-            where=f"module '{change.module}'",
-            hint="Build the model as it was built when it was folded (--arg name=value)",
-        )
+        what = f"the module cannot gain a parameter '{change.name}'"
+        hint = "Build the model as it was built when it was folded (--arg name=value)"
+        raise InputError(what, where=f"module '{change.module}'", hint=hint)
     like = next((t for t in (*owner.parameters(recurse=False), *owner.buffers(recurse=False))), torch.empty(0))
     device, dtype = like.device, like.dtype if like.is_floating_point() else torch.get_default_dtype()
     zeros = torch.zeros(change.shape, device=device, dtype=dtype)

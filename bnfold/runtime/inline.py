@@ -134,11 +134,7 @@ def _tensor(data: Data, tensor: _Field, name: str) -> bytes:
 
 
 def _fields(data: Data, at: int, end: int) -> Iterator[_Field]:
-    """The fields of a message.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The fields of a message. Raises ValueError: it is none."""
     while at < end:
         start = at
         tag, value = _read(data, at)

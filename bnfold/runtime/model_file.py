@@ -46,11 +46,8 @@ def read_model(path: Path, *, light: bool = False) -> onnx.ModelProto:
     _shorten(model)
     for tensor in tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL and (problem := misplaced(tensor, path.parent)):
-            raise InputError(
-                f"the external data of '{tensor.name}' {problem}",
-                where=str(path),
-                hint="Keep the model's own .data file beside it, in the same folder",
-            )
+            hint = "Keep the model's own .data file beside it, in the same folder"
+            raise InputError(f"the external data of '{tensor.name}' {problem}", where=str(path), hint=hint)
     return model
 
 

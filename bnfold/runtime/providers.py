@@ -101,10 +101,8 @@ def find(name: str) -> Provider:
         if wanted == (own := known.lower().removesuffix("executionprovider")):
             return Provider(own, known)
     names = ", ".join(["auto", *(row.name for row in PROVIDERS)])
-    raise UsageError(
-        f"there is no execution provider '{name}'", where="--device",
-        hint=f"Use {names}, or a name that onnxruntime.get_all_providers() lists",
-    )  # fmt: skip
+    hint = f"Use {names}, or a name that onnxruntime.get_all_providers() lists"
+    raise UsageError(f"there is no execution provider '{name}'", where="--device", hint=hint)
 
 
 def on_gpu(name: str) -> bool:

@@ -81,9 +81,8 @@ class Session:
         known = [value.name for value in self.outputs]
         wanted = known if outputs is None else list(outputs)
         if unknown := [name for name in wanted if name not in known]:
-            raise InputError(
-                f"no output named {_names(unknown)}", where=self._where, hint=f"Its outputs are {_names(known)}"
-            )
+            hint = f"Its outputs are {_names(known)}"
+            raise InputError(f"no output named {_names(unknown)}", where=self._where, hint=hint)
         # On a GPU as it is deployed: inputs and outputs on the device, bound.
         return self._checked(self._run_plainly if self._memory == "cpu" else self._run_bound, feeds, wanted)
 
@@ -166,11 +165,7 @@ class Session:
 
 @functools.cache
 def onnxruntime() -> ModuleType:
-    """The package, silenced.
-
-    Raises:
-        ProviderError: it cannot be imported.
-    """
+    """The package, silenced. Raises ProviderError: it cannot be imported."""
     try:
         import onnxruntime as ort
 
@@ -293,11 +288,8 @@ def _epsilon(dtype: np.dtype[Any]) -> float:
 def _value_info(arg: Any, where: str) -> ValueInfo:
     dtype = _dtypes().get(arg.type)
     if dtype is None:
-        raise LowerError(
-            f"{arg.name} is a {arg.type}, which has no place in a numeric comparison",
-            where=where,
-            hint="Leave it out of the model's inputs and outputs",
-        )
+        what = f"{arg.name} is a {arg.type}, which has no place in a numeric comparison"
+        raise LowerError(what, where=where, hint="Leave it out of the model's inputs and outputs")
     return ValueInfo(arg.name, dtype, tuple(arg.shape))
 
 

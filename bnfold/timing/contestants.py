@@ -189,10 +189,8 @@ def _size(value: ValueInfo, axis: int, batch: int | None, batches: set[str], whe
     sizes = ",".join(
         str(n) if isinstance(n, int) else "224" if i else str(batch or 1) for i, n in enumerate(value.shape)
     )
-    raise InputError(
-        f"input {value.name} is {written(value.dtype, value.shape)}, and nothing says how large {dim or 'it'} is",
-        where=where, hint=f'Give its whole shape, such as --input "{value.name}[{sizes}]"',
-    )  # fmt: skip
+    what = f"input {value.name} is {written(value.dtype, value.shape)}, and nothing says how large {dim or 'it'} is"
+    raise InputError(what, where=where, hint=f'Give its whole shape, such as --input "{value.name}[{sizes}]"')
 
 
 def random_feeds(inputs: Sequence[Sized], seed: int = 0) -> dict[str, Array]:
@@ -225,10 +223,8 @@ def matched_feeds(
     if not fit:
         own = ", ".join(f"{value.name}:{written(value.dtype, value.shape)}" for value in values) or "nothing"
         other = ", ".join(f"{name}:{written(array.dtype, array.shape)}" for name, array in feeds.items()) or "nothing"
-        raise InputError(
-            f"it takes {own}, {os.fspath(first)} is run on {other}", where=os.fspath(path),
-            hint="Compare files with the same inputs; --batch and --input set dynamic sizes",
-        )  # fmt: skip
+        hint = "Compare files with the same inputs; --batch and --input set dynamic sizes"
+        raise InputError(f"it takes {own}, {os.fspath(first)} is run on {other}", where=os.fspath(path), hint=hint)
     return {value.name: feeds[name].astype(value.dtype) for value, name in zip(values, names)}
 
 
