@@ -65,6 +65,8 @@ class Sessions:
     _lost: set[str] = field(default_factory=set)
     _cleared: dict[str, bool] = field(default_factory=dict)
     _blamed: bool = False
+    #: The cases on which the deployed session fails.
+    _broken: set[str] = field(default_factory=set)
 
     # -- without optimisations -----------------------------------------------------------------------------------------
 
@@ -300,6 +302,7 @@ class Sessions:
             self.judge.table.rows += rows
         self.judge.table.rows += self.screen.rows if self.screen is not None else []
         self._failures(candidate.name, failed)
+        self._broken = {words for at in failed.values() for words in at} if candidate.name == DEPLOYED else self._broken
 
     def _decided(
         self, candidate: OnnxCandidate, case: Case, outputs: Sequence[Any], before: Run, rows: list[Row], misfit: float
@@ -324,7 +327,7 @@ class Sessions:
         """The optimisations that make a file wrong that is right without them; none where it is right with them."""
         judge = self.judge
         rows = [row for row in judge.table.of(DEPLOYED) if not row.misfit(judge.limit) <= 1]
-        cases = {row.case for row in rows} | {words for name, words in judge.said if name == DEPLOYED}
+        cases = {row.case for row in rows} | {words for name, words in judge.said if name == DEPLOYED} | self._broken
         case = next((c for c in judge.cases if c.words in cases), None)
         self._blamed = case is not None and judge.right(PLAIN, [case])
         if case is None or not self._blamed:

@@ -7,14 +7,14 @@ the bytes of its initializers are passed over.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 #: Files of more bytes are read so, and initializers of more bytes stay in them.
 LARGE, HELD = 64 << 20, 1024
 #: Numbers of fields in onnx.proto: ModelProto.graph, GraphProto.initializer, and those of a TensorProto.
-_GRAPH, _INITIALIZER, _RAW, _EXTERNAL, _LOCATION = 7, 5, 9, 13, 14
+_GRAPH, _INITIALIZER, _DATA_TYPE, _RAW, _EXTERNAL, _LOCATION = 7, 5, 2, 9, 13, 14
 _NO_DATA = (_RAW, _EXTERNAL, _LOCATION)
 #: ModelProto.functions, GraphProto.node; an empty string among NodeProto.input and NodeProto.output, as it is stored.
 _FUNCTIONS, _NODE, _EMPTY = 25, 1, (b"\n\0", b"\x12\0")
@@ -104,6 +104,26 @@ def _may_leave_out(data: Data) -> bool:
             if graph.number == _FUNCTIONS or part.number == _NODE
         )  # fmt: skip
         return any(empty in data[node.value : node.end] for node in nodes for empty in _EMPTY)
+    except (ValueError, IndexError):
+        return False
+
+
+def has_initializer_of(path: Path, dtypes: Collection[int]) -> bool:
+    """Whether an initializer of the main graph is of one of some TensorProto.DataTypes; not of a damaged file."""
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _has_initializer_of(data, dtypes)
+
+
+def _has_initializer_of(data: Data, dtypes: Collection[int]) -> bool:
+    try:
+        return any(
+            field.number == _DATA_TYPE and field.wire == 0 and _read(data, field.value)[0] in dtypes
+            for graph in _fields(data, 0, len(data)) if graph.number == _GRAPH
+            for tensor in _fields(data, graph.value, graph.end) if tensor.number == _INITIALIZER
+            for field in _fields(data, tensor.value, tensor.end)
+        )  # fmt: skip
     except (ValueError, IndexError):
         return False
 

@@ -24,6 +24,7 @@ from bnfold.errors import BnfoldError, InputError, LowerError, ProviderError, Re
 from bnfold.files import require_file
 from bnfold.runtime.device import CPU, Device
 from bnfold.runtime.model_file import shortened
+from bnfold.runtime.trial import how_it_ends
 
 Array = npt.NDArray[Any]
 
@@ -227,6 +228,11 @@ def open_on(
     if not isinstance(model, bytes):
         require_file(model, hint="Name an existing ONNX file")
         beside = Path(model)
+        if optimized and device.is_cpu and (said := how_it_ends(beside, disabled_optimizers)):
+            raise LowerError(
+                f"ONNX Runtime {ort.__version__} {said} while it optimises {beside.name}",
+                hint="One of its optimisations is at fault: python -m bnfold bisect names it",
+            )
     # As it is deployed a file is read by the runtime itself; else the weights of a large one stay in it.
     short = shortened(model if isinstance(model, bytes) else Path(model), light=not optimized)
     model = model if short is None else short
