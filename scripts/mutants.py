@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -123,16 +124,22 @@ def mutant(name: str, found: Right, values: Mapping[str, Array], index: int) -> 
 
 
 def runs(model: onnx.ModelProto, found: Right) -> bool:
-    """Whether ONNX Runtime takes the file and the example; what it does not take reaches nobody."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-        session.run(None, example(found))
-    except Exception:
-        return False
-    return True
+    """Whether ONNX Runtime takes the file and the example; what it does not take reaches nobody.
+
+    Another process asks: on a stride of zero, and on more, ONNX Runtime ends the one that it is in.
+    """
+    content, fed = model.SerializeToString(), example(found)
+    if not (child := os.fork()):
+        try:
+            for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+                options = onnxruntime.SessionOptions()
+                options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+                options.log_severity_level, options.intra_op_num_threads = 4, 1
+                onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"]).run(None, fed)
+        except Exception:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def example(found: Right) -> dict[str, Array]:
