@@ -28,8 +28,8 @@ from bnfold.fleet.nursery import Command, Ended, Nursery, sha256_of
 from bnfold.fleet.places import Folder, fetched, is_url
 from bnfold.fleet.rows import Row, input_files
 from bnfold.report import Ledger, ModelRow
-from bnfold.report.fleet import Outcome
 from bnfold.report.plain import plain, revived, versions
+from bnfold.report.results import Outcome
 
 #: Processes that may die under a model before it is given up.
 TRIES = 3

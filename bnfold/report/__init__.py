@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from bnfold.report.accuracy import Accuracy, Agreement, BaselineReport, BaselineRow, Flip, TargetFit
-from bnfold.report.bisection import Bisection, Culprit
-from bnfold.report.export import ExportReport, FileReport
-from bnfold.report.fleet import FleetReport, ModelRow
-from bnfold.report.health import (
-    FINDINGS,
-    CalibratedLayer,
-    CalibrationReport,
-    Diagnosis,
-    Finding,
-    NormHealth,
-    NormKind,
-    Severity,
-    Spread,
+# isort: off
+# fmt: off
+from bnfold.report.model import (
+    REASONS, Change, Entry, Fate, LayerRange, Ledger, Merge, NormRange, Operator, Outcome, Port, Refusal, Role, Scaled,
+    WeightRange,
 )
-from bnfold.report.latency import Latency, LatencyReport
-from bnfold.report.ledger import REASONS, Change, Entry, Ledger, Merge, Outcome, Refusal, Scaled
-from bnfold.report.model import Fate, LayerRange, NormRange, Operator, Port, Role, WeightRange
 from bnfold.report.plain import Report
-from bnfold.report.verdict import Adversarial, CheckReport, Engine, OutputResult, Placement, SiteResult, Verdict
+from bnfold.report.results import (
+    FINDINGS, Bisection, CalibratedLayer, CalibrationReport, Culprit, Diagnosis, Finding, FleetReport, Latency,
+    LatencyReport, ModelRow, NormHealth, NormKind, Severity, Spread,
+)
+from bnfold.report.verdict import (
+    Accuracy, Adversarial, Agreement, BaselineReport, BaselineRow, CheckReport, Engine, ExportReport, FileReport, Flip,
+    OutputResult, Placement, SiteResult, TargetFit, Verdict,
+)
