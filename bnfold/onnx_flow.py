@@ -30,8 +30,9 @@ from bnfold.report import Bisection, CheckReport, Diagnosis, ExportReport, FileR
 from bnfold.runtime.inline import apart, filled
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import compared, expect, judging, refuse_nonfinite, source_facts
+from bnfold.statistics.batchnorms import file_layers
 from bnfold.statistics.diagnose import worst_first
-from bnfold.statistics.file_layers import file_layers, findings_of
+from bnfold.statistics.findings import findings
 
 #: Initializers of no more bytes stay in the file; others begin on a page of the file beside it, as memory maps want.
 SMALL, PAGE = 1024, 4096
@@ -154,7 +155,7 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
     )
     with clock("health"):
         layers = file_layers(OnnxGraph(source.copied(), source.path.parent))
-    return Diagnosis(facts, tuple(layer.health for layer in layers), worst_first(findings_of(layers)), plan, 0, ())
+    return Diagnosis(facts, tuple(layer.health for layer in layers), worst_first(findings(layers)), plan, 0, ())
 
 
 def check_file(path: Path | None, source: OnnxFile | str | Path, options: Options, *, whole: bool) -> CheckReport:

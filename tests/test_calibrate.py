@@ -26,8 +26,7 @@ from bnfold.cli import cli
 from bnfold.loading.load import load
 from bnfold.statistics.batchnorms import batch_norms, watching_inputs
 from bnfold.statistics.calibration import measure
-from bnfold.statistics.distance import Sampled
-from bnfold.statistics.moments import Moments, parts
+from bnfold.statistics.moments import Moments, Sampled, parts
 from bnfold.statistics.waves import schedule, trace
 
 torch.set_num_threads(1)

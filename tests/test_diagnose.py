@@ -18,8 +18,7 @@ from torch.nn import functional as F
 import bnfold
 from bnfold.render import document
 from bnfold.report import FINDINGS, Diagnosis
-from bnfold.statistics.distance import Distance, Sampled
-from bnfold.statistics.moments import Moments
+from bnfold.statistics.moments import Distance, Moments, Sampled
 
 torch.set_num_threads(1)
 SHAPE = (8, 3, 6, 5)

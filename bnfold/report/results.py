@@ -52,7 +52,7 @@ class NormHealth:
         shift: of beta - mean*scale.
         variance: of the running variance.
         distance: where data was given, of the channels' distance from it, in standard deviations
-            (``bnfold.statistics.distance``). None for an InstanceNorm: its statistics are those of single samples.
+            (``bnfold.statistics.moments``). None for an InstanceNorm: its statistics are those of single samples.
     """
 
     module: str

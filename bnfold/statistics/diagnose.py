@@ -20,10 +20,19 @@ from bnfold.graph.interpret import Runner
 from bnfold.report import FINDINGS, Finding, NormHealth
 from bnfold.report.progress import Progress, silent
 from bnfold.statistics.batches import call, data_batches
-from bnfold.statistics.batchnorms import batch_norms, is_unshaped, lacks_statistics, watching_inputs, without_numbers
-from bnfold.statistics.distance import FREEDOM, Distance, Sampled
-from bnfold.statistics.findings import channel_findings, layer_findings, model_findings
-from bnfold.statistics.layers import Layer, module_layers, program_layers, spread
+from bnfold.statistics.batchnorms import (
+    Layer,
+    batch_norms,
+    is_unshaped,
+    lacks_statistics,
+    module_layers,
+    program_layers,
+    spread,
+    watching_inputs,
+    without_numbers,
+)
+from bnfold.statistics.findings import channel_findings, findings
+from bnfold.statistics.moments import FREEDOM, Distance, Sampled
 
 #: Samples of the data in a batch.
 BATCH = 32
@@ -71,7 +80,7 @@ def examine(
         layers = _joined(model, module_layers(model, calls), in_graph)
         whys = {name: without_numbers(norm) for name, norm in _norms(model).items()}
         notes += [f"layer '{name}' is {why}: it was not looked at" for name, why in whys.items() if why]
-    found = [finding for layer in layers for finding in layer_findings(layer)] + model_findings(layers)
+    found = findings(layers)
     samples = 0
     if data is not None and any(layer.shapeless for layer in layers):
         notes.append("a model with lazy layers cannot be run yet: nothing was compared with the data")
@@ -89,10 +98,10 @@ def examine(
     return Examined(tuple(layer.health for layer in layers), worst_first(found), samples, tuple(notes))
 
 
-def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def worst_first(found: Iterable[Finding]) -> tuple[Finding, ...]:
     """By severity, then in the order of ``FINDINGS``, then as they come: in the order of the layers."""
     codes = list(FINDINGS)
-    return tuple(sorted(findings, key=lambda f: (_SEVERITIES.index(f.severity), codes.index(f.code))))
+    return tuple(sorted(found, key=lambda f: (_SEVERITIES.index(f.severity), codes.index(f.code))))
 
 
 def _joined(model: nn.Module, own: list[Layer], in_graph: list[Layer]) -> list[Layer]:

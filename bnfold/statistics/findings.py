@@ -17,13 +17,13 @@ With ``u`` the epsilon of the dtype that a layer is stored in, ``sigma = sqrt(va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bnfold.report import Finding
-from bnfold.statistics.layers import Layer
+from bnfold.statistics.batchnorms import Layer
 
 _SHOWN = 5
 _HALF = {torch.float16, torch.bfloat16}
@@ -32,150 +32,97 @@ _SINGLE_EPS = float(torch.finfo(torch.float32).eps)
 _FEWER_THAN_TWO_BATCHES = 2 / 3
 
 
-def layer_findings(layer: Layer) -> list[Finding]:
-    """What is wrong with one BatchNorm."""
-    return [finding for check in _CHECKS for finding in check(layer)]
+def findings(layers: Sequence[Layer]) -> list[Finding]:
+    """What is wrong with each BatchNorm, and with how they go together."""
+    checks = (_of_use, _of_statistics, _of_channels)
+    return [*_together(layers), *(found for layer in layers for check in checks for found in check(layer))]
 
 
-def model_findings(layers: Sequence[Layer]) -> list[Finding]:
-    """What is wrong with how the BatchNorms of a model go together."""
+def _together(layers: Sequence[Layer]) -> Iterator[Finding]:
     tracked = [layer.health for layer in layers if layer.health.kind != "frozen" and layer.health.training is not None]
     training = tuple(norm.module for norm in tracked if norm.training)
     frozen = tuple(norm.module for norm in tracked if not norm.training)
     if training and frozen:
         detail = f"{_listed(training)} in train mode; {_listed(frozen)} in eval mode"
-        return [Finding("partly-frozen", (*training, *frozen), detail)]
-    if training:
-        return [Finding("train-mode", training, f"all {len(training)} of them" if len(training) > 1 else "")]
-    return []
+        yield Finding("partly-frozen", (*training, *frozen), detail)
+    elif training:
+        yield Finding("train-mode", training, f"all {len(training)} of them" if len(training) > 1 else "")
 
 
-def _no_channels(layer: Layer) -> Iterator[Finding]:
+def _of_use(layer: Layer) -> Iterator[Finding]:
+    """How it is built, trained and called."""
+    norm, about = layer.health, (layer.health.module,)
     if layer.shapeless:
-        yield _finding("no-channels", layer)
+        yield Finding("no-channels", about)
+    if not norm.track_running_stats:
+        called = norm.training is None or "running_var" in layer.stored
+        yield Finding("batch-statistics", about, "called with training=True" if called else "track_running_stats=False")
+    elif norm.kind == "batch_norm" and norm.training is not None:  # a captured program writes 0 for None
+        if norm.momentum is None:
+            yield Finding("momentum-none", about)
+        elif norm.momentum == 0:
+            yield Finding("momentum-zero", about)
+        elif norm.momentum > _FEWER_THAN_TWO_BATCHES:
+            batches = (2 - norm.momentum) / norm.momentum
+            yield Finding("momentum-high", about, f"with {norm.momentum:g} over {batches:.3g}")
+    variance = layer.stored.get("running_var")
+    if variance is not None and variance.dtype in _HALF:
+        yield Finding("half-statistics", about, norm.dtype)
+    if norm.calls == 0:
+        yield Finding("not-called", about)
+    if (norm.calls or 0) > 1:
+        yield Finding("shared-statistics", about, f"called {norm.calls} times")
+    if layer.shared:
+        yield Finding("shared-statistics", about, f"its statistics are those of {', '.join(layer.shared)} too")
 
 
-def _batch_statistics(layer: Layer) -> Iterator[Finding]:
-    if not layer.health.track_running_stats:
-        called = layer.health.training is None or "running_var" in layer.stored
-        how = "called with training=True" if called else "track_running_stats=False"
-        yield _finding("batch-statistics", layer, how)
-
-
-def _nonfinite(layer: Layer) -> Iterator[Finding]:
+def _of_statistics(layer: Layer) -> Iterator[Finding]:
+    """What no statistics are, those of no data, and a mean that costs half the digits."""
     for name, tensor in layer.stored.items():
         yield from channel_findings("nonfinite", layer, ~tensor.isfinite(), f"{name} is NaN or infinite")
-
-
-def _negative_variance(layer: Layer) -> Iterator[Finding]:
-    """A variance below zero, or of zero where eps is zero too."""
-    if (variance := layer.wide("running_var")) is not None:
+    mean, variance = layer.wide("running_mean"), layer.wide("running_var")
+    if variance is not None:
         bad = (variance < 0) | (variance + layer.eps <= 0)
         words = f"running_var goes down to {_among(variance, bad).min():.3g}"
         yield from channel_findings("negative-variance", layer, bad, words)
-
-
-def _never_trained(layer: Layer) -> Iterator[Finding]:
-    mean, variance = layer.wide("running_mean"), layer.wide("running_var")
-    if mean is None or variance is None or bool((mean != 0).any()) or bool((variance != 1).any()):
+    if mean is None or variance is None:
         return
-    counted = layer.health.batches_tracked
-    words = {None: "it counts no batches", 0: "0 batches tracked"}
-    yield _finding("never-trained", layer, words.get(counted, f"although it counts {counted} batches"))
+    if not bool((mean != 0).any() or (variance != 1).any()):
+        counted = layer.health.batches_tracked
+        how = {None: "it counts no batches", 0: "0 batches tracked"}
+        detail = how.get(counted, f"although it counts {counted} batches")
+        yield Finding("never-trained", (layer.health.module,), detail)
+    apart = mean.abs() / (variance + layer.eps).sqrt()
+    far = (apart > _epsilon(layer) ** -0.5) & apart.isfinite()
+    yield from channel_findings("cancellation", layer, far, f"up to {_among(apart, far).max():.3g} deviations")
 
 
-def _vanishing_variance(layer: Layer) -> Iterator[Finding]:
-    """A variance below eps in a channel that has a gamma to speak of."""
-    variance = layer.wide("running_var")
-    if variance is None or not layer.per_channel:
-        return
-    largest = (layer.gamma.abs() + layer.beta.abs()).nan_to_num(0, 0, 0).max()
-    below = (variance >= 0) & (variance < layer.eps) & (layer.gamma.abs() > _epsilon(layer) * largest)
-    words = f"running_var goes down to {_among(variance, below).min():.2g}, eps is {layer.eps:g}"
-    yield from channel_findings("vanishing-variance", layer, below, words)
-
-
-def _dead_channels(layer: Layer) -> Iterator[Finding]:
+def _of_channels(layer: Layer) -> Iterator[Finding]:
+    """A variance below eps under a gamma to speak of, a constant output, and what is too large."""
     if not layer.per_channel:
         return
-    spread = layer.gamma.abs()
-    if (variance := layer.wide("running_var")) is not None:
-        spread = spread * (variance / (variance + layer.eps)).sqrt()  # NaN where the variance is not one
-    largest = (layer.beta.abs() + spread).nan_to_num(0, 0, 0).max()
-    yield from channel_findings("dead-channels", layer, spread <= _epsilon(layer) * largest, "constant")
-
-
-def _exploding_scale(layer: Layer) -> Iterator[Finding]:
-    """A scale or shift beyond float16, or far above the layer's other scales."""
+    gamma, beta, variance = layer.gamma.abs(), layer.beta.abs(), layer.wide("running_var")
+    output, spread = beta + gamma, gamma
+    if variance is not None:
+        below = (variance >= 0) & (variance < layer.eps) & (gamma > _epsilon(layer) * _largest(output))
+        words = f"running_var goes down to {_among(variance, below).min():.2g}, eps is {layer.eps:g}"
+        yield from channel_findings("vanishing-variance", layer, below, words)
+        spread = gamma * (variance / (variance + layer.eps)).sqrt()  # NaN where the variance is not one
+    yield from channel_findings("dead-channels", layer, spread <= _epsilon(layer) * _largest(beta + spread), "constant")
     if layer.affine is None:
         return
     scale, shift = (part.abs() for part in layer.affine)
-    output = layer.beta.abs() + layer.gamma.abs()
     largest = torch.stack([scale, shift, output]).amax(0)
     beyond = (largest > _HALF_MAX) & largest.isfinite()
+    live = scale[scale.isfinite() & (scale > 0)]
     if bool(beyond.any()):
         words = f"up to {largest[beyond].max():.3g}, beyond float16's {_HALF_MAX:g}"
         yield from channel_findings("exploding-scale", layer, beyond, words)
-        return
-    live = scale[scale.isfinite() & (scale > 0)]
-    if live.numel() > 2:
+    elif live.numel() > 2:
         apart = scale / live.median()
         far = (apart > _SINGLE_EPS**-0.5) & apart.isfinite()
         words = f"up to {_among(apart, far).max():.3g} times the layer's median"
         yield from channel_findings("exploding-scale", layer, far, words)
-
-
-def _cancellation(layer: Layer) -> Iterator[Finding]:
-    """A mean so far from zero that subtracting it costs half the digits."""
-    mean, variance = layer.wide("running_mean"), layer.wide("running_var")
-    if mean is not None and variance is not None:
-        apart = mean.abs() / (variance + layer.eps).sqrt()
-        far = (apart > _epsilon(layer) ** -0.5) & apart.isfinite()
-        yield from channel_findings("cancellation", layer, far, f"up to {_among(apart, far).max():.3g} deviations")
-
-
-def _half_statistics(layer: Layer) -> Iterator[Finding]:
-    variance = layer.stored.get("running_var")
-    if variance is not None and variance.dtype in _HALF:
-        yield _finding("half-statistics", layer, layer.health.dtype)
-
-
-def _momentum(layer: Layer) -> Iterator[Finding]:
-    """Zero, None, or so large that one batch decides."""
-    norm = layer.health
-    # A captured program writes 0 for None, and trains no more.
-    if norm.kind != "batch_norm" or not norm.track_running_stats or norm.training is None:
-        return
-    if norm.momentum is None:
-        yield _finding("momentum-none", layer)
-    elif norm.momentum == 0:
-        yield _finding("momentum-zero", layer)
-    elif norm.momentum > _FEWER_THAN_TWO_BATCHES:
-        batches = (2 - norm.momentum) / norm.momentum
-        yield _finding("momentum-high", layer, f"with {norm.momentum:g} over {batches:.3g}")
-
-
-def _shared_statistics(layer: Layer) -> Iterator[Finding]:
-    """Called in several places, or its buffers are those of another module."""
-    if (layer.health.calls or 0) > 1:
-        yield _finding("shared-statistics", layer, f"called {layer.health.calls} times")
-    if layer.shared:
-        yield _finding("shared-statistics", layer, f"its statistics are those of {', '.join(layer.shared)} too")
-
-
-def _not_called(layer: Layer) -> Iterator[Finding]:
-    if layer.health.calls == 0:
-        yield _finding("not-called", layer)
-
-
-_CHECKS: tuple[Callable[[Layer], Iterator[Finding]], ...] = (
-    _no_channels, _nonfinite, _negative_variance, _batch_statistics, _never_trained, _vanishing_variance,
-    _dead_channels, _exploding_scale, _cancellation, _half_statistics, _momentum, _shared_statistics, _not_called,
-)  # fmt: skip
-
-
-def _finding(code: str, layer: Layer, detail: str = "") -> Finding:
-    return Finding(code, (layer.health.module,), detail)
 
 
 def channel_findings(code: str, layer: Layer, bad: Tensor, detail: str) -> Iterator[Finding]:
@@ -191,6 +138,10 @@ def channel_findings(code: str, layer: Layer, bad: Tensor, detail: str) -> Itera
 def _among(values: Tensor, bad: Tensor) -> Tensor:
     """The values where ``bad`` is true; a zero where it nowhere is."""
     return values[bad] if bool(bad.any()) else values.new_zeros(1)
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.nan_to_num(0, 0, 0).max()
 
 
 def _epsilon(layer: Layer) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
@@ -79,13 +79,17 @@ class Seen:
 
     def __add__(self, other: Seen) -> Seen:
         """What both have shown, this one first."""
-        moments, before = dict(self.moments), dict(self.before)
-        for site, more in other.moments.items():
-            moments[site] = _pooled(moments.get(site), more)
-        for site, sources in other.before.items():
-            before[site] = before.get(site, frozenset()) | sources
         told, batches = self.told or other.told, self.batches + other.batches
-        return Seen(moments, self.times + other.times, before, told, batches, self.rows + other.rows)
+        both = Seen({**self.moments}, self.times + other.times, {**self.before}, told, batches, self.rows + other.rows)
+        both.waits_for(other.before)
+        for site, more in other.moments.items():
+            both.moments[site] = _pooled(both.moments.get(site), more)
+        return both
+
+    def waits_for(self, sources: Mapping[Site, frozenset[Site]]) -> None:
+        """Notes that the sites wait for these too."""
+        for site, more in sources.items():
+            self.before[site] = self.before.get(site, frozenset()) | more
 
 
 #: Makes a pass over all the data: what every part of it shows, in their order.
@@ -157,77 +161,45 @@ def observe(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress
     for name, moments in turn.known.items():
         for norm in targets[name]:
             write(norm, moments)
-    run = {"first": _follow, "later": _measure, "one-pass": _normalise}[turn.kind]
-    with torch.no_grad():
-        return run(model, targets, read, turn, progress)
+    pairs = [(name, norm) for name, norms in targets.items() for norm in norms]
+    seen, calls, left, waves = Seen(), Counter[str](), set[Site](), 0
 
+    def measure(site: Site, norm: nn.Module, x: Tensor) -> None:
+        moments = _moments(site.module, norm, x)
+        if turn.kind == "one-pass" and moments.count:
+            _check_count(site.module, moments)
+            write(norm, moments)  # eval mode with these statistics is what training mode computes
+        seen.moments[site] = _pooled(seen.moments.get(site), moments)
 
-def _follow(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
-    seen, waves = Seen(), 0
-
-    def measure_free(site: Site, norm: nn.Module, x: Tensor) -> None:
-        seen.moments[site] = _pooled(seen.moments.get(site), _moments(site.module, norm, x))
-
-    for batch in read():
-        found = trace(partial(call, model, batch), _pairs(targets), measure_free)
-        for site, sources in found.before.items():
-            seen.before[site] = seen.before.get(site, frozenset()) | sources
-        seen.times.update(found.before.keys())
-        seen.told = seen.told or bool(found.told)
-        seen.batches += 1
-        waves = waves or len(schedule(seen.before).waves)
-        progress("calibrate", seen.batches, waves * seen.batches + 1)
-    return seen
-
-
-def _measure(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
-    seen, calls, left = Seen(), Counter[str](), set[Site]()
-
-    def measure_wanted(name: str, norm: nn.Module, x: Tensor) -> None:
+    def entering(name: str, norm: nn.Module, x: Tensor) -> None:
         site = Site(name, calls[name])
         calls[name] += 1
         seen.times[site] += 1
-        if site in turn.wanted:
-            seen.moments[site] = _pooled(seen.moments.get(site), _moments(name, norm, x))
+        if turn.kind == "one-pass":
+            measure(Site(name, 0), norm, x)
+        elif site in turn.wanted:
+            measure(site, norm, x)
             left.discard(site)
             if turn.stops and not left:
                 raise _Enough
 
-    with watching_inputs(_pairs(targets), measure_wanted):
+    with torch.no_grad(), nullcontext() if turn.kind == "first" else watching_inputs(pairs, entering):
         for batch in read():
             calls.clear()
             left |= turn.wanted
-            with suppress(_Enough):
-                call(model, batch)
+            if turn.kind == "first":
+                found = trace(partial(call, model, batch), pairs, measure)
+                seen.waits_for(found.before)
+                seen.times.update(found.before.keys())
+                seen.told = seen.told or bool(found.told)
+            else:
+                with suppress(_Enough):
+                    call(model, batch)
             seen.batches += 1
-            progress("calibrate", min(turn.done + seen.batches, turn.total - 1), turn.total)
+            waves = waves or len(schedule(seen.before).waves) or 1
+            total = turn.total or waves * seen.batches + 1
+            progress("calibrate", min(turn.done + seen.batches, total - 1), total)
     return seen
-
-
-def _normalise(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
-    seen, calls = Seen(), Counter[str]()
-
-    def normalise_with_batch(name: str, norm: nn.Module, x: Tensor) -> None:
-        moments = _moments(name, norm, x)
-        if moments.count:
-            _check_count(name, moments)
-            write(norm, moments)  # eval mode with these statistics is what training mode computes
-        first = Site(name, 0)
-        seen.moments[first] = _pooled(seen.moments.get(first), moments)
-        seen.times[Site(name, calls[name])] += 1
-        calls[name] += 1
-
-    with watching_inputs(_pairs(targets), normalise_with_batch):
-        for batch in read():
-            calls.clear()
-            call(model, batch)
-            seen.batches += 1
-            progress("calibrate", seen.batches, seen.batches + 1)
-    return seen
-
-
-def _pairs(targets: Targets) -> list[tuple[str, nn.Module]]:
-    return [(name, norm) for name, norms in targets.items() for norm in norms]
 
 
 def _pooled(known: Moments | None, more: Moments) -> Moments:
