@@ -12,8 +12,7 @@ import click
 
 from bnfold._version import __version__
 from bnfold.commands import COMMANDS
-from bnfold.commands.ends import Terminated, heed_signals, ignore_signals
-from bnfold.commands.terminal import fail, hush
+from bnfold.commands.terminal import Terminated, fail, heed_signals, hush, ignore_signals
 from bnfold.errors import EXIT_CODES
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())

@@ -369,7 +369,7 @@ def test_every_command_refuses_data_outside_of_a_models_folder(folder: Path) -> 
 
 SWALLOWED = """
 import signal, sys, time, weakref
-from bnfold.commands.ends import heed_signals
+from bnfold.commands.terminal import heed_signals
 heed_signals()
 class Thing: pass
 thing = Thing()

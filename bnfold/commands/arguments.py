@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bnfold.commands.ends import exit_code
+from bnfold.commands.terminal import exit_code
 
 #: What gives a function one or more parameters of the command line.
 Decorator = Callable[[Any], Any]
@@ -63,28 +64,20 @@ def _row(*names: str, **settings: Any) -> _Row:
     return names, settings
 
 
-def _flag(*names: str, **settings: Any) -> _Row:
-    return names, {"is_flag": True, **settings}
-
-
-def _file(*names: str, **settings: Any) -> _Row:
-    return names, {"type": _PATH, "metavar": "FILE", **settings}
-
-
-def _shown(*names: str, **settings: Any) -> _Row:
-    return names, {"show_default": True, **settings}
-
-
 def _count(*names: str, least: int = 1, **settings: Any) -> _Row:
-    return _shown(*names, type=click.IntRange(least, _MOST), **settings)
+    return _row(*names, show_default=True, type=click.IntRange(least, _MOST), **settings)
 
 
-def _number(*names: str, **settings: Any) -> _Row:
-    return names, {"type": click.IntRange(1, _MOST), "metavar": "N", **settings}
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise click.BadParameter("it must be a positive number", ctx=ctx, param=parameter)
+    return value
 
 
-def _positive(*names: str, **settings: Any) -> _Row:
-    return _shown(*names, type=float, callback=_finite, **settings)
+_flag = partial(_row, is_flag=True)
+_file = partial(_row, type=_PATH, metavar="FILE")
+_number = partial(_row, type=click.IntRange(1, _MOST), metavar="N")
+_positive = partial(_row, type=float, callback=_finite, show_default=True)
 
 
 def _options(group: str, *rows: _Row) -> Decorator:
@@ -107,12 +100,6 @@ def command(*parts: Decorator) -> Callable[[Callable[..., int]], Command]:
         return click.command(cls=Command)(function)
 
     return decorate
-
-
-def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise click.BadParameter("it must be a positive number", ctx=ctx, param=parameter)
-    return value
 
 
 def _pairs(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -174,8 +161,8 @@ CALIBRATION = _options(
     ),
     _file("-o", "--output", required=True, help="A .safetensors file with all weights, for --weights."),
     _row("--only", multiple=True, metavar="PATTERN", help="BatchNorms to measure, e.g. 'layer4.*'; repeatable."),
-    _shown(
-        "--scheme", type=click.Choice(["sequential", "one-pass"]), default="sequential",
+    _row(
+        "--scheme", show_default=True, type=click.Choice(["sequential", "one-pass"]), default="sequential",
         help="sequential: each layer behind measured ones, a pass over the data per level. one-pass: with batch "
         "statistics in front, as in training.",
     ),
@@ -204,8 +191,8 @@ SEARCH = _options(
     *_SAMPLES,
 )
 _DEVICE: tuple[_Row, ...] = (
-    _shown(
-        "--device", metavar="NAME", default="auto",
+    _row(
+        "--device", show_default=True, metavar="NAME", default="auto",
         help="Where ONNX Runtime runs: cpu, cuda, tensorrt, openvino, directml, coreml, qnn, or what it calls another "
         "provider. It never falls back; auto is CUDA where that works.",
     ),

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from bnfold.commands import export
 from bnfold.commands.arguments import CLASHES
-from bnfold.commands.produce import export
 
 #: Options of export that are the fleet's to give.
 _GIVEN = {"output", "report", "as_json", "verbose", "quiet", "dry_run", "debug", "help"}

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.commands.job import Job
-from bnfold.commands.running import load_model, load_source, pipeline_options, quiet
+from bnfold.commands.running import Job, quiet
 from bnfold.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
     from bnfold.report.progress import silent
 
     with quiet():
-        loaded, inputs = load_model(job)
-        return sharding.looker(file, loaded.model, **inputs, options=pipeline_options(job, loaded, silent))
+        loaded, inputs = job.load_model()
+        return sharding.looker(file, loaded.model, **inputs, options=job.options(loaded, silent))
 
 
 def observer(job: Job) -> Callable[[Path, Any], Any]:
@@ -75,4 +74,4 @@ def observer(job: Job) -> Callable[[Path, Any], Any]:
     from bnfold import sharding
 
     with quiet():
-        return sharding.observer(load_source(job).model, only=job.given["only"] or None, batch=job.given["batch_size"])
+        return sharding.observer(job.load_source().model, only=job.given["only"] or None, batch=job.given["batch_size"])
