@@ -16,8 +16,8 @@ from bnfold.affine import Meaning
 from bnfold.drawing import of_files
 from bnfold.errors import BnfoldError, InputError, LowerError, ResourceError, UsageError
 from bnfold.files import sha256_of
+from bnfold.gate.bisection import FileBisector
 from bnfold.gate.data import load_data
-from bnfold.gate.file_bisection import FileBisector
 from bnfold.gate.file_gate import FileGate
 from bnfold.graph.onnx_graph import OnnxGraph
 from bnfold.loading.onnx_file import OnnxFile, bytes_of, put, read_onnx

@@ -20,7 +20,7 @@ from bnfold.files import sha256_of
 from bnfold.gate.bisection import Bisector
 from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
-from bnfold.gate.parts import Spread as Parts
+from bnfold.gate.metrics import Spread as Parts
 from bnfold.graph.program import meanings
 from bnfold.graph.wrapped import unwrapped
 from bnfold.interface import interface, renamed

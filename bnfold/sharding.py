@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from bnfold.errors import UsageError
 from bnfold.gate.gate import Gate
-from bnfold.gate.parts import Facts, Part
+from bnfold.gate.metrics import Facts, Part
 from bnfold.options import Model, Options
 from bnfold.report import Ledger
 from bnfold.report.progress import silent

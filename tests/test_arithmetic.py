@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfold.gate.engines import coarser, settings
+from bnfold.gate.candidates import coarser, settings
 from bnfold.graph.capture import capture
 from bnfold.runtime import arithmetic as module
 from bnfold.runtime.arithmetic import FLOAT32, FLOAT64, FORMATS, arithmetic, classified

@@ -42,7 +42,7 @@ def test_intermediate_values_are_read_without_a_copy_on_disk(
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     seen.clear()
     assert bnfold.bisect(path, module, args, device="cpu").passed
-    assert len(seen) > 3 and all(listed == sorted(before) for listed in seen)
+    assert len(seen) > 2 and all(listed == sorted(before) for listed in seen)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

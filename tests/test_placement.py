@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.errors import LowerError
-from bnfold.gate import candidates, devices, engines
+from bnfold.gate import candidates
 from bnfold.gate.gate import Gate
 from bnfold.graph.capture import capture
 from bnfold.lowering.lower import lower, save
@@ -144,7 +144,7 @@ class Net(nn.Module):
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What sessions are asked for, written down; as deployed they are taken to compute in TF32."""
     found: list[dict[str, Any]] = []
-    real, measured = candidates.open_session, engines.arithmetic
+    real, measured = candidates.open_session, candidates.arithmetic
 
     def noted(model: Any, **more: Any) -> Session:
         found.append({"deployed": False} | more)
@@ -155,7 +155,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     for module in (candidates, placements):
         monkeypatch.setattr(module, "open_session", noted)
-    monkeypatch.setattr(engines, "arithmetic", as_deployed)
+    monkeypatch.setattr(candidates, "arithmetic", as_deployed)
     return found
 
 
@@ -210,7 +210,7 @@ def test_a_device_that_is_coarse_itself_leaves_the_file_to_the_cpu(
 ) -> None:
     coarse = Device(Provider("coarse", CPU), (("a", "1"),))
     monkeypatch.setattr(
-        engines, "arithmetic", lambda device, **_: TF32 if device == coarse else engines.FLOAT32
+        candidates, "arithmetic", lambda device, **_: TF32 if device == coarse else candidates.FLOAT32
     )  # fmt: skip
     report = judge(tmp_path, coarse)
     assert report.verdict == "pass" and [e.options for e in report.engines] == [{}, {"a": "1"}]
@@ -222,7 +222,7 @@ def test_a_device_that_is_coarse_itself_leaves_the_file_to_the_cpu(
 def test_a_node_elsewhere_is_a_note_or_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partly = Placement({CUDA: 3, CPU: 1}, ("a (TopK)",))
     monkeypatch.setattr(candidates.OnnxCandidate, "placement", lambda *_: partly)
-    monkeypatch.setattr(devices, "placement_finding", lambda found, _: placement_finding(found, CUDA))
+    monkeypatch.setattr(candidates, "placement_finding", lambda found, _: placement_finding(found, CUDA))
     said = f"1 of 4 nodes of the file ran on {CPU}: a (TopK)"
     report = judge(tmp_path)
     assert report.verdict == "pass" and said in report.notes and report.placement == partly
@@ -243,7 +243,7 @@ def test_a_device_that_cannot_be_trusted_is_never_green(
 ) -> None:
     method, replacement, verdict, message = BAD[name]
     monkeypatch.setattr(candidates.OnnxCandidate, method, replacement)
-    monkeypatch.setattr(devices, "placement_finding", lambda found, _: placement_finding(found, CUDA))
+    monkeypatch.setattr(candidates, "placement_finding", lambda found, _: placement_finding(found, CUDA))
     report = judge(tmp_path)
     assert report.verdict == verdict and any(message in problem for problem in report.problems)
 

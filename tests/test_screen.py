@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bnfold.evaluate.subject import Run
 from bnfold.gate import gate as gate_module
-from bnfold.gate.claims import FileClaim
 from bnfold.gate.samples import Batch
 from bnfold.gate.screen import Screen
+from bnfold.gate.witnesses import FileWitness
 
 torch.set_num_threads(1)
 U = 2.0**-24
@@ -36,13 +36,13 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Dear models; the sizes of the batches that the file is run on in float64."""
     monkeypatch.setattr(gate_module, "DEAR", 0)
     sizes: list[int] = []
-    run = FileClaim.run
+    run = FileWitness.run
 
-    def counted(self: FileClaim, batch: Batch, *given: Any, **more: Any) -> Run:
+    def counted(self: FileWitness, batch: Batch, *given: Any, **more: Any) -> Run:
         sizes.append(batch.size)
         return run(self, batch, *given, **more)
 
-    monkeypatch.setattr(FileClaim, "run", counted)
+    monkeypatch.setattr(FileWitness, "run", counted)
     return sizes
 
 

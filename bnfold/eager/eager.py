@@ -15,12 +15,11 @@ from bnfold.eager.blueprint import Blueprint
 from bnfold.eager.expression import Conflicts, Expression, express
 from bnfold.eager.probing import held_in_place
 from bnfold.errors import FoldError, InputError
-from bnfold.gate.candidates import EagerCandidate
 from bnfold.gate.findings import Findings
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Judge, run_cases
 from bnfold.gate.models import Model
-from bnfold.gate.outside import judge_outside
+from bnfold.gate.outside import EagerCandidate, judge_outside
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import Captured
 from bnfold.graph.copies import copied, eval_copy

@@ -9,7 +9,7 @@ first of the data) are compared with float64 one and all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -23,10 +23,8 @@ from bnfold.gate.data import IGNORED, VOID, Labels, stored_batches
 from bnfold.gate.evidence import TINY, specials, unit_roundoff
 from bnfold.gate.findings import Findings, first_line
 from bnfold.gate.judge import Case, Judge
-from bnfold.gate.metrics import Classification, Errors, Regression, rms
+from bnfold.gate.metrics import Classification, Errors, Facts, Part, Regression, Spread, rms
 from bnfold.gate.models import Model
-from bnfold.gate.outside import own_error
-from bnfold.gate.parts import Facts, Part, Spread
 from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.gate.stored import Rows, in_order
 from bnfold.gate.values import numbers
@@ -34,7 +32,7 @@ from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.interpret import Runner
 from bnfold.graph.names import number_names
 from bnfold.report import Accuracy
-from bnfold.report.progress import Progress
+from bnfold.report.progress import Progress, silent
 
 #: Samples that are run at once, and bytes of their inputs and outputs.
 SAMPLES, BYTES = 64, 32 << 20
@@ -47,16 +45,10 @@ Follow = Callable[[Batch], Sequence[Tensor]]
 
 
 def judge_accuracy(
-    judge: Judge,
-    candidate: Candidate,
-    data: Mapping[str, Rows],
-    labels: Labels | None = None,
-    *,
-    pinned: Mapping[str, int] | None = None,
-    spread: Spread | None = None,
-    follow: Follow | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Accuracy | None:
+    judge: Judge, candidate: Candidate, data: Mapping[str, Rows], labels: Labels | None = None, *,
+    pinned: Mapping[str, int] | None = None, spread: Spread | None = None, follow: Follow | None = None,
+    progress: Progress = silent,
+) -> Accuracy | None:  # fmt: skip
     """Runs all of ``data``; None where the candidate fails on it, which is a problem.
 
     A class that changes is a near-tie where the two logits are closer than ``NEAR_FACTOR`` limits of the noise that
@@ -81,58 +73,18 @@ def judge_accuracy(
     captured, findings, labels = judge.reference.captured, judge.findings, labels or Labels()
     facts = _facts(judge, captured, data, labels, pinned or {}, candidate.coarser)
     if spread is None:
-        parts: Iterable[Part] = [look(captured, candidate, data, labels, facts, progress, follow)]
+        part = look(captured, candidate, data, labels, facts, progress, follow)
     else:
-        parts = spread(facts)
-    part = reduce(add, parts)
+        part = reduce(add, spread(facts))
     findings.problems += part.problems
     findings.doubts += part.doubts
     return None if part.ended else _result(part, facts, candidate, findings)
 
 
-def _facts(
-    judge: Judge, captured: Captured, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int],
-    coarser: float,
-) -> Facts:  # fmt: skip
-    cases = [case for case in judge.cases if not case.batch.origin] or judge.cases
-    names, first = number_names(captured.program), cases[0].own
-    size = _batch_size(captured, data, pinned)
-    # What has no samples along its first axis cannot be told apart by them.
-    outputs = [
-        i
-        for i, value in enumerate(first)
-        if value.is_floating_point()
-        and value.ndim
-        and value.numel()
-        and all(case.own[i].shape[0] == (case.batch.size or size) for case in cases)
-    ]
-    targets = frozenset(i for i in outputs if names[i] in labels.targets)
-    # Classes are where the labels belong, else along axis 1 of the first (samples, classes).
-    if labels.output:
-        classes = {i: labels.axis for i in outputs if names[i] == labels.output}
-        if not classes:
-            raise InputError(f"output '{labels.output}' has no sample axis for the labels")
-    else:
-        plain = [i for i in outputs if first[i].ndim == 2 and first[i].shape[1] > 1 and i not in targets]
-        classes = dict.fromkeys(plain[:1], 1)
-    batched = bool(cases[0].batch.size)
-    fixed = bool(pinned) or not batched
-    noise = {i: coarser * _typical_noise(cases, i) for i in outputs}
-    logits = {i: tuple((coarser * _class_noise(cases, i, axis)).tolist()) for i, axis in classes.items()}
-    return Facts(
-        noise, classes, targets, labels.classes is not None, size, fixed, batched, judge.limit, logits, coarser
-    )
-
-
 def look(
-    captured: Captured,
-    candidate: Candidate,
-    data: Mapping[str, Rows],
-    labels: Labels,
-    facts: Facts,
-    progress: Progress,
-    follow: Follow | None = None,
-) -> Part:
+    captured: Captured, candidate: Candidate, data: Mapping[str, Rows], labels: Labels, facts: Facts,
+    progress: Progress, follow: Follow | None = None,
+) -> Part:  # fmt: skip
     """Runs some data, and closes the candidate.
 
     Raises:
@@ -148,6 +100,84 @@ def look(
             candidate.close()
 
 
+# ---- what is known beforehand ----------------------------------------------------------------------------------------
+
+
+def _facts(
+    judge: Judge, captured: Captured, data: Mapping[str, Rows], labels: Labels, pinned: Mapping[str, int],
+    coarser: float,
+) -> Facts:  # fmt: skip
+    cases = [case for case in judge.cases if not case.batch.origin] or judge.cases
+    names, first = number_names(captured.program), cases[0].own
+    size = _batch_size(captured, data, pinned)
+    # What has no samples along its first axis cannot be told apart by them.
+    outputs = [
+        i for i, value in enumerate(first)
+        if value.is_floating_point() and value.ndim and value.numel()
+        and all(case.own[i].shape[0] == (case.batch.size or size) for case in cases)
+    ]  # fmt: skip
+    targets = frozenset(i for i in outputs if names[i] in labels.targets)
+    # Classes are where the labels belong, else along axis 1 of the first (samples, classes).
+    classes = {i: labels.axis for i in outputs if names[i] == labels.output}
+    if labels.output and not classes:
+        raise InputError(f"output '{labels.output}' has no sample axis for the labels")
+    if not labels.output:
+        plain = [i for i in outputs if first[i].ndim == 2 and first[i].shape[1] > 1 and i not in targets]
+        classes = dict.fromkeys(plain[:1], 1)
+    batched = bool(cases[0].batch.size)
+    noise = {i: coarser * _typical_noise(cases, i) for i in outputs}
+    logits = {i: tuple((coarser * _class_noise(cases, i, axis)).tolist()) for i, axis in classes.items()}
+    return Facts(noise, classes, targets, labels.classes is not None, size, bool(pinned) or not batched, batched,
+                 judge.limit, logits, coarser)  # fmt: skip
+
+
+def _own_error(case: Case, index: int) -> Tensor:
+    """How far the model itself is off in its own dtype."""
+    found: Tensor = case.own[index].double() - case.truth.outputs[index]
+    return found.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _typical_noise(cases: Sequence[Case], index: int) -> float:
+    """The unfolded model's relative error in one output, median over the gate's samples; a few ulp at least."""
+    found: list[float] = []
+    for case in cases:
+        true = case.truth.outputs[index]
+        good = true.isfinite() & case.own[index].isfinite()
+        ratio = rms(_own_error(case, index), good) / rms(true, good).clamp(min=TINY)
+        found += ratio[good.reshape(len(good), -1).any(1)].tolist()
+    return max(sorted(found)[len(found) // 2] if found else 0.0, 2 * unit_roundoff(cases[0].own[index].dtype))
+
+
+def _class_noise(cases: Sequence[Case], index: int, axis: int) -> Tensor:
+    """The RMS error of every class's logit in the unfolded model, a rounding of it at least."""
+    off, true = (
+        torch.cat([value.movedim(axis, -1).flatten(0, -2) for value in values])
+        for values in ([_own_error(case, index) for case in cases], [case.truth.outputs[index] for case in cases])
+    )
+    size = true.nan_to_num(0.0, 0.0, 0.0).square().mean(0).sqrt()
+    return torch.maximum(off.square().mean(0).sqrt(), unit_roundoff(cases[0].own[index].dtype) * size)
+
+
+def _batch_size(captured: Captured, data: Mapping[str, Rows], pinned: Mapping[str, int]) -> int:
+    """How many samples are run at once: as many as the batch is fixed at, else what fits."""
+    program = captured.program
+    names = [name for name in tensor_inputs(program) if name in data]
+    sizes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.op == "placeholder" and n.name in names}
+    batch = next((shape[0] for shape in sizes.values() if len(shape)), 1)
+    if isinstance(batch, int):
+        return batch
+    if str(batch) in pinned:
+        return pinned[str(batch)]
+    example = sum(v.numel() * 8 for v in numbers(Runner(program)(captured.flat)))  # float64, as they are compared
+    rows = captured.flat[captured.names.index(names[0])].shape[0]
+    per_sample = example // rows + sum(math.prod(data[name].shape[1:]) * 8 for name in names)
+    high = captured.ranges.get(str(batch), (1, None))[1]
+    return int(min(SAMPLES, high or SAMPLES, max(BYTES // max(per_sample, 1), 1)))
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
 class _Run:
     """One pass over some data."""
 
@@ -158,28 +188,26 @@ class _Run:
         self.captured, self.candidate, self.labels, self.follow = captured, candidate, labels, follow
         self.data, self.facts, self.progress = data, facts, progress
         self.names = number_names(captured.program)
-        self.unfolded = Runner(captured.program)
-        self.truths = 0
+        self.unfolded, self.model, self.truths = Runner(captured.program), Model(captured), 0
         near = facts.limit * NEAR_FACTOR
-        self.model = Model(captured)
         self.part = Part(
             0, {i: Errors(self.names[i]) for i in facts.noise}, {i: Regression(self.names[i]) for i in facts.targets},
             {i: Classification(self.names[i], axis, near) for i, axis in facts.classes.items()},
             digest=labels.digest, unused=labels.unused,
         )  # fmt: skip
+        #: By output how far the sample is off that is furthest off, the first one of its batch, and its place there.
         self.worst: dict[int, tuple[float, int, int]] = {}
 
     def go(self) -> Part:
         """Runs the data, ``size`` samples at a time."""
-        captured, part, size = self.captured, self.part, self.facts.size
+        part, size, labels = self.part, self.facts.size, self.labels
         total = len(next(iter(self.data.values())))
-        known = {i: in_order(self.labels.targets[self.names[i]], size) for i in part.targets}
-        classes = in_order(self.labels.classes, size) if self.labels.classes is not None else None
-        flats = stored_batches(captured.names, captured.flat, self.data, size=size, fixed=self.facts.fixed)
-        for flat, count in flats:
+        known = {i: in_order(labels.targets[self.names[i]], size) for i in part.targets}
+        classes = in_order(labels.classes, size) if labels.classes is not None else None
+        for flat, count in self._batches(self.data):
             self.progress("accuracy", part.samples, total)
             try:
-                before, after = numbers(self.unfolded(flat)), numbers(self.candidate.run(flat))
+                before, after = self._both(flat)
             except Exception as error:
                 part.problems.append(
                     f"{self.candidate.name}: fails on the data, samples {part.samples} to {part.samples + count - 1}: "
@@ -189,63 +217,65 @@ class _Run:
                 return part
             right = torch.from_numpy(next(classes)) if classes is not None else None
             targets = {i: torch.from_numpy(next(rows)) for i, rows in known.items()}
-            if not self._add(flat, before, after, count, part.samples, right, targets):
-                part.ended = True
-                return part
+            for i in self.facts.noise:
+                if not self._add(i, before[i], after[i] if i < len(after) else before[i][:0], count):
+                    part.ended = True
+                    return part
+                own, new = before[i][:count], after[i][:count]
+                if i in targets:
+                    if targets[i].numel() != own.numel():
+                        shapes = f"{tuple(targets[i].shape)} for output '{self.names[i]}' {tuple(own.shape)}"
+                        raise InputError(f"targets {shapes}")
+                    part.targets[i].add(own, new, targets[i])
+                if i in self.facts.classes:
+                    self._classify(i, flat, own, new, right)
             part.samples += count
         self.progress("accuracy", total, total)
         for i in self.worst:
             part.worst[i] = (self.worst[i][0], *self._judge_worst(i))
         return part
 
-    def _add(
-        self, flat: tuple[Any, ...], before: list[Tensor], after: list[Tensor], count: int, start: int,
-        right: Tensor | None, targets: dict[int, Tensor],
-    ) -> bool:  # fmt: skip
-        for i in self.facts.noise:
-            own, new = before[i], after[i] if i < len(after) else before[i][:0]
-            where = f"{self.candidate.name}, output '{self.names[i]}'"
-            if own.shape != new.shape:
-                self.part.problems.append(
-                    f"{where}: {tuple(new.shape)} instead of {tuple(own.shape)} on the data, sample {start} and on"
-                )
-                return False
-            own, new = own[:count], new[:count]
-            if problem := specials(new, own):
-                self.part.problems.append(
-                    f"{where}: on the data, samples {start} to {start + count - 1}, {problem} (of the unfolded model)"
-                )
-            relative = self.part.errors[i].add(own, new)
-            worst = int(relative.argmax())
-            if i not in self.worst or float(relative[worst]) > self.worst[i][0]:
-                self.worst[i] = float(relative[worst]), start, worst
-            if i in targets:
-                if targets[i].numel() != own.numel():
-                    raise InputError(
-                        f"targets {tuple(targets[i].shape)} for output '{self.names[i]}' {tuple(own.shape)}"
-                    )
-                self.part.targets[i].add(own, new, targets[i])
-            if i in self.facts.classes:
-                self._classify(i, flat, own, new, right, start)
+    def _batches(self, data: Mapping[str, Rows]) -> Any:
+        return stored_batches(
+            self.captured.names, self.captured.flat, data, size=self.facts.size, fixed=self.facts.fixed
+        )
+
+    def _both(self, flat: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        return numbers(self.unfolded(flat)), numbers(self.candidate.run(flat))
+
+    def _add(self, i: int, own: Tensor, new: Tensor, count: int) -> bool:
+        """Adds the errors of an output; False where it has another shape, and nothing more can be said."""
+        where, start = f"{self.candidate.name}, output '{self.names[i]}'", self.part.samples
+        if own.shape != new.shape:
+            self.part.problems.append(
+                f"{where}: {tuple(new.shape)} instead of {tuple(own.shape)} on the data, sample {start} and on"
+            )
+            return False
+        if problem := specials(new[:count], own[:count]):
+            self.part.problems.append(
+                f"{where}: on the data, samples {start} to {start + count - 1}, {problem} (of the unfolded model)"
+            )
+        relative = self.part.errors[i].add(own[:count], new[:count])
+        worst = int(relative.argmax())
+        if i not in self.worst or float(relative[worst]) > self.worst[i][0]:
+            self.worst[i] = float(relative[worst]), start, worst
         return True
 
-    def _classify(
-        self, index: int, flat: tuple[Any, ...], own: Tensor, new: Tensor, right: Tensor | None, start: int
-    ) -> None:
-        noise = torch.tensor(self.facts.logits[index], dtype=torch.float64)
-        if right is not None and right.shape != (shape := own.movedim(self.facts.classes[index], -1).shape[:-1]):
+    def _classify(self, index: int, flat: tuple[Any, ...], own: Tensor, new: Tensor, right: Tensor | None) -> None:
+        noise, axis = torch.tensor(self.facts.logits[index], dtype=torch.float64), self.facts.classes[index]
+        if right is not None and right.shape != (shape := own.movedim(axis, -1).shape[:-1]):
             raise InputError(
                 f"labels of samples {tuple(right.shape[1:])}, classes of output '{self.names[index]}' for "
                 f"{tuple(shape[1:])}",
                 where=self.labels.where,
             )
-        void = right is not None and right.ndim > 1 and own.shape[self.facts.classes[index]] <= VOID
-        ignored = (IGNORED, VOID) if void else (IGNORED,)
+        void = right is not None and right.ndim > 1 and own.shape[axis] <= VOID
 
         def errors() -> Tensor | None:
             return self._errors(index, flat, own) if self.truths < TRUTHS else None
 
-        self.part.classes[index].add(own, new, right, ignored, noise, start, errors)
+        ignored = (IGNORED, VOID) if void else (IGNORED,)
+        self.part.classes[index].add(own, new, right, ignored, noise, self.part.samples, errors)
 
     def _errors(self, index: int, flat: tuple[Any, ...], own: Tensor) -> Tensor | None:
         """How far off every logit of the unfolded model is, and what the candidate's own decisions change of it."""
@@ -270,36 +300,41 @@ class _Run:
 
     def _judge_worst(self, index: int) -> tuple[int, float]:
         """The sample that differs most, and its error against float64 in multiples of the noise."""
-        captured, (_, start, row) = self.captured, self.worst[index]
-        sample = start + row
-        again = {name: rows[start : start + self.facts.size] for name, rows in self.data.items()}
-        flat, _ = next(
-            stored_batches(captured.names, captured.flat, again, size=self.facts.size, fixed=self.facts.fixed)
-        )
+        _, start, row = self.worst[index]
+        flat, _ = next(self._batches({name: rows[start : start + self.facts.size] for name, rows in self.data.items()}))
         try:
-            runs = (numbers(self.unfolded(flat)), numbers(self.candidate.run(flat)), *self._truths(flat))
+            runs = (*self._both(flat), *self._truths(flat))
             own, new, true, followed = (values[index][row : row + 1] for values in runs)
             good = own.isfinite() & new.isfinite() & true.isfinite() & followed.isfinite()
         except Exception:
-            return sample, math.nan
+            return start + row, math.nan
         own_noise = self.candidate.coarser * float(rms(own.double() - true, good))
         noise = max(own_noise, self.facts.noise[index] * float(rms(true, good)))
         error = float(rms(new.double() - followed, good))
         ratio = error / noise if noise else (math.inf if error else 0.0)
         if not ratio <= self.facts.limit * SAMPLE_FACTOR:
             self.part.doubts.append(
-                f"{self.candidate.name}, output '{self.names[index]}': sample {sample} of the data is off by "
+                f"{self.candidate.name}, output '{self.names[index]}': sample {start + row} of the data is off by "
                 f"{ratio:.3g} times the noise: wrong for some inputs, or a decision (top-k, rounding) that fell the "
                 "other way"
             )
-        return sample, ratio
+        return start + row, ratio
+
+
+# ---- what it comes to ------------------------------------------------------------------------------------------------
 
 
 def _result(part: Part, facts: Facts, candidate: Candidate, findings: Findings) -> Accuracy:
     agreement = tuple(errors.result(facts.noise[i], *part.worst[i][1:]) for i, errors in part.errors.items())
     found = next((c.result() for c in part.classes.values()), {"before": None, "after": None, "flips": 0})
-    for classification in part.classes.values():
-        _judge_flips(classification, part.samples, candidate, findings)
+    for classes in (classes for classes in part.classes.values() if classes.far):
+        flip = classes.flipped[0]
+        many = "1 class changes" if classes.far == 1 else f"{classes.far} classes change"
+        findings.problems.append(
+            f"{candidate.name}, output '{classes.output}': {many} in {part.samples} samples and not by noise: sample "
+            f"{flip.sample} goes from {flip.before} to {flip.after} although they are {flip.units:.3g} times the noise "
+            f"apart (a near-tie is up to {classes.near:g})"
+        )
     if part.samples < MIN_SAMPLES:
         findings.notes.append(
             f"the data hold only {part.samples} of the {MIN_SAMPLES} samples that make a verdict: each is used again"
@@ -318,51 +353,3 @@ def _result(part: Part, facts: Facts, candidate: Candidate, findings: Findings) 
         samples=part.samples, candidate=candidate.name, agreement=agreement, targets=targets, data=part.digest,
         **{"smallest_margin": None, **found},
     )  # fmt: skip
-
-
-def _judge_flips(found: Classification, samples: int, candidate: Candidate, findings: Findings) -> None:
-    if not found.far:
-        return
-    flip = found.flipped[0]
-    many = "1 class changes" if found.far == 1 else f"{found.far} classes change"
-    findings.problems.append(
-        f"{candidate.name}, output '{found.output}': {many} in {samples} samples and not by noise: sample "
-        f"{flip.sample} goes from {flip.before} to {flip.after} although they are {flip.units:.3g} times the noise "
-        f"apart (a near-tie is up to {found.near:g})"
-    )
-
-
-def _typical_noise(cases: Sequence[Case], index: int) -> float:
-    """The unfolded model's relative error in one output, median over the gate's samples; a few ulp at least."""
-    found: list[float] = []
-    for case in cases:
-        true = case.truth.outputs[index]
-        good = true.isfinite() & case.own[index].isfinite()
-        ratio = rms(own_error(case, index), good) / rms(true, good).clamp(min=TINY)
-        found += ratio[good.reshape(len(good), -1).any(1)].tolist()
-    return max(sorted(found)[len(found) // 2] if found else 0.0, 2 * unit_roundoff(cases[0].own[index].dtype))
-
-
-def _class_noise(cases: Sequence[Case], index: int, axis: int) -> Tensor:
-    """The RMS error of every class's logit in the unfolded model, a rounding of it at least."""
-    off = torch.cat([own_error(case, index).movedim(axis, -1).flatten(0, -2) for case in cases])
-    true = torch.cat([case.truth.outputs[index].movedim(axis, -1).flatten(0, -2) for case in cases])
-    size = true.nan_to_num(0.0, 0.0, 0.0).square().mean(0).sqrt()
-    return torch.maximum(off.square().mean(0).sqrt(), unit_roundoff(cases[0].own[index].dtype) * size)
-
-
-def _batch_size(captured: Captured, data: Mapping[str, Rows], pinned: Mapping[str, int]) -> int:
-    """How many samples are run at once: as many as the batch is fixed at, else what fits."""
-    program = captured.program
-    names = [name for name in tensor_inputs(program) if name in data]
-    sizes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.op == "placeholder" and n.name in names}
-    batch = next((shape[0] for shape in sizes.values() if len(shape)), 1)
-    if isinstance(batch, int):
-        return batch
-    if str(batch) in pinned:
-        return pinned[str(batch)]
-    example = sum(v.numel() * 8 for v in numbers(Runner(program)(captured.flat)))  # float64, as they are compared
-    rows = captured.flat[captured.names.index(names[0])].shape[0]
-    per_sample = example // rows + sum(math.prod(data[name].shape[1:]) * 8 for name in names)
-    high = captured.ranges.get(str(batch), (1, None))[1]
-    return int(min(SAMPLES, high or SAMPLES, max(BYTES // max(per_sample, 1), 1)))

@@ -10,7 +10,7 @@ last ones that agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,39 +19,58 @@ from torch import Tensor
 
 from bnfold.affine import Meaning
 from bnfold.errors import InputError
-from bnfold.gate.candidates import OnnxCandidate, needs_widening, probe_session
-from bnfold.gate.claims import FileClaim
-from bnfold.gate.decisions import NEAR
-from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
-from bnfold.gate.engines import settings
+from bnfold.gate.candidates import DEPLOYED, PLAIN, OnnxCandidate
+from bnfold.gate.decisions import NEAR, distance
+from bnfold.gate.deployed import Sessions
 from bnfold.gate.evidence import MANY, Draws, Row, Source, compare
+from bnfold.gate.file_gate import FileGate
 from bnfold.gate.file_graph import FileGraph, FileValue
 from bnfold.gate.findings import Findings
-from bnfold.gate.gate import LIMIT
+from bnfold.gate.gate import LIMIT, Gate
 from bnfold.gate.judge import Case, Judge, run_cases
-from bnfold.gate.matching import match
-from bnfold.gate.models import Model, coarsest_unit
-from bnfold.gate.samples import MIN_SAMPLES, batches
+from bnfold.gate.models import Model
+from bnfold.gate.samples import MIN_SAMPLES
 from bnfold.gate.sites import compared
-from bnfold.gate.turns import distance
 from bnfold.gate.values import batched
+from bnfold.gate.witnesses import FileWitness
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
 from bnfold.report import Bisection, Culprit, Ledger
-from bnfold.report.progress import Progress
-from bnfold.runtime.model_file import read_model
+from bnfold.report.progress import Progress, silent
 from bnfold.runtime.runtime import Device, pip_problem, resolve_device
 
 #: As many elements are compared at a time: with truth and error they take 1 GB. Each time all is run again.
 CHUNK = 32_000_000
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What is compared.
+
+    Attributes:
+        judge: the cases of what is right.
+        claim: the file.
+        onnx: the file in ONNX Runtime.
+        notes: what a user should know.
+        computed: the tensors that the model computes, by name: which operator does.
+        returned: by name of an output of the file the value of the model that it must equal.
+        module_of: the module of a value of the model.
+        elements: about how many elements such a value has on a case.
+    """
+
+    judge: Judge
+    claim: FileWitness
+    onnx: Callable[..., OnnxCandidate]
+    notes: Sequence[str]
+    computed: Mapping[str, Any]
+    returned: Mapping[str, str]
+    module_of: Callable[[str], str]
+    elements: Callable[[str, Case], int]
+
+
 @dataclass(kw_only=True)
 class Search:
-    """One search. Build it, then ``find``.
-
-    A subclass says in what: its ``_open`` makes the judge with its cases, and the claim, and says what the model
-    computes and returns.
+    """One search. Build it, then ``find``; a subclass says in what: its ``_open`` does.
 
     ``meanings`` says of the values of what was folded, by name, which value of the model they equal (None: none) where
     that is not the one of their own name.
@@ -64,7 +83,10 @@ class Search:
     seed: int = 0
     limit: float = LIMIT
     data: Mapping[str, Any] | None = None
-    progress: Progress = lambda stage, done, total: None
+    progress: Progress = silent
+
+    def _open(self) -> Pair:
+        raise NotImplementedError
 
     def find(self) -> Bisection:
         """The first value that is off.
@@ -75,94 +97,63 @@ class Search:
         """
         self._file = FileGraph.read(self.path)
         self._ours = "bnfold.version" in self._file.metadata
-        noted = self._open()
-        judge = self._judge
-        judge.claim(self._claim)
+        self._values = {value.name: value for value in self._file.values}
+        self._pair = pair = self._open()
+        judge, claim = self._judge, self._claim = pair.judge, pair.claim
+        judge.claim(claim)
         if len(judge.unrun) == len(judge.cases):
             raise InputError(f"the file does not run: {next(iter(judge.unrun.values()))}", where=str(self.path))
-        worst, optimized, optimizers = self._outputs()
-        self._ratios: dict[str, float] = {}
+        sessions = Sessions(judge, claim, pair.onnx, resolve_device(self.device))
+        sessions.run_plain()
+        sessions.run_deployed(pair.onnx(optimized=True))
+        optimizers = sessions.guilty() or ()
+        file, *each = (judge.table.of(name, said=True) for name in (claim.name, PLAIN, DEPLOYED))
+        worst, optimized = (max(map(self._ratio, [*file, *rows]), default=math.inf) for rows in each)
+        #: What values of the file stand for; of those that agree how far they are off, and the module of the last.
+        self._meant, self._ratios = dict[str, Meaning](), dict[str, float]()
         self._agree, self._notes = "", list[str]()
-        case = self._case()
-        culprit = self._scan(case) if self._ours else self._scan_contents(case)
+        culprit = (self._scan if self._ours else self._scan_contents)(self._case())
         if culprit is None and not optimizers and not max(worst, optimized) <= self.limit:
             self._notes.append("every value that could be compared agrees, and the outputs do not: see check")
+        notes = dict.fromkeys(filter(None, (pip_problem(), *pair.notes, *judge.findings.doubts, *self._notes)))
         return Bisection(
-            culprit, optimizers, self._agree, len(self._ratios), len(self._file.values), worst, optimized, self.limit,
-            tuple(dict.fromkeys(filter(None, (pip_problem(), *noted, *judge.findings.doubts, *self._notes)))),
+            culprit, optimizers, self._agree, len(self._ratios), len(self._values), worst, optimized, self.limit,
+            tuple(notes),
         )  # fmt: skip
 
-    # -- what a subclass says --------------------------------------------------------------------------------------
-
-    _judge: Judge = field(init=False, repr=False)
-    _claim: FileClaim = field(init=False, repr=False)
-    #: The tensors that the model computes, by name: which operator does.
-    _computed: Mapping[str, Any] = field(init=False, repr=False)
-    #: By name of an output of the file the value of the model that it must equal.
-    _returned: Mapping[str, str] = field(init=False, repr=False)
-
-    def _open(self) -> Sequence[str]:
-        raise NotImplementedError
-
-    def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
-        raise NotImplementedError
-
-    def _elements(self, name: str, case: Case) -> int:
-        raise NotImplementedError
-
-    def _module_of(self, name: str) -> str:
-        raise NotImplementedError
-
-    # -- outputs -------------------------------------------------------------------------------------------------------
-
-    def _outputs(self) -> tuple[float, float, tuple[str, ...]]:
-        """The largest misfits at the outputs, in limits' units: of the file by itself, and optimised."""
-        judge = self._judge
-        sessions = Sessions(judge, self._claim, self._onnx, resolve_device(self.device))
-        sessions.run_plain()
-        sessions.run_deployed(self._onnx(optimized=True))
-        optimizers = sessions.guilty()
-
-        def worst(*names: str) -> float:
-            ratios = [row.misfit(self.limit) * self.limit for name in names for row in judge.table.of(name)]
-            return math.inf if any(name in names for name, _ in judge.said) else max(ratios, default=math.inf)
-
-        return worst(self._claim.name, PLAIN), worst(self._claim.name, DEPLOYED), optimizers
+    def _ratio(self, row: Row) -> float:
+        """One number for a row, at most ``limit`` where it is right."""
+        return row.misfit(self.limit) * self.limit
 
     def _case(self) -> Case:
         """The one that is furthest off, or the largest of the first sizes."""
-        name, judge = self._claim.name, self._judge
-        ran = [case for case in judge.cases if case.claimed is not None]
+        rows = self._judge.table.of(self._claim.name, said=True)
+        ran = [case for case in self._judge.cases if case.claimed is not None]
 
         def misfit(case: Case) -> float:
-            if (name, case.words) in judge.said:
-                return math.inf
-            return max((r.misfit(self.limit) for r in judge.table.of(name) if r.case == case.words), default=0.0)
+            return self._judge.misfit(row for row in rows if row.case == case.words)
 
         off = max(ran, key=lambda case: (misfit(case), case.batch.samples))
         if misfit(off) > 1:
             return off
         return max(ran, key=lambda c: c.batch.samples * (c.batch.sizes == ran[0].batch.sizes and not c.batch.origin))
 
-    # -- values --------------------------------------------------------------------------------------------------------
+    # -- values by name ------------------------------------------------------------------------------------------------
 
     def _scan(self, case: Case) -> Culprit | None:
-        partners, judge = self._partners(), self._judge
-        by_name = {value.name: value for value in self._file.values}
-        done = 0
+        """The first value that is off, in the file's order."""
+        partners, done = self._partners(), 0
         turned = self._turned(case)
         for chunk in self._chunks(partners, case):
             self.progress("bisect", done, len(partners))
             done += len(chunk)
-            rows = compared(judge, self._claim, case, {name: self._meaning(name, partners[name]) for name in chunk})
+            rows = compared(self._judge, self._claim, case, {name: self._meant[name] for name in chunk})
             for name in (name for name in chunk if name in rows):
-                ratio = max(_ratio(rows[name], self.limit), turned.get(name, 0.0))
-                if not ratio <= self.limit:
-                    if name not in self._returned and self._is_another(name, partners[name], case):
-                        continue
-                    return self._culprit(by_name[name], partners[name], ratio)
-                self._ratios[name] = ratio
-                self._agree = self._module(by_name[name], partners[name]) or self._agree
+                ratio = max(self._ratio(rows[name]), turned.get(name, 0.0))
+                if ratio <= self.limit:
+                    self._agrees(name, partners[name], ratio)
+                elif name in self._pair.returned or not self._is_another(name, partners[name], case):
+                    return self._culprit(name, partners[name], ratio)
         return None
 
     def _turned(self, case: Case) -> dict[str, float]:
@@ -184,34 +175,23 @@ class Search:
 
     def _partners(self) -> dict[str, str]:
         """For the values of the file, in its order, the values of the model that they must equal."""
-        found: dict[str, str] = {}
-        for value in self._file.values:
-            name = self._returned.get(value.name) or self._meant(value.name)
-            if name in self._computed:
-                found[value.name] = name
+        found, computed, ours = dict[str, str](), self._pair.computed, self.meanings if self._ours else {}
+        for name in self._values:
+            bases = (name, name.removesuffix("_value"), name.removesuffix(":0"))  # as its name may have been taken
+            base = next((b for b in bases if b in self.meanings or b in computed), name)
+            held = ours.get(base, Meaning(base))
+            partner = self._pair.returned.get(name) or (held.value if held is not None else "")
+            if partner in computed:
+                found[name], self._meant[name] = partner, ours.get(base) or Meaning(partner)
         if not found:
             self._notes.append("the file and the model have no names in common: values are compared by what they hold")
         return found
-
-    def _meant(self, name: str) -> str:
-        base = self._base(name)
-        held = self.meanings.get(base, Meaning(base)) if self._ours else Meaning(base)
-        return "" if held is None else held.value
-
-    def _base(self, name: str) -> str:
-        """The value of the program that a value of the file is, whose name may have been taken."""
-        bases = (name, name.removesuffix("_value"), name.removesuffix(":0"))
-        return next((b for b in bases if b in self.meanings or b in self._computed), name)
-
-    def _meaning(self, name: str, partner: str) -> Meaning:
-        """What the value of the file stands for."""
-        return (self.meanings.get(self._base(name)) if self._ours else None) or Meaning(partner)
 
     def _chunks(self, partners: Mapping[str, str], case: Case) -> Iterator[list[str]]:
         chunk: list[str] = []
         total = 0
         for name, partner in partners.items():
-            size = self._elements(partner, case)
+            size = self._pair.elements(partner, case)
             if chunk and total + size > CHUNK:
                 yield chunk
                 chunk, total = [], 0
@@ -225,61 +205,64 @@ class Search:
 
         It then has another shape, or equals another captured value of the same operator.
         """
-        alike = [name for name, operator in self._computed.items() if operator == self._computed[partner]]
+        computed = self._pair.computed
+        alike = [name for name, operator in computed.items() if operator == computed[partner]]
         value = self._claim.run(case.batch, [name]).kept[name]
         truth = self._judge.reference.run(case.batch, alike).kept
         if value.shape != truth[partner].shape:
             return True
         rows = (compared(self._judge, self._claim, case, {name: Meaning(n)}) for n in alike
                 if n != partner and truth[n].shape == value.shape)  # fmt: skip
-        return any(_ratio(row[name], self.limit) <= self.limit for row in rows if name in row)
+        return any(self._ratio(row[name]) <= self.limit for row in rows if name in row)
+
+    def _agrees(self, name: str, partner: str, ratio: float) -> None:
+        self._ratios[name] = ratio
+        self._agree = self._module(self._values[name], partner) or self._agree
 
     def _module(self, value: FileValue, partner: str | None) -> str:
-        return value.module or (self._module_of(partner) if partner else "")
+        return value.module or (self._pair.module_of(partner) if partner else "")
 
-    def _culprit(self, value: FileValue, partner: str | None, ratio: float, *, sure: bool = True) -> Culprit:
+    def _culprit(self, name: str, partner: str | None, ratio: float, *, sure: bool = True) -> Culprit:
+        value = self._values[name]
         module = self._module(value, partner)
-        before = self._file.before(value.name, self._ratios)
-        return Culprit(
-            module, value.name, value.operator, value.node, ratio,
-            max((self._ratios[name] for name in before), default=0.0), tuple(self._folds(value, partner, module)), sure,
-        )  # fmt: skip
+        before = max((self._ratios[each] for each in self._file.before(name, self._ratios)), default=0.0)
+        folds = tuple(self._folds(value, partner, module))
+        return Culprit(module, name, value.operator, value.node, ratio, before, folds, sure)
 
     def _folds(self, value: FileValue, partner: str | None, module: str) -> Iterable[str]:
         """What was folded or merged into a value, in words."""
+
+        def here(own: bool, site: Iterable[tuple[str, str]]) -> bool:
+            return own or any(folded == value.name or captured == partner for folded, captured in site)
+
         for entry in self.ledger.folded:
-            own = module in entry.into or module == entry.module if module else False
-            if own or any(folded == value.name or captured == partner for folded, captured in entry.site):
+            if here(bool(module) and (module in entry.into or module == entry.module), entry.site):
                 into = f" into {' and '.join(entry.into)}" if any(entry.into) else ""
                 yield f"{entry.layer if entry.module else entry.kind} '{entry.module or entry.value}'{into}"
         for merge in self.ledger.merges:
-            own = module in (*merge.modules, merge.into) if module else False
-            if own or any(folded == value.name or captured == partner for folded, captured in merge.site):
+            if here(bool(module) and module in (*merge.modules, merge.into), merge.site):
                 yield f"{' + '.join(merge.modules)} merged into {merge.into}"
 
-    # -- files from elsewhere ------------------------------------------------------------------------------------------
+    # -- values by what they hold --------------------------------------------------------------------------------------
 
     def _scan_contents(self, case: Case) -> Culprit | None:
         """The first value after the last ones that agree, on the way to an output that does not."""
-        names = list(self._computed)
-        if sum(self._elements(name, case) for name in names) > CHUNK:
+        names = list(self._pair.computed)
+        if sum(self._pair.elements(name, case) for name in names) > CHUNK:
             case = min((c for c in self._judge.cases if c.claimed is not None), key=lambda c: c.batch.samples)
-        truth = self._truth(case, names)
-        values = {value.name: value for value in self._file.values}
-        partners = self._partners()
-        given = self._claim.run(case.batch, list(values)).kept
+        truth, partners = self._truth(case, names), self._partners()
+        kept = self._claim.run(case.batch, list(self._values)).kept
+        given = {n: kept[n] for n in self._values if isinstance(x := kept.get(n), Tensor) and x.is_floating_point()}
         wrong: dict[str, float] = {}
-        floats = {n for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
-        for name in (name for name in values if name in floats):
-            known = [n for n, (true, _) in truth.items() if true.shape == given[name].shape]
+        for name, value in given.items():
+            known = [n for n, (true, _) in truth.items() if true.shape == value.shape]
             hoped = [partners[name]] if partners.get(name) in known else []
-            ratios = ((self._against(given[name], *truth[n], case), n) for n in (*hoped, *known))
+            ratios = ((self._against(value, *truth[n], case), n) for n in (*hoped, *known))
             ratio, partner = next(((r, n) for r, n in ratios if r <= self.limit), (math.inf, ""))
             if partner:
-                self._ratios[name] = ratio
-                self._agree = self._module(values[name], partner) or self._agree
-            elif name in self._returned:
-                wrong[name] = self._against(given[name], *truth[hoped[0]], case) if hoped else math.inf
+                self._agrees(name, partner, ratio)
+            elif name in self._pair.returned:
+                wrong[name] = self._against(value, *truth[hoped[0]], case) if hoped else math.inf
         if not wrong:
             return None
         region: set[str] = set()
@@ -288,11 +271,11 @@ class Search:
             name = stack.pop()
             if name not in region and name not in self._ratios:
                 region.add(name)
-                stack += values[name].reads
+                stack += self._values[name].reads
         # What is computed from no input is no place to be wrong in, and a size is no value.
-        moving = [v for v in self._file.values if v.name in region and v.name in floats and v.depends]
-        first = moving[0] if moving else values[next(iter(wrong))]
-        return self._culprit(first, partners.get(first.name), max(wrong.values()), sure=False)
+        moving = [v.name for v in self._file.values if v.name in region and v.name in given and v.depends]
+        first = next(iter([*moving, *wrong]))
+        return self._culprit(first, partners.get(first), max(wrong.values()), sure=False)
 
     def _truth(self, case: Case, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """The model's values and what rounding does to them."""
@@ -310,10 +293,10 @@ class Search:
         return {name: (value, draws.noise(i)) for i, (name, value) in enumerate(zip(known, true))}
 
     def _against(self, value: Tensor, truth: Tensor, noise: Tensor, case: Case) -> float:
-        unit = coarsest_unit(self._judge.reference)
         noise = noise * 2**0.5  # the file's constants were rounded as well
-        ratio, worst, *_ = compare(value, truth, noise, unit=unit, batched=batched(case.batch, truth))
-        return _ratio(Row("", "", "", ratio, worst), self.limit)
+        ratio, worst, *_ = compare(value, truth, noise, unit=self._judge.reference.coarsest,
+                                   batched=batched(case.batch, truth))  # fmt: skip
+        return self._ratio(Row("", "", "", ratio, worst))
 
 
 @dataclass(kw_only=True)
@@ -323,54 +306,62 @@ class Bisector(Search):
     captured: Captured
     samples: int = MIN_SAMPLES
 
-    def _open(self) -> Sequence[str]:
-        program = self.captured.program
-        # Where the device rounds more coarsely than the model's dtype, that would hide the file's fault.
-        self._setting = settings(resolve_device(self.device), program)[0]
-        self._widen = needs_widening(held := read_model(self.path), self._setting.device)
-        probe = probe_session(self.path, device=self._setting.device, widen=self._widen)
-        self._matched = match(self.captured, probe, widened=self._widen)
-        del probe
-        made = batches(
-            program, self.captured.names, self.captured.flat, samples=self.samples, seed=self.seed,
-            data=self.data, sizes=self.captured.sizes, pinned=self._matched.pinned,
-        )  # fmt: skip
-        findings, model = Findings(), Model(self.captured)
-        cases, reason = run_cases(model, made, findings, self.progress)
+    def _open(self) -> Pair:
+        captured, program = self.captured, self.captured.program
+        gate = Gate(captured, self.ledger, None, self.path, device=self.device, samples=self.samples, seed=self.seed,
+                    data=self.data)  # fmt: skip
+        notes, findings, model = gate.match(), Findings(), Model(captured)
+        cases, reason = run_cases(model, gate.inputs(), findings, self.progress)
         if not cases:
             raise InputError(f"the unfolded model runs on none of the inputs made for it: {reason}")
-        self._judge = Judge(model, cases, findings, self.limit)
-        self._nodes = {node.name: node for node in program.graph.nodes}
-        self._computed = {
-            name: node.target for name, node in self._nodes.items()
+        claim = gate.file64(model, None)
+        nodes = {node.name: node for node in program.graph.nodes}
+        computed = {
+            name: node.target for name, node in nodes.items()
             if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
         }  # fmt: skip
-        self._claim = FileClaim(self.path, held, self._matched.inputs, self._matched.outputs, None, model.epsilon,
-                                model.halves)  # fmt: skip
-        outputs = self._matched.outputs or self._file.outputs
-        returned = [getattr(spec.arg, "name", "") for spec in program.graph_signature.output_specs]
-        known = len(outputs) == len(returned)
-        self._returned = dict(zip(outputs, returned if known else [""] * len(outputs)))
-        return self._matched.notes
+        names = {output: value for value, output in gate.returned()}
+        example = next((x for x in captured.flat if isinstance(x, Tensor) and x.ndim), None)
 
-    def _onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
-        return OnnxCandidate(
-            self.path, setting=self._setting, optimized=optimized, inputs=self._matched.inputs,
-            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
-        )  # fmt: skip
+        def elements(name: str, case: Case) -> int:
+            sizes = [n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in nodes[name].meta["val"].shape]
+            shown = example.shape[0] if example is not None and case.batch.size else 1
+            return int(math.prod(sizes) * (case.batch.size or 1) / max(shown, 1)) + 1
 
-    def _module_of(self, name: str) -> str:
-        return module_of(self._nodes[name])
-
-    def _elements(self, name: str, case: Case) -> int:
-        """About how many elements a captured value has on a case."""
-        value = self._nodes[name].meta["val"]
-        sizes = [n if isinstance(n, int) else max(int(n.node.hint or 1), 1) for n in value.shape]
-        example = next((x for x in self.captured.flat if isinstance(x, Tensor) and x.ndim), None)
-        shown = example.shape[0] if example is not None and case.batch.size else 1
-        return int(math.prod(sizes) * (case.batch.size or 1) / max(shown, 1)) + 1
+        return Pair(Judge(model, cases, findings, self.limit), claim, gate.onnx, notes, computed, names,
+                    lambda name: module_of(nodes[name]), elements)  # fmt: skip
 
 
-def _ratio(row: Row, limit: float) -> float:
-    """One number for a row, at most ``limit`` where it is right."""
-    return row.misfit(limit) * limit
+@dataclass(kw_only=True)
+class FileBisector(Search):
+    """A search in a file.
+
+    Args:
+        original: the file that is right.
+        folded: the values that folding ``original`` again makes, of which ``meanings`` tells: they say what a file with
+            the very same values holds. In any other, values are found by what they hold.
+    """
+
+    original: Path
+    folded: Collection[str] = ()
+
+    def _open(self) -> Pair:
+        self._ours = self._ours and self._values.keys() == set(self.folded)
+        gate = FileGate(
+            self.original, self.path, self.device, self.seed, self.limit, data=self.data, progress=self.progress
+        )
+        claim, findings = gate.open(), gate.findings
+        if findings.problems:
+            raise InputError(findings.problems[0], where=str(self.path))
+        reference, judge = gate.reference, Judge(gate.reference, gate.cases(), findings, self.limit)
+        values = FileGraph.read(self.original).values
+        modules = {value.name: value.module or value.node or value.name for value in values}
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+
+        def elements(name: str, case: Case) -> int:
+            if case.words not in shapes:
+                shapes[case.words] = reference.file.shapes(reference.feeds(case.batch))
+            return math.prod(shapes[case.words].get(name, (0,))) + 1  # none where it is no tensor
+
+        return Pair(judge, claim, gate.onnx, findings.notes, {value.name: value.operator for value in values},
+                    {name: name for name in reference.outputs}, modules.__getitem__, elements)  # fmt: skip

@@ -1,9 +1,10 @@
-"""What the gate judges: programs run by torch, and files run by ONNX Runtime."""
+"""A file run by ONNX Runtime: what of it has to be known first, on which device and in which arithmetic it runs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +15,25 @@ from torch.export import ExportedProgram
 
 from bnfold.errors import InputError
 from bnfold.evaluate.reading import inlined
-from bnfold.gate.engines import Setting
+from bnfold.gate.findings import Findings, first_line
 from bnfold.gate.values import as_tensor, to_numpy
-from bnfold.graph.capture import Captured
-from bnfold.graph.interpret import Runner
-from bnfold.report import Placement
+from bnfold.graph.interpret import coarsest_epsilon
+from bnfold.report import Engine, Placement, Verdict
 from bnfold.runtime.inline import apart
-from bnfold.runtime.placement import placement
-from bnfold.runtime.runtime import Device, Session, has_bfloat16, open_session
+from bnfold.runtime.placement import placement, placement_finding
+from bnfold.runtime.runtime import (
+    FLOAT32,
+    Arithmetic,
+    Device,
+    Session,
+    arithmetic,
+    device_of,
+    has_bfloat16,
+    open_session,
+)
+
+#: What reports call a file as it is deployed, and without optimisations.
+DEPLOYED, PLAIN = "ONNX Runtime", "ONNX Runtime, optimisations off"
 
 
 class Candidate(Protocol):
@@ -35,59 +47,93 @@ class Candidate(Protocol):
         """Flat outputs for flat inputs."""
 
 
-class EagerCandidate:
-    """A module run by torch as its users run it. It shows no values but its outputs."""
+@dataclass(frozen=True)
+class Setting:
+    """A device, with the options that its row adds or as ``deployed`` without, and what it computes in there.
 
-    coarser = 1.0
+    ``coarser`` is how many times more coarsely than the model's own dtype that rounds; the noise that its errors are
+    measured in is so many times larger, because to first order every error of rounding is proportional to the unit
+    roundoff (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapter 3).
+    """
 
-    def __init__(self, name: str, captured: Captured) -> None:
-        self.name, self._captured = name, captured
+    device: Device
+    arithmetic: Arithmetic = FLOAT32
+    coarser: float = 1.0
+    deployed: bool = False
 
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
-        return self._captured.run_eager(tuple(flat))
+    def result(self, ratio: float, verdict: Verdict) -> Engine:
+        """What the report says of it."""
+        options = self.device.provider_options(deployed=self.deployed)
+        found = self.arithmetic
+        return Engine(self.device.provider.ort_name, options, found.name, found.unit_roundoff, ratio, verdict)
 
 
-class FoldedCandidate:
-    """The folded program in its own dtypes."""
+def settings(device: Device, program: ExportedProgram) -> list[Setting]:
+    """How a file is run that is for ``device``: first for its own verdict, then as each engine that rounds coarser.
 
-    name, coarser = "folded torch", 1.0
+    Where the device itself does, its rounding would hide what is wrong with the file, and that is judged on the CPU.
+    """
 
-    def __init__(self, program: ExportedProgram) -> None:
-        self._runner = Runner(program)
+    def setting(device: Device, *, deployed: bool = False) -> Setting:
+        double = coarsest_epsilon(program) / 2 < FLOAT32.unit_roundoff
+        found = arithmetic(device, deployed=deployed, double=double)
+        return Setting(device, found, coarser(found, program), deployed)
 
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
-        return self._runner(flat)
+    strict = setting(device)
+    found = [strict] if strict.coarser == 1 else [setting(device_of("cpu")), strict]
+    if device.provider.options:
+        default = setting(device, deployed=True)
+        found += [default] if default.coarser > 1 and default.arithmetic != strict.arithmetic else []
+    return found
+
+
+def coarser(found: Arithmetic, program: ExportedProgram) -> float:
+    """How many times more coarsely than a program's own dtype an arithmetic rounds; at least 1."""
+    return max(1.0, found.unit_roundoff / (coarsest_epsilon(program) / 2))
 
 
 class OnnxCandidate:
-    """A file run by ONNX Runtime. Opens its session on use; ``close`` frees it."""
+    """A file run by ONNX Runtime. Opens its session on use; ``close`` frees it.
+
+    Args:
+        path: the file.
+        setting: where it runs.
+        inputs: flat input index and the file's name for it.
+        outputs: those of the file that are the model's; None for all as they are.
+        optimized, disabled: all of ONNX Runtime's optimisations but these, or none.
+        widen: its bfloat16 values are run in float32.
+        wider: lets it return float32 for half floats.
+        session: one that is open already.
+    """
 
     def __init__(
         self, path: Path, *, setting: Setting, optimized: bool, inputs: Sequence[tuple[int, str]], widen: bool = False,
         outputs: Sequence[str] | None = None, wider: bool = False, disabled: Sequence[str] = (),
         session: Session | None = None,
     ) -> None:  # fmt: skip
-        self.name = "ONNX Runtime" if optimized else "ONNX Runtime, optimisations off"
+        self.name = DEPLOYED if optimized else PLAIN
         self.name += f", {setting.arithmetic.name}" if setting.coarser > 1 else ""
-        self.setting, self.coarser, self._disabled = setting, setting.coarser, disabled
-        self._path, self._device, self._optimized, self._as_deployed = path, setting.device, optimized, setting.deployed
-        self._inputs, self.widen = list(inputs), widen
-        #: ``outputs`` are those of the file that are the model's; ``wider`` lets it return float32 for half floats.
-        self._outputs, self.wider = outputs, wider or widen
+        self.setting, self.coarser, self.wider = setting, setting.coarser, wider or widen
+        self._path, self._inputs, self._outputs, self._widen = path, inputs, outputs, widen
+        self._optimized, self._disabled = optimized, disabled
         self._session, self._takes = session, session.inputs if session is not None else ()
         self._watching: tuple[tuple[str, ...], Session, list[str], int] | None = None
+
+    def _open(self, model: Path | bytes, disabled: Sequence[str] = ()) -> Session:
+        return open_session(
+            model, device=self.setting.device, optimized=self._optimized, deployed=self.setting.deployed,
+            disabled_optimizers=disabled, beside=self._path,
+        )  # fmt: skip
+
+    @property
+    def _model(self) -> Path | bytes:
+        return widened(self._path) if self._widen else self._path
 
     @property
     def session(self) -> Session:
         """The session, opened on first use."""
         if self._session is None:
-            model = widened(self._path) if self.widen else self._path
-            self._session = open_session(
-                model, device=self._device, optimized=self._optimized, deployed=self._as_deployed,
-                disabled_optimizers=self._disabled, beside=self._path,
-            )  # fmt: skip
+            self._session = self._open(self._model, self._disabled)
             self._takes = self._session.inputs
         return self._session
 
@@ -97,15 +143,15 @@ class OnnxCandidate:
 
     def placement(self, flat: Sequence[Any]) -> Placement:
         """Where the nodes of the file run, seen in a session of its own."""
-        model = widened(self._path) if self.widen else self._path
-        return placement(model, self.feeds(flat), device=self._device, optimized=self._optimized, beside=self._path)
+        device, feeds = self.setting.device, self.feeds(flat)
+        return placement(self._model, feeds, device=device, optimized=self._optimized, beside=self._path)
 
     def close(self) -> None:
         """Frees the sessions."""
         self._session = self._watching = None
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
+        """As ``Candidate.run``."""
         return [as_tensor(value) for value in self.session.run(self.feeds(flat), self._outputs)]
 
     def also(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:
@@ -116,11 +162,8 @@ class OnnxCandidate:
         wanted = tuple(names)
         if self._watching is None or self._watching[0] != wanted:
             self._watching = None
-            content, present, own = _with_outputs(self._path, wanted, widen=self.widen)
-            session = open_session(
-                content, device=self._device, optimized=self._optimized, deployed=self._as_deployed, beside=self._path
-            )
-            self._watching = wanted, session, present, own
+            content, present, own = _with_outputs(self._path, wanted, widen=self._widen)
+            self._watching = wanted, self._open(content), present, own
         _, session, present, count = self._watching
         values = [as_tensor(array) for array in session.run(self.feeds(flat))]
         named = {value.name: tensor for value, tensor in zip(session.outputs, values)}
@@ -130,18 +173,34 @@ class OnnxCandidate:
     def feeds(self, flat: Sequence[Any]) -> dict[str, np.ndarray]:
         """What is fed for flat inputs."""
         wanted = {value.name: value for value in self._takes or self.session.inputs}
-        feeds = {}
-        for index, name in self._inputs:
-            if name in wanted:
-                value = to_numpy(flat[index])
-                # What may differ has been settled: half floats widened, integers of another size.
-                feeds[name] = value.astype(wanted[name].dtype, copy=False) if self.wider else value
-        return feeds
+        feeds = {name: to_numpy(flat[index]) for index, name in self._inputs if name in wanted}
+        # What may differ has been settled: half floats widened, integers of another size.
+        return {n: x.astype(wanted[n].dtype, copy=False) for n, x in feeds.items()} if self.wider else feeds
 
 
-def probe_session(path: Path, *, device: Device, widen: bool) -> Session:
-    """A session without optimisations, to see what a file takes and returns."""
-    return open_session(widened(path) if widen else path, device=device, optimized=False, beside=path)
+def judge_device(
+    candidate: OnnxCandidate, flat: Sequence[Any], findings: Findings, *, whole: bool = False
+) -> Placement | None:
+    """Where the file's nodes ran; a file that ran nowhere as asked, or runs otherwise when bound, is a problem.
+
+    So is, where the ``whole`` is asked for, one of which a node ran elsewhere.
+    """
+    try:
+        if problem := candidate.binding_problem(flat):
+            findings.problems.append(f"{candidate.name}: {problem}")
+        found = candidate.placement(flat)
+    except Exception as error:
+        findings.doubts.append(f"{candidate.name}: where its nodes run cannot be seen: {first_line(error)}")
+        return None
+    problem, note = placement_finding(found, candidate.session.provider)
+    if whole and problem is None:
+        problem, note = note, None
+    findings.problems += [f"{candidate.name}: {problem}"] if problem else []
+    findings.notes += [note] if note else []
+    return found
+
+
+# ---- what a file holds -----------------------------------------------------------------------------------------------
 
 
 def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[bytes, list[str], int]:
@@ -167,11 +226,9 @@ def _with_outputs(path: Path, names: Sequence[str], *, widen: bool) -> tuple[byt
 
 def needs_widening(model: onnx.ModelProto, device: Device) -> bool:
     """Whether a file holds bfloat16, and ONNX Runtime cannot run that on the device, such as the CPU."""
-    half = onnx.TensorProto.BFLOAT16
-    holds = any(t.data_type == half for t in model.graph.initializer) or any(
-        v.type.tensor_type.elem_type == half for v in model.graph.input
-    )
-    return holds and not has_bfloat16(device)
+    held = [tensor.data_type for tensor in model.graph.initializer]
+    held += [value.type.tensor_type.elem_type for value in model.graph.input]
+    return onnx.TensorProto.BFLOAT16 in held and not has_bfloat16(device)
 
 
 def refuse_training(model: onnx.ModelProto, where: str) -> None:
@@ -208,20 +265,18 @@ def widened(path: Path) -> bytes:
     def widen(tensor: Any) -> Any:
         return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype == ir.DataType.BFLOAT16:
-            value.const_value = widen(value.const_value)
-            value.dtype = ir.DataType.FLOAT
+            value.const_value, value.dtype = widen(value.const_value), ir.DataType.FLOAT
     for node in model.graph:
+        values += node.outputs
         for name, attribute in list(node.attributes.items()):
             if name in ("to", "dtype") and attribute.value == onnx.TensorProto.BFLOAT16:
                 node.attributes[name] = ir.AttrInt64(name, onnx.TensorProto.FLOAT)
             elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.BFLOAT16:
                 node.attributes[name] = ir.AttrTensor(name, widen(attribute.value))
-        for value in node.outputs:
-            if value.dtype == ir.DataType.BFLOAT16:
-                value.dtype = ir.DataType.FLOAT
-    for value in model.graph.inputs:
+    for value in values:
         if value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
     return bytes(ir.to_proto(model).SerializeToString())

@@ -18,9 +18,10 @@ from bnfold.evaluate.reading import outer_names
 from bnfold.evaluate.subject import Run
 from bnfold.gate.alone import alone
 from bnfold.gate.by_operator import Asked, as_kernels_round, ask, rounded_once
-from bnfold.gate.candidates import OnnxCandidate
-from bnfold.gate.claims import FileClaim
+from bnfold.gate.candidates import DEPLOYED, PLAIN, OnnxCandidate
+from bnfold.gate.decisions import judge_turns
 from bnfold.gate.evidence import (
+    CERTAIN,
     EXCUSE,
     MANY,
     SLACK,
@@ -30,20 +31,20 @@ from bnfold.gate.evidence import (
     Row,
     Source,
     seen_error,
+    settled,
     unit_roundoff,
-)  # fmt: skip
+)
 from bnfold.gate.findings import first_line
-from bnfold.gate.judge import CERTAIN, Case, Judge, listed, settled
+from bnfold.gate.judge import Case, Judge
 from bnfold.gate.optimizers import guilty
 from bnfold.gate.screen import Screen
-from bnfold.gate.turns import judge_turns
 from bnfold.gate.values import identical, to_numpy
+from bnfold.gate.witnesses import FileWitness
 
 #: Elements of intermediate values that are held at a time.
 ELEMENTS = 32_000_000
 #: Inputs on which all operators were asked and right: what the same operators lose on others is theirs to lose.
 ENOUGH = 3
-PLAIN, DEPLOYED = "ONNX Runtime, optimisations off", "ONNX Runtime"
 
 
 @dataclass
@@ -54,55 +55,47 @@ class Sessions:
     """
 
     judge: Judge
-    claim: FileClaim | None
+    claim: FileWitness | None
     make: Callable[..., OnnxCandidate]
     device: Any
     #: What was seen of the deployed session before.
     screen: Screen | None = None
+    #: By a case's words what the session without optimisations answers, and the file in float64 after its decisions.
     plain: dict[str, list[Any]] = field(default_factory=dict)
     followed: dict[str, Run] = field(default_factory=dict)
     _asked: bool = False
     _lost: set[str] = field(default_factory=set)
     _cleared: dict[str, bool] = field(default_factory=dict)
-    _blamed: bool = False
-    #: The cases on which the deployed session fails.
-    _broken: set[str] = field(default_factory=set)
 
     # -- without optimisations -----------------------------------------------------------------------------------------
 
     def run_plain(self) -> None:
         """The file without optimisations on every case, and its operators one by one."""
-        candidate = self.make(optimized=False)
-        failed: dict[str, list[str]] = {}
-        for case in self.judge.cases:
+        candidate, judge = self.make(optimized=False), self.judge
+
+        def run(case: Case) -> tuple[list[Any], dict[str, Tensor]]:
             names = list(case.claimed.decided) if case.claimed is not None else []
-            try:
-                outputs, decided = (
-                    candidate.also(case.batch.flat, names) if names else (candidate.run(case.batch.flat), {})
-                )
-            except Exception as error:
-                failed.setdefault(first_line(error), []).append(case.words)
-                continue
-            self.plain[case.words] = outputs
-            self.followed[case.words] = self._following(case, decided)
+            return candidate.also(case.batch.flat, names) if names else (candidate.run(case.batch.flat), {})
+
+        for case, (outputs, decided) in judge.answers(PLAIN, run):
+            self.plain[case.words], self.followed[case.words] = outputs, self._following(case, decided)
         candidate.close()  # what operators are asked on is another session: there is one at a time
-        for case in (case for case in self.judge.cases if case.words in self.plain):
-            judged = partial(self._rows, PLAIN, case, candidate, self.plain[case.words], self.followed[case.words])
-            rows, misfit = judged(plain=False, steps=MANY)  # more draws cost more than asking the operators
-            if 1 < misfit < math.inf:
+        ran = [case for case in judge.cases if case.words in self.plain]
+        for case in ran:
+            judged = partial(self._rows, case, candidate, self.plain[case.words], self.followed[case.words])
+            rows = judged(plain=False, steps=MANY)  # more draws cost more than asking the operators
+            if 1 < (misfit := judge.misfit(rows)) < math.inf:
                 clears = self._clears(candidate, case, misfit)
                 if clears and misfit > EXCUSE / 4:
                     self._lose(case)
-                rows, _ = judged(plain=clears)
-            self.judge.table.rows += rows
-        if not self._asked and self.plain:
-            small = min((c for c in self.judge.cases if c.words in self.plain), key=lambda c: c.batch.samples)
-            self._clears(candidate, small)
+                rows = judged(plain=clears)
+            judge.table.rows += rows
+        if ran and not self._asked:
+            self._clears(candidate, min(ran, key=lambda case: case.batch.samples))
         candidate.close()
-        self._failures(PLAIN, failed)
-        for words, reason in self.judge.unrun.items():
+        for words, reason in judge.unrun.items():
             if words in self.plain:
-                self.judge.findings.doubts.append(f"the file in float64: cannot be computed at {words}: {reason}")
+                judge.findings.doubts.append(f"the file in float64: cannot be computed at {words}: {reason}")
 
     def _lose(self, case: Case) -> None:
         """A problem for every output that loses its digits where operators round their results once and no more.
@@ -113,12 +106,11 @@ class Sessions:
         if claim is None or case.claimed is None or case.batch.origin:
             return
         outputs = claim.run(case.batch, follow=truth.decided or None, after=partial(rounded_once, self._dtype)).outputs
-        units = judge.reference.units
         for i, name in enumerate(judge.reference.outputs):
             own, true, right = case.own[i], case.truth.outputs[i], truth.outputs[i]
             if not own.is_floating_point() or not own.shape == true.shape == right.shape == outputs[i].shape:
                 continue
-            unit = units.get(name, unit_roundoff(own.dtype))
+            unit = judge.reference.units.get(name, unit_roundoff(own.dtype))
             noise = sum((_size(x).square() for x in (own - true, judge.drawn(case).noise(i), unit * true)), start=TINY)
             lost = float((_size(outputs[i] - right) / noise**0.5).max()) if own.numel() else 0.0
             if lost > EXCUSE * judge.limit and name not in self._lost:
@@ -133,56 +125,37 @@ class Sessions:
         claimed = case.claimed
         if claimed is None or self.claim is None:
             return case.truth
-        if all(n not in decided or torch.equal(decided[n].to(x.dtype), x) for n, x in claimed.decided.items()
-               if n not in decided or decided[n].shape == x.shape):  # fmt: skip
+        both = [(x, decided[name]) for name, x in claimed.decided.items() if name in decided]
+        if all(torch.equal(own.to(x.dtype), x) for x, own in both if own.shape == x.shape):
             return claimed
         return self.claim.run(case.batch, follow={**claimed.decided, **decided})
 
     def _rows(
-        self,
-        name: str,
-        case: Case,
-        candidate: Any,
-        outputs: Sequence[Any],
-        truth: Run,
-        *,
-        plain: bool,
+        self, case: Case, candidate: OnnxCandidate, outputs: Sequence[Any], truth: Run, *, plain: bool,
         steps: int = len(STEPS),
-    ) -> tuple[list[Row], float]:
+    ) -> list[Row]:  # fmt: skip
         """Judged by what rounding does, by the model's own error and (``plain``) the plain session's and kernels'."""
+        judge, draws = self.judge, self.judge.drawn(case)
         kernels: Draws | None = None
 
         def noise(i: int) -> Tensor:
-            parts = []
-            right = truth.outputs[i]
-            if not right.is_floating_point():
-                return torch.zeros(right.shape, dtype=torch.float64)
-            parts.append(self.judge.drawn(case).noise(i))
-            if case.own[i].shape == case.truth.outputs[i].shape:
-                parts.append(seen_error(case.own[i], case.truth.outputs[i]))
+            parts, right = [draws.noise(i)], truth.outputs[i]
+            seen = [(case.own, case.truth)]
             if plain and case.words in self.plain:
-                cleared, true = self.plain[case.words][i], self.followed[case.words].outputs[i]
-                if cleared.shape == true.shape:
-                    parts.append(seen_error(cleared, true))
-            if kernels is not None:
-                parts.append(kernels.noise(i))
-            fitting = [part for part in parts if part.shape == right.shape]
-            if not fitting:
-                return torch.zeros_like(right, dtype=torch.float64)
-            return torch.stack(fitting).square().sum(0).sqrt()
+                seen.append((self.plain[case.words], self.followed[case.words]))
+            for given, run in seen:
+                if given[i].shape == run.outputs[i].shape:
+                    parts.append(seen_error(given[i], run.outputs[i]))
+            parts += [kernels.noise(i)] if kernels is not None else []
+            squares = (part.square() for part in parts if part.shape == right.shape)
+            return sum(squares, torch.zeros(right.shape, dtype=torch.float64)).sqrt()
 
-        found: tuple[list[Row], float] = ([], 0.0)
-        for step in range(steps + plain):
-            if step < len(STEPS):
-                draws = self.judge.drawn(case, step)
-            elif (kernels := self._kernels(case, truth)) is None:
-                break
-            found = self.judge.judge(
-                name, case, outputs, truth.outputs, noise, coarser=SLACK * candidate.coarser, wider=candidate.wider,
-                typed=True,
-            )  # fmt: skip
-            if settled(found[0], self.judge.limit, step, draws):
-                break
+        rows = partial(judge.rows, candidate.name, case, outputs, truth, noise, coarser=SLACK * candidate.coarser,
+                       wider=candidate.wider, typed=True)  # fmt: skip
+        found = judge.sure(draws, rows, steps)
+        if plain and not settled(found, judge.limit, MANY, draws):
+            kernels = self._kernels(case, truth)
+            found = found if kernels is None else rows()
         return found
 
     def _kernels(self, case: Case, truth: Run) -> Draws | None:
@@ -201,7 +174,7 @@ class Sessions:
 
     @property
     def _dtype(self) -> str:
-        return "float16" if self.claim is not None and self.claim.file.halves() else "float32"
+        return "float16" if self.claim is not None and self.claim.halves else "float32"
 
     # -- operator by operator ------------------------------------------------------------------------------------------
 
@@ -211,23 +184,19 @@ class Sessions:
 
         Half floats are computed in float32 on a CPU, and rounded only where somebody reads them.
         """
-        return (
-            self.device.is_cpu
-            and min(self.judge.reference.units.values(), default=0.0) <= 2.0**-24
-            and not any(
-                weight.dtype == "float16" for weight in (self.claim.file.weights().values() if self.claim else ())
-            )
-        )
+        finest = min(self.judge.reference.units.values(), default=0.0)
+        weights = self.claim.file.weights().values() if self.claim is not None else ()
+        return self.device.is_cpu and finest <= 2.0**-24 and not any(weight.dtype == "float16" for weight in weights)
 
     def _clears(self, candidate: OnnxCandidate, case: Case, misfit: float = 0.0) -> bool:
         """Whether the runtime computes every operator right on a case; the first time, by themselves as well."""
         if self.claim is None:
             return False
+        findings, opsets = self.judge.findings, self.claim.opsets
         if case.words in self._cleared:
             return self._cleared[case.words]
         if len(self._cleared) >= ENOUGH and misfit < CERTAIN and all(self._cleared.values()):
             return True
-        opsets = self.claim.opsets
         found: list[Asked] = []
         try:
             for nodes, given, constants in self._pieces(candidate, case):
@@ -236,21 +205,21 @@ class Sessions:
                     found.append(alone(nodes, opsets, given, constants, self.device))
         except BnfoldError as error:
             self._cleared[case.words] = False
-            self.judge.findings.doubts.append(f"{PLAIN}: its operators cannot be asked one by one: {first_line(error)}")
+            findings.doubts.append(f"{PLAIN}: its operators cannot be asked one by one: {first_line(error)}")
             return False
         self._asked = True
         faults = {(f.operator, f.node): f for asked in found for f in asked.faults}
         for fault in list({f.operator: f for f in faults.values()}.values())[:3]:
-            self.judge.findings.problems.append(
+            findings.problems.append(
                 f"ONNX Runtime computes operator {fault.operator} wrongly: at '{fault.node}' {fault.why}"
             )
-            self.judge.findings.notes.append(f"to reproduce {fault.operator}:\n{fault.script}")
+            findings.notes.append(f"to reproduce {fault.operator}:\n{fault.script}")
         if unknown := sorted({name for asked in found for name in asked.unbounded}):
-            self.judge.findings.notes.append(
+            findings.notes.append(
                 f"no rounding bound is known beforehand for {', '.join(unknown)}: judged by what rounding operands does"
             )
         if missing := sorted({name for asked in found for name in asked.missing}):
-            self.judge.findings.doubts.append(f"operators that cannot be computed in float64: {', '.join(missing)}")
+            findings.doubts.append(f"operators that cannot be computed in float64: {', '.join(missing)}")
         self._cleared[case.words] = not faults and any(asked.count for asked in found)
         return self._cleared[case.words]
 
@@ -271,9 +240,7 @@ class Sessions:
             if held < ELEMENTS and i + 1 < len(nodes):
                 continue
             inside = {name for each in chunk for name in (*each.input, *each.output) if name}
-            shown = inside & read_by
-            wanted = [name for name in shapes if name in shown]
-            outputs, values = candidate.also(case.batch.flat, wanted)
+            outputs, values = candidate.also(case.batch.flat, [n for n in shapes if n in inside & read_by])
             candidate.close()
             if self._exact and not all(map(identical, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")
@@ -287,69 +254,61 @@ class Sessions:
 
     def run_deployed(self, candidate: OnnxCandidate) -> None:
         """The optimised file on every case, against the one without."""
-        failed: dict[str, list[str]] = {}
-        for case in self.judge.cases:
-            try:
-                known = self.screen.outputs.get(case.batch) if self.screen is not None else None
-                outputs = candidate.run(case.batch.flat) if known is None else known
-            except Exception as error:
-                failed.setdefault(first_line(error), []).append(case.words)
-                continue
-            truth = self.followed.get(case.words) or case.claimed or case.truth
-            rows, misfit = self._rows(candidate.name, case, candidate, outputs, truth, plain=True)
-            if misfit > 1 and case.claimed is not None and case.claimed.decided:
-                rows = self._decided(candidate, case, outputs, truth, rows, misfit)
-            self.judge.table.rows += rows
-        self.judge.table.rows += self.screen.rows if self.screen is not None else []
-        self._failures(candidate.name, failed)
-        self._broken = {words for at in failed.values() for words in at} if candidate.name == DEPLOYED else self._broken
+        seen, table = self.screen, self.judge.table
 
-    def _decided(
-        self, candidate: OnnxCandidate, case: Case, outputs: Sequence[Any], before: Run, rows: list[Row], misfit: float
-    ) -> list[Row]:
+        def run(case: Case) -> list[Any]:
+            known = seen.outputs.get(case.batch) if seen is not None else None
+            return candidate.run(case.batch.flat) if known is None else known
+
+        for case, outputs in self.judge.answers(candidate.name, run):
+            truth = self.followed.get(case.words) or case.claimed or case.truth
+            rows = self._rows(case, candidate, outputs, truth, plain=True)
+            if case.claimed is not None and case.claimed.decided and self.judge.misfit(rows) > 1:
+                rows = self._decided(candidate, case, outputs, rows)
+            table.rows += rows
+        table.rows += seen.rows if seen is not None else []
+
+    def _decided(self, candidate: OnnxCandidate, case: Case, outputs: Sequence[Any], rows: list[Row]) -> list[Row]:
         """The rows after decisions that the session itself shows, where they explain what it returns."""
         assert case.claimed is not None and self.claim is not None
-        claim, names = self.claim, list(case.claimed.decided)
         try:
-            decided = candidate.also(case.batch.flat, names)[1]
-            truth = claim.run(case.batch, follow={**case.claimed.decided, **decided})
+            decided = candidate.also(case.batch.flat, list(case.claimed.decided))[1]
+            again = partial(self.claim.run, case.batch, follow={**case.claimed.decided, **decided})
+            truth = again()
         except Exception:
             return rows
-        found, better = self._rows(candidate.name, case, candidate, outputs, truth, plain=True)
-        if not better < misfit:
-            self._rows(candidate.name, case, candidate, outputs, before, plain=True)
+        found = self._rows(case, candidate, outputs, truth, plain=True)
+        if not self.judge.misfit(found) < self.judge.misfit(rows):
             return rows
-        again = partial(claim.run, case.batch, follow={**case.claimed.decided, **decided})
         judge_turns(self.judge.findings, candidate.name, truth.turns, lambda seed: again(seed=seed).turns)
         return found
 
-    def guilty(self) -> tuple[str, ...]:
-        """The optimisations that make a file wrong that is right without them; none where it is right with them."""
+    def guilty(self) -> tuple[str, ...] | None:
+        """The optimisations that make a file wrong that is right without them, if one knows them; None: none does."""
         judge = self.judge
-        rows = [row for row in judge.table.of(DEPLOYED) if not row.misfit(judge.limit) <= 1]
-        cases = {row.case for row in rows} | {words for name, words in judge.said if name == DEPLOYED} | self._broken
-        case = next((c for c in judge.cases if c.words in cases), None)
-        self._blamed = case is not None and judge.right(PLAIN, [case])
-        if case is None or not self._blamed:
-            return ()
+        wrong = {row.case for row in judge.table.of(DEPLOYED, said=True) if not row.misfit(judge.limit) <= 1}
+        wrong |= judge.failed.get(DEPLOYED, set())
+        case = next((case for case in judge.cases if case.words in wrong), None)
+        if case is None:
+            return None
+        without = [row for row in judge.table.of(PLAIN, said=True) if row.case == case.words]
+        if not all(row.misfit(judge.limit) <= 1 for row in without):
+            return None
 
-        def wrong(disabled: Sequence[str]) -> bool:
+        def off(disabled: Sequence[str]) -> bool:
             candidate = self.make(optimized=True, disabled=disabled)
             try:
                 truth = self.followed.get(case.words) or case.truth
-                return self._rows("blame", case, candidate, candidate.run(case.batch.flat), truth, plain=True)[1] > 1
+                return judge.misfit(self._rows(case, candidate, candidate.run(case.batch.flat), truth, plain=True)) > 1
             except Exception:
                 return True
 
-        found = guilty(wrong)
-        judge.said.pop(("blame", case.words), None)
-        judge.compared.pop("blame", None)
-        return found
+        return guilty(off)
 
     def blame(self) -> str | None:
         """Whose fault it is where optimisations alone make a file wrong, as a problem."""
         found = self.guilty()
-        if not self._blamed:
+        if found is None:
             return None
         if not found:
             return (
@@ -359,10 +318,6 @@ class Sessions:
             f"ONNX Runtime: its optimisation {' with '.join(found)} makes the file wrong, which is right without it: "
             f"disable it where the file runs (InferenceSession(..., disabled_optimizers={list(found)}))"
         )
-
-    def _failures(self, name: str, failed: dict[str, list[str]]) -> None:
-        for reason, at in failed.items():
-            self.judge.findings.problems.append(f"{name}: fails at {listed(at)}: {reason}")
 
 
 def _size(value: Tensor) -> Tensor:

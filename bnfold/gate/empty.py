@@ -12,15 +12,17 @@ from bnfold.gate.samples import Batch
 from bnfold.gate.values import batched
 from bnfold.graph.capture import Captured
 
+#: Inputs with their outputs.
+Runs = Sequence[tuple[Batch, Sequence[Tensor]]]
 
-def prove_nothing(judge: Judge, captured: Captured, runs: Sequence[tuple[Batch, Sequence[Tensor]]]) -> None:
-    """Says of a judgement why nothing follows from it, where that is so; ``runs`` are inputs with their outputs."""
-    findings, compared = judge.findings, judge.compared
-    shown = [row.witness for row in judge.table.rows if not row.inside]
-    ran = dict.fromkeys([*shown, *(name for name, _ in judge.said)])
-    if not ran and not findings.problems:
+
+def prove_nothing(judge: Judge, captured: Captured, runs: Runs) -> None:
+    """Says of a judgement why nothing follows from it, where that is so."""
+    findings, rows = judge.findings, [row for row in judge.table.rows if not row.inside]
+    compared = {row.witness for row in rows if row.shown}
+    if not rows and not findings.problems:
         findings.problems.append("no output was compared")
-    for witness in ran:
+    for witness in dict.fromkeys(row.witness for row in rows):
         if witness not in compared:
             findings.doubts.append(f"{witness}: no output has an element to compare; give real inputs (--data)")
     if captured.names and not _reads_inputs(captured):
@@ -44,10 +46,10 @@ def _reads_inputs(captured: Captured) -> bool:
     return captured.program.graph.output_node() in reached
 
 
-def _says_nothing(runs: Sequence[tuple[Batch, Sequence[Tensor]]]) -> bool:
+def _says_nothing(runs: Runs) -> bool:
     """Whether inputs differ and no output does: the same floats for every sample of every run."""
 
-    def alike(runs: Sequence[tuple[Batch, Sequence[Tensor]]]) -> bool:
+    def alike(runs: Runs) -> bool:
         first: dict[int, Tensor] = {}
         for batch, values in runs:
             for i, value in enumerate(values):

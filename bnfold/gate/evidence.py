@@ -8,8 +8,8 @@ of unlike magnitude, and no element's error is averaged away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Row:
         samples: how many samples the input holds.
         inside: whether it is a value inside, no output.
         finite: whether it has a finite element to compare, or none at all.
+        shown: whether it is an output that has an element to compare.
+        said: what is wrong with it that no number says; it is infinitely far off then.
     """
 
     case: str
@@ -60,10 +62,13 @@ class Row:
     error: float = 0.0
     noise: float = 0.0
     doublings: tuple[int, ...] = ()
+    _: KW_ONLY
     elements: int = 0
     samples: int = 0
     inside: bool = False
     finite: bool = True
+    shown: bool = False
+    said: str = ""
 
     def misfit(self, limit: float) -> float:
         """At most 1 where it is right."""
@@ -76,9 +81,10 @@ class Table:
 
     rows: list[Row] = field(default_factory=list)
 
-    def of(self, witness: str, value: str | None = None) -> list[Row]:
-        """The rows of a witness, of one output or of all."""
-        return [r for r in self.rows if r.witness == witness and value in (None, r.value) and not r.inside]
+    def of(self, witness: str, value: str | None = None, *, said: bool = False) -> list[Row]:
+        """The rows of a witness, of one output or of all; where it is asked for those too that no number says."""
+        rows = [row for row in self.rows if row.witness == witness and not row.inside and (said or not row.said)]
+        return rows if value is None else [row for row in rows if row.value == value]
 
 
 def compare(
@@ -289,6 +295,19 @@ class Draws:
             # In the tail of an activation rounding the model's own moves a value by much of itself, and all by chance.
             rest = torch.where(self._excuse * usual > size, rest, torch.minimum(rest, most))
         return (first + rest).sqrt()
+
+
+#: A value this many limits off is no chance, whatever else is drawn.
+CERTAIN = 100.0
+
+
+def settled(rows: Iterable[Row], limit: float, step: int, draws: Draws) -> bool:
+    """Whether no further draw changes what is said of any value.
+
+    One draw says little of how far off it is, and none nothing: a claim may store its constants more coarsely.
+    """
+    certain = CERTAIN if step >= MANY else CERTAIN**2 if draws.whole else math.inf
+    return not any(1 < row.misfit(limit) <= certain for row in rows if not row.said)
 
 
 def seen_error(given: Tensor, truth: Tensor) -> Tensor:

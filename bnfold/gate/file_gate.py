@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bnfold.errors import BnfoldError, InputError
+from bnfold.errors import BnfoldError, InputError, LowerError
 from bnfold.evaluate.evaluator import MissingOperatorError
-from bnfold.evaluate.subject import Array, ValueInfo
-from bnfold.gate.candidates import OnnxCandidate
-from bnfold.gate.claims import FileClaim
-from bnfold.gate.deployed import DEPLOYED, PLAIN, Sessions
+from bnfold.evaluate.subject import Array
+from bnfold.gate.candidates import DEPLOYED, PLAIN, OnnxCandidate, Setting
+from bnfold.gate.deployed import Sessions
 from bnfold.gate.effort import DEAR, file_effort
-from bnfold.gate.engines import Setting
-from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.findings import Findings
+from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Case, Judge, run_cases
-from bnfold.gate.original import Original
 from bnfold.gate.samples import Batch, provoke
 from bnfold.gate.values import as_tensor, identical
-from bnfold.report import CheckReport, SiteResult, Verdict
-from bnfold.report.progress import Progress
-from bnfold.runtime.model_file import read_model
-from bnfold.runtime.runtime import resolve_device
+from bnfold.gate.witnesses import FileWitness
+from bnfold.report import CheckReport
+from bnfold.report.progress import Progress, silent
+from bnfold.runtime.runtime import Device, resolve_device
 
 #: Batches, each with the kinds of its samples, and what follows the first of them where a sample is dear.
 PLAN: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -40,6 +37,33 @@ FEW: tuple[tuple[int, tuple[str, ...]], ...] = ((3, ("outlier", "binary", "bytes
 SIZES = ((37, 41, 53), (64, 96, 160), (224, 256, 320), (1, 2, 3))
 #: Elements of inputs beyond which a large batch is left out.
 LARGE = 4_000_000
+
+
+class Original(FileWitness):
+    """A file that another one is compared with: in float64, and as ONNX Runtime runs it without optimisations."""
+
+    def __init__(self, path: Path, device: Device | str) -> None:
+        super().__init__(path)
+        setting = Setting(resolve_device(device))
+        self._session = OnnxCandidate(path, setting=setting, optimized=False, inputs=self.inputs, outputs=self.outputs)
+
+    def open(self) -> None:
+        """Opens it in ONNX Runtime.
+
+        Raises:
+            InputError: ONNX Runtime does not take it.
+        """
+        try:
+            self._session.session  # noqa: B018  # opened on first use
+        except LowerError as error:
+            raise InputError(
+                f"ONNX Runtime does not run the original: {error.what}", where=str(self.path),
+                hint="--no-check folds it unproved",
+            ) from error  # fmt: skip
+
+    def own(self, batch: Batch) -> list[Tensor]:
+        """As ``Witness.own``; it must be open."""
+        return self._session.run(batch.flat)
 
 
 @dataclass
@@ -57,9 +81,9 @@ class FileGate:
     path: Path
     device: Any = "cpu"
     seed: int = 0
-    limit: float = 4.0
+    limit: float = LIMIT
     data: Mapping[str, Array] | None = None
-    progress: Progress = lambda stage, done, total: None
+    progress: Progress = silent
     findings: Findings = field(default_factory=Findings)
 
     def judge(self) -> CheckReport:
@@ -68,30 +92,27 @@ class FileGate:
         Raises:
             BnfoldError: a file cannot be opened, or the original runs on none of the inputs made for it.
         """
-        findings = self.findings
-        claim: FileClaim | None = None
+        findings, claim = self.findings, None
         try:
-            reference, claim = self.opened()
+            claim = self.open()
         except MissingOperatorError as error:
-            reference = Original(self.original, self.device)
+            self.reference = Original(self.original, self.device)
             findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
         if findings.problems:
-            return self._report(None, [], [])
-        cases = self.cases(reference)
+            return Judge(self.reference, [], findings, self.limit).verdict("none", [])
+        cases, provider = self.cases(), "none"
         first = cases[0]
-        if not all(map(identical, first.own, reference.own(first.batch))):
+        if not all(map(identical, first.own, self.reference.own(first.batch))):
             raise InputError("it answers otherwise from run to run on the same inputs", where=str(self.original))
-        judge = Judge(reference, cases, findings, self.limit)
+        judge = Judge(self.reference, cases, findings, self.limit)
         if claim is not None:
             judge.claim(claim)
             judge.report(claim.name)
-        make = partial(self.candidate, reference)
-        sessions = Sessions(judge, claim, make, resolve_device(self.device))
-        provider = "none"
+        sessions = Sessions(judge, claim, self.onnx, resolve_device(self.device))
         try:
             sessions.run_plain()
             judge.report(PLAIN)
-            candidate = make(optimized=True)
+            candidate = self.onnx(optimized=True)
             provider = candidate.session.provider
             sessions.run_deployed(candidate)
             if (said := sessions.blame()) is not None:
@@ -99,74 +120,50 @@ class FileGate:
             judge.report(DEPLOYED)
         except BnfoldError as error:
             findings.problems.append(f"ONNX Runtime: {error}")
-        if not any(judge.compared.values()):
+        if not any(row.shown for row in judge.table.rows):
             findings.doubts.append("no output has an element to compare")
-        return self._report(judge, cases, [], provider)
-
-    def _report(
-        self, judge: Judge | None, cases: Sequence[Case], sites: Sequence[SiteResult], provider: str = "none"
-    ) -> CheckReport:
-        found = self.findings
-        found.once()
-        verdict: Verdict = "fail" if found.problems else "inconclusive" if found.doubts else "pass"
-        witnesses = dict.fromkeys(row.witness for row in judge.table.rows) if judge else {}
-        outputs = [result for witness in witnesses for result in judge.results(witness)] if judge else []
-        return CheckReport(
-            verdict, provider, sum(c.batch.samples for c in cases), tuple(dict.fromkeys(c.batch.size for c in cases)),
-            tuple(outputs), tuple(sites), 0.0, (*found.problems, *found.doubts), tuple(found.notes), None, self.limit,
-            ELEMENT * self.limit,
-        )  # fmt: skip
+        return judge.verdict(provider, [case.batch for case in cases])
 
     # -- witnesses -------------------------------------------------------------------------------------------------
 
-    def opened(self) -> tuple[Original, FileClaim]:
-        """Both files in float64; what tells their inputs and outputs apart is a problem.
+    def open(self) -> FileWitness:
+        """The file in float64, and the original as ``reference``; what tells them apart from outside is a problem.
 
         Raises:
             BnfoldError: a file cannot be opened.
             MissingOperatorError: an operator of one has no implementation.
         """
-        reference = Original(self.original, self.device)
-        inputs = self._inputs(reference)
-        model = read_model(self.path, light=True)
-        claim = FileClaim(self.path, model, inputs, reference.outputs, {}, reference.epsilon, reference.halves)
-        self._compare_signatures(reference, claim)
-        return reference, claim
+        theirs = self.reference = Original(self.original, self.device)
+        mine = FileWitness(self.path, None, theirs.inputs, theirs.outputs, {}, theirs)
+        pairs = (("input", mine.file.inputs, theirs.file.inputs), ("output", mine.file.outputs, theirs.file.outputs))
+        for kind, values, wanted in pairs:
+            known = {value.name: value for value in wanted}
+            if {value.name for value in values} != known.keys():
+                self.findings.problems.append(
+                    f"its {kind}s are {', '.join(v.name for v in values)} and not {', '.join(v.name for v in wanted)}"
+                )
+            self.findings.problems += [
+                f"{kind} '{value.name}' is {value.dtype.name} and not {other.dtype.name}"
+                for value in values if (other := known.get(value.name, value)).dtype != value.dtype
+            ]  # fmt: skip
+        return mine
 
-    def candidate(self, reference: Original, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
+    def onnx(self, *, optimized: bool, disabled: Sequence[str] = ()) -> OnnxCandidate:
         """The file in ONNX Runtime."""
         return OnnxCandidate(
             self.path, setting=Setting(resolve_device(self.device)), optimized=optimized,
-            inputs=self._inputs(reference), outputs=reference.outputs, disabled=disabled,
+            inputs=self.reference.inputs, outputs=self.reference.outputs, disabled=disabled,
         )  # fmt: skip
-
-    @staticmethod
-    def _inputs(reference: Original) -> list[tuple[int, str]]:
-        return [(i, value.name) for i, value in enumerate(reference.inputs)]
-
-    def _compare_signatures(self, original: Original, claim: FileClaim) -> None:
-        ours, theirs = claim.file, original.file
-        for kind, mine, wanted in (("input", ours.inputs, theirs.inputs), ("output", ours.outputs, theirs.outputs)):
-            if {v.name for v in mine} != {v.name for v in wanted}:
-                self.findings.problems.append(
-                    f"its {kind}s are {', '.join(v.name for v in mine)} and not {', '.join(v.name for v in wanted)}"
-                )
-            for value in mine:
-                other = next((v for v in wanted if v.name == value.name), value)
-                if value.dtype != other.dtype:
-                    self.findings.problems.append(
-                        f"{kind} '{value.name}' is {value.dtype.name} and not {other.dtype.name}"
-                    )
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
-    def cases(self, original: Original) -> list[Case]:
+    def cases(self) -> list[Case]:
         """Cases that the original runs on: every kind of values, batch and size in turn.
 
         Raises:
             InputError: ONNX Runtime does not take it, or it runs on none of the inputs made for it.
         """
-        original.open()
+        self.reference.open()
         cases: list[Case] = []
         known, reason = SIZES[0], ""
         todo = list(enumerate(PLAN))
@@ -174,15 +171,15 @@ class FileGate:
             self.progress("truth", turn, len(todo))
             notes = Findings()
             for sizes in dict.fromkeys((known, *SIZES)):
-                batch = self._batch(original.inputs, turn, count, kinds, sizes)
+                batch = self._batch(turn, count, kinds, sizes)
                 if batch is None:
                     break
-                found, reason = run_cases(original, [batch], notes, lambda stage, done, total: None)
+                found, reason = run_cases(self.reference, [batch], notes, silent)
                 if found:
                     known, notes = sizes, Findings()
                     cases += found
                     break
-            if turn == 0 and cases and self.data is None and self._effort(original, cases[0]) > DEAR:
+            if turn == 0 and cases and self.data is None and self._effort(cases[0]) > DEAR:
                 dynamic = cases[0].batch.size > 0
                 few = FEW if dynamic else [(1, (kind,)) for _, kinds in FEW for kind in kinds]
                 todo[1:] = enumerate(few, 1)
@@ -194,44 +191,39 @@ class FileGate:
             )  # fmt: skip
         return cases
 
-    @staticmethod
-    def _effort(original: Original, case: Case) -> float:
+    def _effort(self, case: Case) -> float:
         """What one sample costs, in operations."""
-        shapes = {value.name: x.shape for value, x in zip(original.inputs, case.batch.flat)}
-        shapes |= {name: weight.shape for name, weight in original.file.weights().items()}
-        return file_effort(original.file.nodes(), {**shapes, **case.truth.shapes}, case.batch.samples)
+        file = self.reference.file
+        shapes = {value.name: x.shape for value, x in zip(file.inputs, case.batch.flat)}
+        shapes |= {name: weight.shape for name, weight in file.weights().items()}
+        return file_effort(file.nodes(), {**shapes, **case.truth.shapes}, case.batch.samples)
 
-    def _batch(
-        self, inputs: Sequence[ValueInfo], turn: int, count: int, kinds: Sequence[str], sizes: Sequence[int]
-    ) -> Batch | None:
+    def _batch(self, turn: int, count: int, kinds: Sequence[str], sizes: Sequence[int]) -> Batch | None:
         """Inputs of some kinds, sample by sample; None where they would be too many."""
-        flat: list[Any] = []
-        named: dict[str, int] = {}
+        flat, named, data, dynamic = list[Any](), dict[str, int](), self.data or {}, False
         rng, generator = np.random.default_rng((self.seed, turn)), torch.Generator().manual_seed(self.seed + turn)
-        rows = max((len(x) for x in (self.data or {}).values()), default=0)
-        dynamic = False
-        for value in inputs:
+        rows = max((len(x) for x in data.values()), default=0)
+        for value in self.reference.file.inputs:
             shape: list[int] = []
             for axis, size in enumerate(value.shape):
                 if not isinstance(size, int) or size < 0:
-                    key = size or f"{value.name}.{axis}"
                     made = count if axis == 0 else sizes[(turn + len(named)) % len(sizes)]
                     dynamic |= axis == 0
-                    size = named.setdefault(str(key), made)
+                    size = named.setdefault(str(size or f"{value.name}.{axis}"), made)
                 shape.append(size)
             if count > 3 and np.prod(shape, dtype=float) > LARGE:
                 return None
-            if self.data is not None and value.name in self.data and kinds[0] == "ordinary":
-                given = self.data[value.name]
+            if value.name in data and kinds[0] == "ordinary":
                 picked = np.arange(turn * 7, turn * 7 + (shape[0] if shape else 1)) % max(rows, 1)
-                flat.append(as_tensor(np.ascontiguousarray(given[picked]).astype(value.dtype)))
+                drawn: Any = np.ascontiguousarray(data[value.name][picked])
             elif value.dtype.kind in "iub":
-                flat.append(as_tensor(np.asarray(rng.random(shape) > 0.5).astype(value.dtype)))
+                drawn = np.asarray(rng.random(shape) > 0.5)
             else:
                 values = torch.from_numpy(np.asarray(rng.standard_normal(shape)))
                 if values.numel() > 1:  # a number alone is a parameter, as a scale is one
                     values = provoke(values, values, kinds, generator, batched=len(kinds) > 1)
-                flat.append(as_tensor(values.numpy().astype(value.dtype)))
+                drawn = values.numpy()
+            flat.append(as_tensor(drawn.astype(value.dtype)))
         if count > 3 and not dynamic:
             return None
         size = flat[0].shape[0] if flat and flat[0].ndim and dynamic else 0

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import onnx
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -26,41 +28,40 @@ from bnfold.evaluate.evaluator import MissingOperatorError
 from bnfold.gate.accuracy import Follow, judge_accuracy, look
 from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
+    DEPLOYED,
+    PLAIN,
     Candidate,
-    EagerCandidate,
-    FoldedCandidate,
     OnnxCandidate,
+    Setting,
     half_inside,
+    judge_device,
     needs_widening,
-    probe_session,
     quantised_nodes,
     refuse_training,
+    settings,
 )
-from bnfold.gate.claims import FileClaim, ProgramClaim
 from bnfold.gate.data import Labels
-from bnfold.gate.deployed import DEPLOYED, Sessions
-from bnfold.gate.devices import judge_device
+from bnfold.gate.decisions import judge_turns
+from bnfold.gate.deployed import Sessions
 from bnfold.gate.effort import DEAR, effort, has_summaries
 from bnfold.gate.empty import prove_nothing
-from bnfold.gate.engines import Setting, settings
 from bnfold.gate.evidence import ELEMENT
 from bnfold.gate.findings import Findings
 from bnfold.gate.judge import Judge, overflow, run_cases
 from bnfold.gate.matching import Match, match
+from bnfold.gate.metrics import Facts, Part, Spread
 from bnfold.gate.models import Model
-from bnfold.gate.outside import judge_outside, judge_twice
-from bnfold.gate.parts import Facts, Part, Spread
-from bnfold.gate.runners import RunnerCandidate
+from bnfold.gate.outside import EagerCandidate, FoldedCandidate, RunnerCandidate, judge_outside, judge_twice
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.screen import Screen
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
-from bnfold.gate.turns import judge_turns
+from bnfold.gate.witnesses import FileWitness, Program64
 from bnfold.graph.capture import Captured
 from bnfold.graph.program import meanings
 from bnfold.graph.threads import torch_threads
-from bnfold.report import CheckReport, Engine, Ledger, OutputResult, Placement, Verdict
-from bnfold.report.progress import Progress
+from bnfold.report import CheckReport, Engine, Ledger, Placement
+from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import Arithmetic, Device, Session, provider_notes, resolve_device
@@ -69,7 +70,7 @@ from bnfold.runtime.runtime import Arithmetic, Device, Session, provider_notes, 
 LIMIT = 4.0
 MANY = 64  # samples of a model that is cheap: a fault in one of twenty shows itself to so many in 96 % of all runs
 ENOUGH = 4  # samples that a verdict rests on at least
-_SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
+Claim = FileWitness | Program64 | None
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Gate:
     labels: Labels | None = None
     #: Look for inputs by gradient as well.
     adversarial: bool = False
-    progress: Progress = lambda stage, done, total: None
+    progress: Progress = silent
     #: The fold written back into the model's own class.
     eager: nn.Module | None = None
     #: Goes through all the parts of the data, of which ``data`` is the first.
@@ -122,22 +123,66 @@ class Gate:
             BnfoldError: the file cannot be opened, or the data do not fit.
         """
         assert self.data is not None
-        self._findings = Findings()
-        self._match()
+        self.match()
         return look(self.captured, self._deployed(), self.data, self.labels or Labels(), facts, self.progress)
 
-    def _judge(self) -> CheckReport:
+    # -- inputs --------------------------------------------------------------------------------------------------------
+
+    def inputs(self, **more: Any) -> list[Batch]:
+        """Inputs of the sizes that the file takes, after ``match``; ``more`` as for ``batches``."""
         captured = self.captured
-        findings = self._findings = Findings()
-        self._match()
-        made = batches(
+        return batches(
             captured.program, captured.names, captured.flat, samples=self.samples, seed=self.seed, data=self.data,
-            sizes=captured.sizes, pinned=self._matched.pinned, runs=MIN_SAMPLES if has_summaries(captured) else 1,
+            sizes=captured.sizes, pinned=self._matched.pinned, **more,
+        )  # fmt: skip
+
+    def match(self) -> Sequence[str]:
+        """Finds out which of the file's inputs and outputs are the model's, and says how; and which sizes it takes."""
+        self._widen, self._matched, self.findings = False, Match(()), Findings()
+        self._probe: Session | None = None
+        self._held: onnx.ModelProto | None = None
+        if self.path is None:
+            return ()
+        self._device = resolve_device(self.device)
+        self._settings = settings(self._device, self.captured.program)
+        held = self._held = read_model(self.path, light=True)
+        self._widen = needs_widening(held, self._settings[0].device)
+        notes = self.findings.notes
+        if self._widen:
+            notes.append(
+                "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
+            )
+        if self.folded is None:
+            refuse_training(held, str(self.path))
+        probe = self._probe = self.onnx(optimized=False).session
+        self._outputs = [value.name for value in probe.outputs]
+        self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
+        notes += self._matched.notes
+        weights = self.captured.program.state_dict.values()
+        if self.folded is None and half_inside(held) and not any(v.dtype == torch.float16 for v in weights):
+            notes.append(
+                "the file computes in float16 and the model does not: judge it against the model in that dtype "
+                "(--dtype float16, dtype=torch.float16)"
+            )
+        if self.folded is None and (nodes := quantised_nodes(held)):
+            notes.append(
+                f"the file is quantised ({nodes} nodes): no such file equals a float model; what that costs is "
+                "seen on data (--data)"
+            )
+        return self._matched.notes
+
+    # -- the verdict ---------------------------------------------------------------------------------------------------
+
+    def _judge(self) -> CheckReport:
+        self.match()
+        findings = self.findings
+        made = self.inputs(
+            runs=MIN_SAMPLES if has_summaries(self.captured) else 1,
             affordable=min(MANY, int(3 * DEAR / max(self._cost, 1.0))),
             dear=self._dear and self.samples <= MIN_SAMPLES and self.data is None,
-        )  # fmt: skip
+        )
         found = self._search(made)
-        model = self._model = Model(captured, dear=self._dear)
+        model = self._model = Model(self.captured, dear=self._dear)
         screen = self._screened()
         held = self.meanings if self.meanings is not None else meanings(self.folded) if self.folded else {}
         meant = {name: held.get(name) or Meaning(value) for name, value in self.ledger.sites.items()}
@@ -157,8 +202,7 @@ class Gate:
         stateful = model.keeps_state(findings)
         runs = [(case.batch, case.truth.outputs if screen is None else case.own) for case in cases]
         runs += screen.cleared if screen is not None else []
-        ran, at = sum(batch.samples for batch, _ in runs), dict.fromkeys(batch.size for batch, _ in runs)
-        if ran < ENOUGH:
+        if (ran := sum(batch.samples for batch, _ in runs)) < ENOUGH:
             findings.doubts.append(
                 f"only {ran} samples could be run, which is too few for a verdict: give real ones, --data"
             )
@@ -180,77 +224,76 @@ class Gate:
             noise = judge.drawn(case).noise
             model.judge_capture(case.batch, case.own, case.truth, noise, findings, self.limit)
         self.progress("check", 1, 4)
-        engines, placed = self._run_file(claim if isinstance(claim, FileClaim) else None, screen)
+        engines, placed = self._run_file(claim, screen)
         self.progress("check", 3, 4)
-        for candidate in self._outside():
-            judge_outside(judge, candidate)
-            if isinstance(candidate, RunnerCandidate):
-                judge_twice(judge, candidate)
-            judge.report(candidate.name, unread=self._unread(None))
-            if isinstance(candidate, RunnerCandidate):
-                engines.append(self._engine(candidate.setting, candidate.name))
+        engines += self._run_elsewhere()
         accuracy = None
-        if self.data and (last := self._deployed()) is not None:
+        if self.data:
             accuracy = judge_accuracy(
-                judge, last, self.data, self.labels, pinned=self._matched.pinned, spread=self.spread,
+                judge, self._deployed(), self.data, self.labels, pinned=self._matched.pinned, spread=self.spread,
                 follow=self._follow(claim), progress=self.progress,
             )  # fmt: skip
-        prove_nothing(judge, captured, runs)
+        prove_nothing(judge, self.captured, runs)
         self.progress("check", 4, 4)
-        findings.once()
-        problems, doubts = findings.problems, findings.doubts
-        verdict: Verdict = "fail" if problems else "inconclusive" if doubts else "pass"
-        witnesses = dict.fromkeys(row.witness for row in judge.table.rows)
-        outputs: list[OutputResult] = [r for witness in witnesses for r in judge.results(witness)]
-        return CheckReport(
-            verdict, engines[-1].name if engines else "torch", ran, tuple(at), tuple(outputs), tuple(sites),
-            model.capture_error, (*problems, *doubts), tuple(findings.notes), accuracy, self.limit,
-            ELEMENT * self.limit, placement=placed, engines=tuple(engines),
+        return judge.verdict(
+            engines[-1].name if engines else "torch", [batch for batch, _ in runs], sites=tuple(sites),
+            capture_error=model.capture_error, accuracy=accuracy, placement=placed, engines=tuple(engines),
             adversarial=found.result(self._worst_found(found)),
         )  # fmt: skip
 
     # -- question 1 ----------------------------------------------------------------------------------------------------
 
-    def _claim(self) -> FileClaim | ProgramClaim | None:
-        if self.path is None:
-            return None if self.folded is None else ProgramClaim(self.folded)
-        try:
-            specs = self.captured.program.graph_signature.output_specs
-            returned = [str(getattr(spec.arg, "name", "")) for spec in specs]
-            outputs = self._matched.outputs or self._returned
-            names = dict(zip(returned, outputs)) if len(returned) == len(outputs) else {}
-            claim = FileClaim(self.path, self._held, self._matched.inputs, self._matched.outputs,
-                              self.file_names or names, self._model.epsilon, self._model.halves)  # fmt: skip
-            claim.knows = self.folded is not None
-            del self._held
-            return claim
-        except MissingOperatorError as error:
-            self._findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
-            return None
+    def file64(self, model: Model, names: Mapping[str, str] | None) -> FileWitness:
+        """The file in float64; ``names`` are what it calls the model's values.
 
-    def _unread(self, claim: FileClaim | ProgramClaim | None) -> Callable[[str], int]:
+        Raises:
+            MissingOperatorError: nothing computes one of its operators so.
+        """
+        assert self.path is not None
+        matched, held, self._held = self._matched, self._held, None  # it is not needed twice
+        return FileWitness(self.path, held, matched.inputs, matched.outputs, names, model)
+
+    def _claim(self) -> Claim:
+        if self.path is None:
+            return None if self.folded is None else Program64(self.folded)
+        try:
+            claim = self.file64(self._model, self.file_names or dict(self.returned()))
+        except MissingOperatorError as error:
+            self.findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
+            return None
+        claim.knows = self.folded is not None
+        return claim
+
+    def returned(self) -> list[tuple[str, str]]:
+        """The values that the model returns, and what the file calls them; "" where their numbers differ."""
+        specs = self.captured.program.graph_signature.output_specs
+        values, names = [str(getattr(spec.arg, "name", "")) for spec in specs], self._matched.outputs or self._outputs
+        return list(zip(values if len(values) == len(names) else [""] * len(names), names))
+
+    def _unread(self, claim: Claim) -> Callable[[str], int]:
         """On how many decisions that the file gives no names to, or of all that are not seen, an output depends."""
-        hidden = self._model.decisions if claim is None else claim.unread(self._model.decisions)
+        model = self._model
+        hidden = model.decisions if claim is None else claim.unread(model.decisions)
 
         def count(output: str) -> int:
-            at = self._model.outputs.index(output) if output in self._model.outputs else -1
-            return sum(at in (self._model.influence(name) or ()) for name in hidden)
+            at = model.outputs.index(output) if output in model.outputs else -1
+            return sum(at in model.influence(name) for name in hidden)
 
         return count
 
-    def _follow(self, claim: FileClaim | ProgramClaim | None) -> Follow | None:
+    def _follow(self, claim: Claim) -> Follow | None:
         """The model in float64, with what the file decides in ONNX Runtime; None where it decides nothing."""
-        if not isinstance(claim, FileClaim) or not self._model.decisions:
+        if not isinstance(claim, FileWitness) or not self._model.decisions:
             return None
         model, judge = self._model, self._judged
-        shown = self._onnx(optimized=True, setting=self._settings[-1])
+        shown = self.onnx(optimized=True, setting=self._settings[-1])
         names = {name: own for name in model.decisions if (own := claim.called(name)) is not None}
 
         def follow(batch: Batch) -> Sequence[torch.Tensor]:
             decided = shown.also(batch.flat, list(names.values()))[1]
             taken = model.complete({name: decided[own] for name, own in names.items() if own in decided})
-            run = model.run(batch, follow=taken)
             again = partial(model.run, batch, follow=taken)
+            run = again()
             judge_turns(judge.findings, shown.name, run.turns, lambda seed: again(seed=seed).turns)
             return run.outputs
 
@@ -265,20 +308,21 @@ class Gate:
             return None
         if len(self._settings) > 1 or self._settings[0].coarser > 1:
             return None
-        return Screen(model, self._onnx(optimized=True, setting=self._settings[0]), self.limit)
+        return Screen(model, self.onnx(optimized=True), self.limit)
 
-    def _run_file(self, claim: FileClaim | None, screen: Screen | None) -> tuple[list[Engine], Placement | None]:
+    def _run_file(self, claim: Claim, screen: Screen | None) -> tuple[list[Engine], Placement | None]:
         if self.path is None:
             return [], None
-        judge, findings, placed = self._judged, self._findings, None
+        judge, findings, placed = self._judged, self.findings, None
         findings.notes += provider_notes(self._device)
-        sessions = Sessions(judge, claim, self._onnx, self._settings[0].device, screen)
-        unread = self._unread(claim)
+        file = claim if isinstance(claim, FileWitness) else None
+        sessions = Sessions(judge, file, self.onnx, self._settings[0].device, screen)
+        unread = self._unread(file)
         sessions.run_plain()
-        judge.report("ONNX Runtime, optimisations off", unread=unread)
+        judge.report(PLAIN, unread=unread)
         engines = []
         for setting in self._settings:
-            candidate = self._onnx(optimized=True, setting=setting)
+            candidate = self.onnx(optimized=True, setting=setting)
             sessions.run_deployed(candidate)
             if candidate.name == DEPLOYED and (said := sessions.blame()) is not None:
                 findings.problems.append(said)
@@ -289,21 +333,28 @@ class Gate:
             engines.append(self._engine(setting, candidate.name))
         return engines, placed
 
+    def _run_elsewhere(self) -> list[Engine]:
+        """The model's own class with the fold in it, and a user's runner."""
+        judge, engines = self._judged, list[Engine]()
+        found: list[Any] = [] if self.eager is None else [self._eager()]
+        for candidate in [*found, *([] if self.runner is None else [self._runner()])]:
+            judge_outside(judge, candidate)
+            if isinstance(candidate, RunnerCandidate):
+                judge_twice(judge, candidate)
+            judge.report(candidate.name, unread=self._unread(None))
+            if isinstance(candidate, RunnerCandidate):
+                engines.append(self._engine(candidate.setting, candidate.name))
+        return engines
+
     def _engine(self, setting: Setting, name: str) -> Engine:
         """What the report says of an engine."""
         ratios = [row.ratio for row in self._judged.table.of(name)]
         bad, unsure = (any(text.startswith(name) or "ONNX Runtime:" in text for text in texts) for texts in
-                       (self._findings.problems, self._findings.doubts))  # fmt: skip
+                       (self.findings.problems, self.findings.doubts))  # fmt: skip
         return setting.result(max(ratios, default=math.inf), "fail" if bad else "inconclusive" if unsure else "pass")
 
-    def _outside(self) -> list[Candidate]:
-        """What runs the model elsewhere: its own class with the fold in it, and a user's runner."""
-        found: list[Candidate] = []
-        if self.eager is not None:
-            found.append(EagerCandidate("folded class", replace(self.captured, eager=self.eager)))
-        if self.runner is not None:
-            found.append(self._runner())
-        return found
+    def _eager(self) -> EagerCandidate:
+        return EagerCandidate("folded class", replace(self.captured, eager=self.eager))
 
     def _runner(self) -> RunnerCandidate:
         assert self.runner is not None
@@ -315,13 +366,23 @@ class Gate:
         if self.runner is not None:
             return self._runner()
         if self.path is not None:
-            return self._onnx(optimized=True, setting=self._settings[-1])
+            return self.onnx(optimized=True, setting=self._settings[-1])
         if self.eager is not None:
-            return EagerCandidate("folded class", replace(self.captured, eager=self.eager))
+            return self._eager()
         assert self.folded is not None
         return FoldedCandidate(self.folded)
 
-    # -- inputs --------------------------------------------------------------------------------------------------------
+    def onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
+        """The file in ONNX Runtime, after ``match``."""
+        assert self.path is not None
+        session = None
+        if not (optimized or setting):  # it is open already, and closed by whoever asks for it
+            session, self._probe = self._probe, None
+        return OnnxCandidate(
+            self.path, setting=setting or self._settings[0], optimized=optimized, inputs=self._matched.inputs,
+            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
+            session=session,
+        )  # fmt: skip
 
     def _search(self, made: list[Batch]) -> Found:
         """Inputs found by gradients, where they are asked for."""
@@ -329,57 +390,12 @@ class Gate:
             return Found(())
         self.progress("search", 0, 1)
         found = search(self.captured, self.folded, made)
-        self._findings.notes += [f"adversarial: {note}" for note in found.notes]
+        self.findings.notes += [f"adversarial: {note}" for note in found.notes]
         return found
 
     def _worst_found(self, found: Found) -> float:
         """The largest ratio on inputs that were searched for."""
-        names = {batch.origin for batch in found.batches}
-        judge = self._judged
-        over = any(c.batch.origin in names and overflow(c.own, c.truth.outputs) is not None for c in judge.cases)
-        if over or (names and any(case.endswith(tuple(names)) for _, case in judge.said)):
+        names, judge = tuple(batch.origin for batch in found.batches), self._judged
+        if any(c.batch.origin in names and overflow(c.own, c.truth.outputs) is not None for c in judge.cases):
             return math.inf
-        return max((row.ratio for row in judge.table.rows if names and row.case.endswith(tuple(names))), default=0.0)
-
-    def _match(self) -> None:
-        """Which of the file's inputs and outputs are the model's, and which sizes it takes."""
-        self._widen, self._matched = False, Match(())
-        self._probe: Session | None = None
-        if self.path is None:
-            return
-        self._device = resolve_device(self.device)
-        self._settings = settings(self._device, self.captured.program)
-        held = self._held = read_model(self.path, light=True)
-        self._widen = needs_widening(held, self._settings[0].device)
-        if self._widen:
-            self._findings.notes.append(
-                "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
-            )
-        if self.folded is None:
-            refuse_training(held, str(self.path))
-        probe = self._probe = probe_session(self.path, device=self._settings[0].device, widen=self._widen)
-        self._returned = [value.name for value in probe.outputs]
-        self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
-        self._findings.notes += self._matched.notes
-        weights = self.captured.program.state_dict.values()
-        if self.folded is None and half_inside(held) and not any(v.dtype == torch.float16 for v in weights):
-            self._findings.notes.append(
-                "the file computes in float16 and the model does not: judge it against the model in that dtype "
-                "(--dtype float16, dtype=torch.float16)"
-            )
-        if self.folded is None and (nodes := quantised_nodes(held)):
-            self._findings.notes.append(
-                f"the file is quantised ({nodes} nodes): no such file equals a float model; what that costs is "
-                "seen on data (--data)"
-            )
-
-    def _onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
-        assert self.path is not None
-        first, session = self._settings[0], None
-        if not (optimized or setting or first.deployed):  # it is open already, and closed by whoever asks for it
-            session, self._probe = self._probe, None
-        return OnnxCandidate(
-            self.path, setting=setting or first, optimized=optimized, inputs=self._matched.inputs,
-            widen=self._widen, outputs=self._matched.outputs, wider=self._matched.wider, disabled=disabled,
-            session=session,
-        )  # fmt: skip
+        return max((row.ratio for row in judge.table.rows if names and row.case.endswith(names)), default=0.0)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnfold.errors import BnfoldError
 from bnfold.evaluate.subject import Run, Turn
+from bnfold.gate.decisions import DRAWS, WILD, judge_turns, near_noise
 from bnfold.gate.evidence import (
     ELEMENT,
-    EXCUSE,
-    MANY,
     STEPS,
     Draws,
     Row,
@@ -24,48 +23,17 @@ from bnfold.gate.evidence import (
     Table,
     compare,
     seen_error,
+    settled,
     specials,
     unit_roundoff,
-)  # fmt: skip
+)
 from bnfold.gate.findings import Findings, first_line, kind_of, words
-from bnfold.gate.models import Reference, coarsest_unit
 from bnfold.gate.samples import Batch
 from bnfold.gate.screen import Screen
-from bnfold.gate.turns import DRAWS, WILD, judge_turns, near_noise
 from bnfold.gate.values import batched, numbers
-from bnfold.report import OutputResult
-
-#: A value this many limits off is no chance, whatever else is drawn.
-CERTAIN = 100.0
-
-
-def settled(rows: Iterable[Row], limit: float, step: int, draws: Draws) -> bool:
-    """Whether no further draw changes what is said of any value.
-
-    One draw says little of how far off it is, and none nothing: a claim may store its constants more coarsely.
-    """
-    certain = CERTAIN if step >= MANY else CERTAIN**2 if draws.whole else math.inf
-    return not any(1 < row.misfit(limit) <= certain for row in rows)
-
-
-class Claim(Protocol):
-    """What claims to equal the reference, run in float64."""
-
-    name: str
-    #: Whether it is told what the reference's values are called in it, or has to guess.
-    knows: bool
-
-    def run(
-        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-    ) -> Run:  # fmt: skip
-        """As the reference's; decisions and values by the claim's own names, outputs in the reference's order."""
-
-    def called(self, name: str) -> str | None:
-        """What it calls a value of the reference; None where it has none."""
-
-    def unread(self, decisions: Iterable[str]) -> list[str]:
-        """The decisions of the reference that it has no name for."""
+from bnfold.gate.witnesses import Witness
+from bnfold.report import CheckReport, OutputResult
+from bnfold.report.progress import Progress
 
 
 @dataclass
@@ -86,17 +54,16 @@ class Case:
 class Judge:
     """Holds witnesses against a reference, case by case."""
 
-    reference: Reference
+    reference: Witness
     cases: list[Case]
     findings: Findings
     limit: float
     table: Table = field(default_factory=Table)
-    #: What is wrong or missing with an output on a case, and no number says.
-    said: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
-    compared: dict[str, set[str]] = field(default_factory=dict)
-    claimer: Claim | None = None
+    claimer: Witness | None = None
     #: Why a case could not be run in float64.
     unrun: dict[str, str] = field(default_factory=dict)
+    #: The cases on which a witness fails, by their names.
+    failed: dict[str, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         told: dict[str, int] = {}
@@ -104,9 +71,13 @@ class Judge:
             count = told[case.words] = told.get(case.words, 0) + 1
             case.words += f" ({count})" if count > 1 else ""
 
+    def misfit(self, rows: Iterable[Row]) -> float:
+        """The largest: at most 1 where all is right, infinite where no number says how wrong it is."""
+        return max((row.misfit(self.limit) for row in rows), default=0.0)
+
     # -- question 1: the file, in float64 --------------------------------------------------------------------------
 
-    def claim(self, claim: Claim, keep: Collection[str] = ()) -> None:
+    def claim(self, claim: Witness, keep: Collection[str] = ()) -> None:
         """Every case of a claim in float64, the first with values to ``keep``. What it does not run is in ``unrun``."""
         self.claimer = claim
         for i, case in enumerate(self.cases):
@@ -116,17 +87,16 @@ class Judge:
                 self.unrun[case.words] = first_line(error)
                 continue
             truth, failed = case.truth, ""
-            if claim.knows or not taken:
+            if claim.knows:
                 truth, failed = self._following(case, taken)
-            rows, misfit = self._claimed(claim, case, truth)
-            if misfit > 1 and not claim.knows and taken:
-                truth, failed = self._following(case, taken)
-                again, better = self._claimed(claim, case, truth)
-                if better < misfit:
-                    rows = again
+            rows = self._claimed(claim, case, truth)
+            if taken and not claim.knows and (misfit := self.misfit(rows)) > 1:  # its decisions may be the model's
+                other, failed = self._following(case, taken)
+                before, again = case.draws, self._claimed(claim, case, other)
+                if self.misfit(again) < misfit:
+                    rows, truth = again, other
                 else:
-                    self._claimed(claim, case, case.truth)
-                    truth = case.truth
+                    case.draws = before
             self.table.rows += rows
             if failed:
                 self.findings.problems.append(
@@ -135,7 +105,7 @@ class Judge:
             redrawn, theirs = _again(self.reference, case, taken), _compares(claim, case)
             judge_turns(self.findings, claim.name, truth.turns, redrawn, theirs)
 
-    def taken(self, claim: Claim, case: Case, keep: Collection[str] = ()) -> tuple[Run, dict[str, Tensor]]:
+    def taken(self, claim: Witness, case: Case, keep: Collection[str] = ()) -> tuple[Run, dict[str, Tensor]]:
         """A run of a claim, and what it decides where the reference does, by the reference's names."""
         names = {name: own for name in case.truth.decided if (own := claim.called(name)) is not None}
         run = claim.run(case.batch, [*keep, *names.values()])
@@ -152,13 +122,13 @@ class Judge:
         except Exception as error:
             return case.truth, first_line(error)
 
-    def _claimed(self, claim: Claim, case: Case, truth: Run) -> tuple[list[Row], float]:
+    def _claimed(self, claim: Witness, case: Case, truth: Run) -> list[Row]:
         batch, run = case.batch, case.claimed
         assert run is not None
         follow = run.decided or None
         theirs = Source(run.outputs, lambda seed: claim.run(batch, follow=follow, seed=seed).outputs)
         mine = self._source(case, truth)
-        case.draws = draws = drawing(self.reference, [mine, theirs], case.draws if mine.louder > 1 else None)
+        case.draws = draws = self.reference.draws([mine, theirs], case.draws if mine.louder > 1 else None)
 
         def noise(i: int) -> Tensor:
             found = draws.noise(i)
@@ -167,60 +137,72 @@ class Judge:
             # Searched for what differs most: of all ways to round, the one that was taken is the worst there.
             return torch.hypot(found, seen_error(case.own[i], truth.outputs[i]))
 
-        rows: list[Row] = []
-        misfit = 0.0
-        for step in range(len(STEPS)):
-            draws.more(step)
-            rows, misfit = self.judge(claim.name, case, run.outputs, truth.outputs, noise, draws=draws.count)
-            if settled(rows, self.limit, step, draws):
-                break
-        return rows, misfit
+        return self.sure(draws, lambda: self.rows(claim.name, case, run.outputs, truth, noise, draws=draws.count))
 
     # -- any witness -----------------------------------------------------------------------------------------------
 
-    def judge(
-        self, witness: str, case: Case, given: Sequence[Any], truth: Sequence[Any], noise: Callable[[int], Tensor],
-        *, coarser: float = 1.0, wider: bool = False, typed: bool = False, draws: float = math.inf,
-    ) -> tuple[list[Row], float]:  # fmt: skip
-        """The rows of one run, and the largest misfit: infinite where no number says how wrong it is.
+    def answers(self, witness: str, run: Callable[[Case], Any]) -> Iterator[tuple[Case, Any]]:
+        """What a witness makes of every case; that it fails on some is a problem."""
+        failed: dict[str, list[str]] = {}
+        for case in self.cases:
+            try:
+                answer = run(case)
+            except Exception as error:
+                failed.setdefault(first_line(error), []).append(case.words)
+                self.failed.setdefault(witness, set()).add(case.words)
+            else:
+                yield case, answer
+        for reason, at in failed.items():
+            self.findings.problems.append(f"{witness}: fails at {listed(at)}: {reason}")
+
+    def sure(self, draws: Draws, rows: Callable[[], list[Row]], steps: int = len(STEPS)) -> list[Row]:
+        """The rows when constants have been drawn as often as it takes to be sure of what they say."""
+        found: list[Row] = []
+        for step in range(steps):
+            draws.more(step)
+            found = rows()
+            if settled(found, self.limit, step, draws):
+                break
+        return found
+
+    def rows(
+        self, witness: str, case: Case, given: Sequence[Any], truth: Run, noise: Callable[[int], Tensor], *,
+        coarser: float = 1.0, wider: bool = False, typed: bool = False, draws: float = math.inf,
+    ) -> list[Row]:  # fmt: skip
+        """What is seen of one run.
 
         ``typed``: it has dtypes of its own; ``wider`` may be float32 for half floats. ``draws`` as for ``compare``.
         """
-        names, said = self.reference.outputs, dict[str, list[str]]()
-        values = numbers(given)
+        names, values, found = self.reference.outputs, numbers(given), list[Row]()
+
+        def row(name: str, *numbers: Any, **more: Any) -> None:
+            found.append(Row(case.words, witness, name, *numbers, samples=case.batch.samples, **more))
+
+        def say(name: str, text: str, *, shown: bool = False) -> None:
+            row(name, math.inf, math.inf, said=text, shown=shown)
+
         if len(values) != len(case.own):
-            self.said[witness, case.words] = {"": [f"{len(values)} outputs instead of {len(case.own)}"]}
-            return [], torch.inf
-        rows: list[Row] = []
-        for i, (value, true, own) in enumerate(zip(values, truth, case.own)):
-            name = names[i] if i < len(names) else str(i)
+            say("", f"{len(values)} outputs instead of {len(case.own)}")
+            return found
+        for i, (value, true, own) in enumerate(zip(values, truth.outputs, case.own)):
+            name, shown = names[i] if i < len(names) else str(i), own.numel() > 0
             if value.shape != true.shape or (typed and value.dtype != own.dtype and not (wider and _half(own, value))):
                 dtypes = (f" {value.dtype}", f" {own.dtype}") if typed else ("", "")
-                said.setdefault(name, []).append(
-                    f"{tuple(value.shape)}{dtypes[0]} instead of {tuple(true.shape)}{dtypes[1]}"
-                )
-                continue
-            if own.numel():
-                self.compared.setdefault(witness, set()).add(name)
-            if not own.is_floating_point():
-                wrong = int((value != true).sum())
-                if wrong:
-                    said.setdefault(name, []).append(f"{wrong} of {true.numel()} integers differ")
+                say(name, f"{tuple(value.shape)}{dtypes[0]} instead of {tuple(true.shape)}{dtypes[1]}")
+            elif not own.is_floating_point():
+                if wrong := int((value != true).sum()):
+                    say(name, f"{wrong} of {true.numel()} integers differ", shown=shown)
                 else:
-                    rows.append(Row(case.words, witness, name, 0.0, 0.0, elements=0, samples=case.batch.samples))
-                continue
-            if (problem := specials(value, true)) is not None:
-                said.setdefault(name, []).append(problem)
-            unit = self.reference.units.get(name, unit_roundoff(own.dtype))
-            found = compare(value, true, noise(i), unit=unit, batched=batched(case.batch, true), coarser=coarser,
-                            draws=draws)  # fmt: skip
-            count = int((true.isfinite() & value.isfinite()).sum())
-            whole = bool(count) or not true.numel()
-            rows.append(Row(case.words, witness, name, *found, count, case.batch.samples, finite=whole))
-        self.said.pop((witness, case.words), None)
-        if said:
-            self.said[witness, case.words] = said
-        return rows, torch.inf if said else max((row.misfit(self.limit) for row in rows), default=0.0)
+                    row(name, 0.0, 0.0, shown=shown)
+            else:
+                if (problem := specials(value, true)) is not None:
+                    say(name, problem, shown=shown)
+                unit = self.reference.units.get(name, unit_roundoff(own.dtype))
+                seen = compare(value, true, noise(i), unit=unit, batched=batched(case.batch, true), coarser=coarser,
+                               draws=draws)  # fmt: skip
+                count = int((true.isfinite() & value.isfinite()).sum())
+                row(name, *seen, elements=count, finite=bool(count) or not true.numel(), shown=shown)
+        return found
 
     def drawn(self, case: Case, step: int = 0) -> Draws:
         """What rounding does to the outputs of a case, drawn as often as a step of ``STEPS`` says."""
@@ -236,28 +218,19 @@ class Judge:
             return Source(case.own, lambda seed: reference.loudly(batch, seed).outputs, reference.louder)
         return Source(truth.outputs, lambda seed: reference.run(batch, follow=truth.decided, seed=seed).outputs)
 
-    def right(self, witness: str, cases: Iterable[Case]) -> bool:
-        """Whether a witness has been right on some cases."""
-        names = {case.words for case in cases}
-        return not any(key[0] == witness and key[1] in names for key in self.said) and all(
-            row.misfit(self.limit) <= 1 for row in self.table.of(witness) if row.case in names
-        )
-
     # -- what it comes to --------------------------------------------------------------------------------------------
 
     def report(self, witness: str, *, unread: Callable[[str], int] = lambda name: 0, hint: str = "") -> None:
         """Adds what speaks against a witness: one line per output and kind of fault, on all inputs together."""
         found, problems = self.findings, list[tuple[str, str]]()
-        kinds: dict[tuple[str, str], tuple[str, list[str]]] = {}
-        for (name, case), said in self.said.items():
-            for output, texts in said.items() if name == witness else ():
-                for text in texts:  # sizes and counts differ from input to input, the cause does not
-                    _, at = kinds.setdefault((output, kind_of(text)), (text, []))
-                    at.append(case)
-        for (output, _), (text, at) in kinds.items():
+        kinds: dict[tuple[str, str], list[Row]] = {}
+        for row in self.table.of(witness, said=True):  # sizes and counts differ from input to input, the cause does not
+            if row.said:
+                kinds.setdefault((row.value, kind_of(row.said)), []).append(row)
+        for (output, _), (first, *others) in kinds.items():
             where = f"{witness}, output '{output}'" if output else witness
-            more = f", and the like at {listed(at[1:])}" if at[1:] else ""
-            problems.append((output, f"{where}: {text} at {at[0]}{more}"))
+            more = f", and the like at {listed([row.case for row in others])}" if others else ""
+            problems.append((output, f"{where}: {first.said} at {first.case}{more}"))
         for output in dict.fromkeys(row.value for row in self.table.of(witness)):
             rows = self.table.of(witness, output)
             off = [row for row in rows if not row.misfit(self.limit) <= 1]
@@ -282,18 +255,6 @@ class Judge:
             return text
         return f"{text}, {worst.worst:.3g} times at element {list(worst.element)} (limit {ELEMENT * self.limit:g})"
 
-    def results(self, witness: str) -> list[OutputResult]:
-        """What the report says of a witness, output by output."""
-        found = []
-        for output in dict.fromkeys(row.value for row in self.table.of(witness)):
-            rows = self.table.of(witness, output)
-            noise, error = (sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error"))
-            ratio, worst = (max(getattr(row, key) for row in rows) for key in ("ratio", "worst"))
-            counts = tuple(map(sum, zip_longest(*(row.doublings for row in rows), fillvalue=0)))
-            samples = sum(row.samples for row in rows)
-            found.append(OutputResult(witness, output, noise, error, ratio, worst, samples, counts))
-        return found
-
     def wild(self, witness: str) -> None:
         """Doubts outputs that rounding alone makes unsure."""
         for output in dict.fromkeys(row.value for row in self.table.of(witness)):
@@ -306,13 +267,30 @@ class Judge:
                     "try --data"
                 )
 
+    def verdict(self, provider: str, batches: Sequence[Batch], **more: Any) -> CheckReport:
+        """All that was found; ``more`` are fields of the report."""
+        found = self.findings
+        found.once()
+        return CheckReport(
+            "fail" if found.problems else "inconclusive" if found.doubts else "pass", provider,
+            sum(batch.samples for batch in batches), tuple(dict.fromkeys(batch.size for batch in batches)),
+            outputs=tuple(self._results()), problems=(*found.problems, *found.doubts), notes=tuple(found.notes),
+            limit=self.limit, site_limit=ELEMENT * self.limit, **more,
+        )  # fmt: skip
 
-def drawing(reference: Reference, sources: Sequence[Source], begun: Draws | None = None) -> Draws:
-    """Draws of a reference and of a claim. One that rounds to halves may move by much of itself, and is no bound."""
-    return Draws(sources, begun, coarsest_unit(reference), math.inf if reference.halves else EXCUSE)
+    def _results(self) -> Iterator[OutputResult]:
+        """What the report says of every witness, output by output."""
+        for witness in dict.fromkeys(row.witness for row in self.table.rows):
+            for output in dict.fromkeys(row.value for row in self.table.of(witness)):
+                rows = self.table.of(witness, output)
+                noise, error = (sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error"))
+                ratio, worst = (max(getattr(row, key) for row in rows) for key in ("ratio", "worst"))
+                counts = tuple(map(sum, zip_longest(*(row.doublings for row in rows), fillvalue=0)))
+                samples = sum(row.samples for row in rows)
+                yield OutputResult(witness, output, noise, error, ratio, worst, samples, counts)
 
 
-def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:
+def _compares(claim: Witness, case: Case) -> Callable[[Turn], float]:
     """What rounding a claim's constants does to what it compares, where the reference decides so."""
 
     def noise(turn: Turn) -> float:
@@ -326,7 +304,7 @@ def _compares(claim: Claim, case: Case) -> Callable[[Turn], float]:
     return noise
 
 
-def _again(reference: Reference, case: Case, taken: Mapping[str, Any]) -> Callable[[int], Sequence[Turn]]:
+def _again(reference: Witness, case: Case, taken: Mapping[str, Any]) -> Callable[[int], Sequence[Turn]]:
     return lambda seed: reference.run(case.batch, follow={**case.truth.decided, **taken}, seed=seed).turns
 
 
@@ -347,7 +325,7 @@ def overflow(own: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
 
 
 def run_cases(
-    reference: Reference, batches: Sequence[Batch], findings: Findings, progress: Callable[[str, int, int], None],
+    reference: Witness, batches: Sequence[Batch], findings: Findings, progress: Progress,
     accept: Callable[[Batch, list[Tensor] | Exception, Run | None], bool] | None = None, screen: Screen | None = None,
     keep: Collection[str] = (),
 ) -> tuple[list[Case], str]:  # fmt: skip
@@ -373,16 +351,14 @@ def run_cases(
             if accept is None:
                 findings.notes.append(f"the original does not run at {words(batch)}: {reason}")
         failed = ""
-        if screen is not None and not isinstance(own, Exception) and screen.clears(batch, own, first=not cases):
-            continue
         if not isinstance(own, Exception) and truth is None:
+            if screen is not None and screen.clears(batch, own, first=not cases):
+                continue
             try:
                 truth = reference.run(batch, () if cases else keep)
             except Exception as error:
                 failed = first_line(error)
-        if accept is not None and not accept(batch, own, truth):
-            continue
-        if isinstance(own, Exception):
+        if (accept is not None and not accept(batch, own, truth)) or isinstance(own, Exception):
             continue
         if truth is None:
             reason = f"the graph does not run in float64 ({failed}), so there is no truth to compare with"

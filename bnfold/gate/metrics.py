@@ -6,15 +6,18 @@ is judged; axis 0 of every tensor holds samples.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnfold.gate.evidence import TINY
 from bnfold.report import Agreement, Flip, TargetFit
 
 #: Of the errors of all samples. The largest is told beside them.
@@ -31,14 +34,34 @@ def rms(value: Tensor, good: Tensor) -> Tensor:
     return (square / count).sqrt()
 
 
+def _furthest(flips: Sequence[Flip], more: Sequence[Flip]) -> list[Flip]:
+    return sorted([*flips, *more], key=lambda flip: -flip.units)[:TOLD]
+
+
+#: How what is no sum adds up; names are the same.
+_JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "_largest": max, "_smallest": min, "_classes": max, "flipped": _furthest,
+    **dict.fromkeys(("output", "axis", "near"), lambda mine, other: mine),
+}  # fmt: skip
+
+
+class _Sums:
+    """What is summed up over the samples of an output."""
+
+    def absorb(self, other: Self, samples: int = 0) -> None:
+        """Adds what others have shown, which come after the ``samples`` of this one."""
+        for name, mine in vars(self).items():
+            setattr(self, name, _JOINS.get(name, operator.add)(mine, getattr(other, name)))
+
+
 @dataclass
-class Errors:
+class Errors(_Sums):
     """Differences of one output, sample by sample; elements that are not finite before and after are left out."""
 
     output: str
     _off: list[Tensor] = field(default_factory=list)
     _scale: list[Tensor] = field(default_factory=list)
-    _squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _squares: Any = field(default_factory=lambda: np.zeros(2))
     _elements: int = 0
     _largest: float = 0.0
 
@@ -48,23 +71,14 @@ class Errors:
         off = torch.where(good, after.double() - before.double(), 0.0)
         self._off.append(rms(off, good))
         self._scale.append(rms(before, good))
-        self._squares[0] += float(torch.where(good, before.double(), 0.0).square().sum())
-        self._squares[1] += float(off.square().sum())
+        self._squares += [float(x.square().sum()) for x in (torch.where(good, before.double(), 0.0), off)]
         self._elements += int(good.sum())
         self._largest = max(self._largest, float(self._scale[-1].max()))
         return self._relative(self._off[-1], self._scale[-1])
 
-    def absorb(self, other: Errors) -> None:
-        """Adds what other samples have shown, which come after these."""
-        self._off += other._off
-        self._scale += other._scale
-        self._squares = [mine + more for mine, more in zip(self._squares, other._squares)]
-        self._elements += other._elements
-        self._largest = max(self._largest, other._largest)
-
     def _relative(self, off: Tensor, scale: Tensor) -> Tensor:
         # Samples next to zero are measured by the largest one, as in the gate.
-        return off / scale.clamp(min=max(1e-3 * self._largest, torch.finfo(torch.float64).tiny))
+        return off / scale.clamp(min=max(1e-3 * self._largest, TINY))
 
     def result(self, noise: float, worst: int, worst_ratio: float) -> Agreement:
         """What was found.
@@ -75,24 +89,17 @@ class Errors:
             worst_ratio: its error in multiples of the noise.
         """
         relative = self._relative(torch.cat(self._off), torch.cat(self._scale))
-        of = [float(relative.quantile(q, interpolation="higher")) if len(relative) < 2**24 else _quantile(relative, q)
-              for q in PERCENTILES]  # fmt: skip
-        signal, off = self._squares
+        p50, p90, p99 = np.quantile(relative.numpy(), PERCENTILES, method="higher").tolist()
+        signal, off = self._squares.tolist()
         sqnr = math.inf if not off else 10 * math.log10(signal / off) if signal else math.nan
         absolute = math.sqrt(off / max(self._elements, 1))
         return Agreement(
-            self.output, len(relative), sqnr, absolute, of[0], of[1], of[2], float(relative.max()), worst,
-            worst_ratio, noise,
-        )  # fmt: skip
-
-
-def _quantile(values: Tensor, q: float) -> float:
-    """As torch's, which takes no more than 16 million values."""
-    return float(np.quantile(values.numpy(), q, method="higher"))
+            self.output, len(relative), sqnr, absolute, p50, p90, p99, float(relative.max()), worst, worst_ratio, noise
+        )
 
 
 @dataclass
-class Classification:
+class Classification(_Sums):
     """Classes along one axis of an output: which are right, and which changed."""
 
     output: str
@@ -102,7 +109,7 @@ class Classification:
     flips: int = 0
     far: int = 0
     _labelled: int = 0
-    _right: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    _right: Any = field(default_factory=lambda: np.zeros(4))
     _undecided: int = 0
     _smallest: float = math.inf
     _classes: int = 0
@@ -114,8 +121,7 @@ class Classification:
         """Adds samples.
 
         Args:
-            before: logits.
-            after: logits.
+            before, after: logits.
             classes: the right ones; those in ``ignored`` count for nothing.
             ignored: what is no class.
             noise: of every class's logit, the RMS error that it is expected to have in the unfolded model.
@@ -134,32 +140,25 @@ class Classification:
         if classes is not None:
             self._score(old, new, classes, ignored)
         flips = guess != changed
-        if bool(flips.any()):
-            # How much less the unfolded model gave the class that it is now, in the noise of these two logits.
-            pair = torch.stack([guess[flips], changed[flips]], -1)
-            apart = top[..., 0][flips] - old[flips].gather(-1, pair[:, 1:])[:, 0]
-            own, seen = noise[pair].square().sum(-1).sqrt(), errors()
-            if seen is not None:
-                two_seen = seen.double().movedim(self.axis, -1)[flips].gather(-1, pair).square().sum(-1).sqrt()
-                own = torch.maximum(own, two_seen)
-            units = apart / own.clamp(min=torch.finfo(torch.float64).tiny)
-            self.flips += int(flips.sum())
-            self.far += int((~(units <= self.near)).sum())
-            found = zip(*(x.tolist() for x in (of_sample[flips] + start, guess[flips], changed[flips], apart, units)))
-            told = [*self.flipped, *(Flip(*flip) for flip in found)]
-            self.flipped = sorted(told, key=lambda flip: -flip.units)[:TOLD]
+        if not bool(flips.any()):
+            return
+        # How much less the unfolded model gave the class that it is now, in the noise of these two logits.
+        pair = torch.stack([guess[flips], changed[flips]], -1)
+        apart = top[..., 0][flips] - old[flips].gather(-1, pair[:, 1:])[:, 0]
+        own, seen = noise[pair].square().sum(-1).sqrt(), errors()
+        if seen is not None:
+            two_seen = seen.double().movedim(self.axis, -1)[flips].gather(-1, pair).square().sum(-1).sqrt()
+            own = torch.maximum(own, two_seen)
+        units = apart / own.clamp(min=TINY)
+        self.flips += int(flips.sum())
+        self.far += int((~(units <= self.near)).sum())
+        found = zip(*(x.tolist() for x in (of_sample[flips] + start, guess[flips], changed[flips], apart, units)))
+        self.flipped = _furthest(self.flipped, [Flip(*flip) for flip in found])
 
-    def absorb(self, other: Classification, samples: int) -> None:
-        """Adds what others have shown, which come after the ``samples`` of this one."""
+    def absorb(self, other: Classification, samples: int = 0) -> None:
+        """As ``_Sums.absorb``."""
         later = [replace(flip, sample=flip.sample + samples) for flip in other.flipped]
-        self.flipped = sorted([*self.flipped, *later], key=lambda flip: -flip.units)[:TOLD]
-        self.flips += other.flips
-        self.far += other.far
-        self._labelled += other._labelled
-        self._right = [mine + more for mine, more in zip(self._right, other._right)]
-        self._undecided += other._undecided
-        self._smallest = min(self._smallest, other._smallest)
-        self._classes = max(self._classes, other._classes)
+        super().absorb(replace(other, flipped=later))
 
     def _score(self, old: Tensor, new: Tensor, classes: Tensor, ignored: Sequence[int]) -> None:
         known = ~torch.isin(classes, torch.tensor(list(ignored), dtype=classes.dtype))
@@ -168,12 +167,11 @@ class Classification:
         for i, logits in enumerate((old[known], new[known])):
             top = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices == right[:, None]
             # By argmax, as above: of equal logits topk may put another one first.
-            self._right[i] += int((logits.argmax(-1) == right).sum())
-            self._right[2 + i] += int(top.any(-1).sum())
+            self._right[[i, 2 + i]] += int((logits.argmax(-1) == right).sum()), int(top.any(-1).sum())
 
     def result(self) -> dict[str, Any]:
         """What was found, by the fields of ``report.Accuracy``."""
-        share = [n / self._labelled if self._labelled else None for n in self._right]
+        share = [n / self._labelled if self._labelled else None for n in self._right.tolist()]
         top5 = share[2:] if self._classes > TOP else [None, None]
         return {
             "before": share[0], "after": share[1], "top5_before": top5[0], "top5_after": top5[1], "flips": self.flips,
@@ -184,31 +182,98 @@ class Classification:
 
 
 @dataclass
-class Regression:
+class Regression(_Sums):
     """Errors of one output against its targets, before and after."""
 
     output: str
-    _squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    _absolute: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _squares: Any = field(default_factory=lambda: np.zeros(2))
+    _absolute: Any = field(default_factory=lambda: np.zeros(2))
     _elements: int = 0
 
     def add(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
         """Adds samples; targets of another shape with as many elements are taken in order."""
         targets = targets.double().reshape(before.shape)
         self._elements += targets.numel()
-        for i, value in enumerate((before, after)):
-            off = value.double() - targets
-            self._squares[i] += float(off.square().sum())
-            self._absolute[i] += float(off.abs().sum())
-
-    def absorb(self, other: Regression) -> None:
-        """Adds what other samples have shown."""
-        self._squares = [mine + more for mine, more in zip(self._squares, other._squares)]
-        self._absolute = [mine + more for mine, more in zip(self._absolute, other._absolute)]
-        self._elements += other._elements
+        off = [value.double() - targets for value in (before, after)]
+        self._squares += [float(x.square().sum()) for x in off]
+        self._absolute += [float(x.abs().sum()) for x in off]
 
     def result(self) -> TargetFit:
         """Root mean square and mean absolute errors."""
-        rmse = [math.sqrt(square / self._elements) for square in self._squares]
-        mae = [absolute / self._elements for absolute in self._absolute]
-        return TargetFit(self.output, rmse[0], rmse[1], mae[0], mae[1])
+        squares, absolute = (sums / self._elements for sums in (self._squares, self._absolute))
+        return TargetFit(self.output, *np.sqrt(squares).tolist(), *absolute.tolist())
+
+
+# ---- parts of the data -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a model to see how a file does on data.
+
+    Attributes:
+        noise: the unfolded model's relative error, of every output that has samples along its first axis, by index.
+        classes: the axis of the classes, of the output that has some.
+        targets: the outputs that have targets.
+        labelled: whether the samples have labels.
+        size: how many samples are run at once.
+        fixed: whether the batch has always as many samples.
+        batched: whether its size is a dynamic one.
+        limit: as the gate's.
+        logits: the noise of every class, of the output that has some.
+        coarser: how many times more coarsely than the model the candidate rounds.
+    """
+
+    noise: Mapping[int, float]
+    classes: Mapping[int, int]
+    targets: frozenset[int]
+    labelled: bool
+    size: int
+    fixed: bool
+    batched: bool
+    limit: float
+    logits: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    coarser: float = 1.0
+
+
+@dataclass
+class Part:
+    """What some of the data has shown; ``ended`` where the candidate failed on it.
+
+    Attributes:
+        samples: how many.
+        errors, targets, classes: by index of the output.
+        worst: by output, how far the sample is off that is furthest off, its index, and its error in noises.
+        digest: SHA-256 of the data.
+        problems, doubts: what was found.
+        unused: arrays of the data that are nothing to the model.
+    """
+
+    samples: int
+    errors: dict[int, Errors]
+    targets: dict[int, Regression]
+    classes: dict[int, Classification]
+    worst: dict[int, tuple[float, int, float]] = field(default_factory=dict)
+    digest: str = ""
+    problems: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    unused: tuple[str, ...] = ()
+    ended: bool = False
+
+    def __add__(self, other: Part) -> Part:
+        """Of both, this one first; ``self`` is not used any more."""
+        for kind in ("errors", "targets", "classes"):
+            for i, sums in getattr(self, kind).items():
+                sums.absorb(getattr(other, kind)[i], self.samples)
+        for i, (off, sample, ratio) in other.worst.items():
+            if off > self.worst[i][0]:
+                self.worst[i] = off, sample + self.samples, ratio
+        return replace(
+            self, samples=self.samples + other.samples, ended=self.ended or other.ended,
+            digest=hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest(),
+            problems=self.problems + other.problems, doubts=self.doubts + other.doubts,
+        )  # fmt: skip
+
+
+#: Sees how a file does on every part of data: what each shows, in their order.
+Spread = Callable[[Facts], Iterable[Part]]

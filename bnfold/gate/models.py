@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
-from bnfold.aten.deciding import bound
-from bnfold.evaluate.subject import Run, Turn
-from bnfold.gate.decisions import Place, places
+from bnfold.evaluate.subject import Run
 from bnfold.gate.evidence import compare, seen_error, specials, unit_roundoff
 from bnfold.gate.findings import Findings, first_line, words
 from bnfold.gate.samples import Batch
-from bnfold.gate.values import as_tensor, batched, numbers
+from bnfold.gate.values import batched, numbers
+from bnfold.gate.witnesses import Program64
 from bnfold.graph.capture import Captured
-from bnfold.graph.functional import module_of
-from bnfold.graph.interpret import Runner, Steering, coarsest_epsilon
+from bnfold.graph.interpret import Runner, coarsest_epsilon
 from bnfold.graph.names import number_names
 
 #: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
@@ -28,126 +23,6 @@ from bnfold.graph.names import number_names
 SAME = 4.0
 #: How many times louder than rounding constants are disturbed in float32.
 LOUDER = 256.0
-
-
-class Reference(Protocol):
-    """What a file claims to equal."""
-
-    @property
-    def outputs(self) -> Sequence[str]:
-        """Their names."""
-
-    @property
-    def units(self) -> Mapping[str, float]:
-        """Unit roundoff of every output that holds floats, by its name."""
-
-    @property
-    def epsilon(self) -> float:
-        """Of the finest dtype that a constant is stored in: what rounds more coarsely has lost something."""
-
-    @property
-    def halves(self) -> Collection[str]:
-        """The dtypes of half the width that it has values of."""
-
-    @property
-    def decisions(self) -> Sequence[str]:
-        """The values that hold decisions on floats."""
-
-    def run(
-        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-    ) -> Run:  # fmt: skip
-        """In float64: by itself with all that it decides, after somebody else's decisions, or with constants drawn.
-
-        Raises:
-            Exception: whatever an operator raises.
-        """
-
-    def own(self, batch: Batch) -> list[Tensor]:
-        """The outputs as the model computes them in its own dtypes.
-
-        Raises:
-            Exception: it does not run on these inputs.
-        """
-
-    #: How many times louder than rounding its constants is what ``loudly`` does to them; 1: there is no such run.
-    louder: float
-
-    def loudly(self, batch: Batch, seed: int | None, keep: Collection[str] = ()) -> Run:
-        """As it computes in its own dtypes, with its constants disturbed or, without a seed, as they are.
-
-        Raises:
-            Exception: as ``own``.
-        """
-
-    def influence(self, value: str) -> frozenset[int] | None:
-        """The outputs that depend on a decision, by position; None where that is not known."""
-
-    def complete(self, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Decisions, and those of places that compute the very same: a file may hold one of them only."""
-
-
-def coarsest_unit(reference: Reference) -> float:
-    """The unit roundoff of the coarsest output; that of float32 where none holds floats."""
-    return max(reference.units.values(), default=2.0**-24)
-
-
-# ---- a program ------------------------------------------------------------------------------------------------------
-
-
-class Program64:
-    """A program in float64.
-
-    Args:
-        program: captured or folded.
-        masters: constants of higher precision, as for ``Runner``.
-    """
-
-    def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
-        self.program, self._masters = program, masters
-        self.places: tuple[Place, ...] = places(program, module_of)
-        self._runner = Runner(program, precise=True, masters=masters)
-        self._moved: Runner | None = None
-
-    def run(
-        self, batch: Batch, keep: Collection[str] = (), *, follow: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-    ) -> Run:  # fmt: skip
-        """As ``Reference.run``."""
-        runner = self._runner
-        if seed is not None:
-            if self._moved is None:
-                self._moved = Runner(self.program, precise=True, masters=self._masters, jitter=True)
-            runner, self._moved.seed = self._moved, seed
-        turns: list[Turn] = []
-        steering: dict[str, Steering] = {}
-        for place in self.places:
-            chosen = (follow or {}).get(place.value)
-            if chosen is not None:
-                steering[place.node] = _steer(place, chosen, turns)
-        deciding = [place.value for place in self.places]
-        outputs = numbers(runner(batch.flat, keep={*keep, *deciding}, steering=steering))
-        kept = runner.kept
-        decided = {name: kept[name] for name in deciding if name in kept}
-        return Run(tuple(outputs), {n: kept[n] for n in keep if n in kept}, decided, tuple(turns))
-
-
-def _steer(place: Place, chosen: Any, turns: list[Turn]) -> Steering:
-    def decide(args: tuple[Any, ...], kwargs: dict[str, Any], own: Any) -> Any:
-        mine, theirs = own if place.rule.item is None else own[place.rule.item], as_tensor(chosen)
-        if mine.shape != theirs.shape:
-            return own
-        differs = place.rule.differs(mine, theirs)
-        at = bound(place.target, args, kwargs)
-        if bool(differs.any()):
-            if place.twin == place.value:  # what computes the very same is judged once
-                gap = place.rule.gap(at, mine, theirs)
-                turns.append(Turn(place.value, place.words, gap.numpy(), int(differs.sum()), place.rule.compared(at)))
-            return place.rule.result(at, own, theirs)
-        turns.append(Turn(place.value, place.words, np.zeros(1), 0, place.rule.compared(at)))
-        return own
-
-    return decide
 
 
 class Model(Program64):
@@ -180,27 +55,26 @@ class Model(Program64):
         self.capture_error = 0.0
 
     def own(self, batch: Batch) -> list[Tensor]:
-        """As ``Reference.own``: by the eager model where there is one."""
+        """As ``Witness.own``: by the eager model where there is one."""
         found = numbers(self._own(batch.flat) if self.captured.eager is None else self.captured.run_eager(batch.flat))
         self.units |= {n: unit_roundoff(x.dtype) for n, x in zip(self.outputs, found) if x.is_floating_point()}
         return found
 
     def loudly(self, batch: Batch, seed: int | None, keep: Collection[str] = ()) -> Run:
-        """As ``Reference.loudly``."""
+        """As ``Witness.loudly``."""
         runner = self._own
         if seed is not None:
             if self._loud is None:
                 self._loud = Runner(self.program, jitter=True, louder=self.louder)
             runner, self._loud.seed = self._loud, seed
-        outputs = numbers(runner(batch.flat, keep=keep))
-        return Run(tuple(outputs), runner.kept)
+        return Run(tuple(numbers(runner(batch.flat, keep=keep))), runner.kept)
 
-    def influence(self, value: str) -> frozenset[int] | None:
-        """As ``Reference.influence``."""
-        return next((place.outputs for place in self.places if place.value == value), None)
+    def influence(self, value: str) -> frozenset[int]:
+        """The outputs that depend on a decision, by position."""
+        return next((place.outputs for place in self.places if place.value == value), frozenset())
 
     def complete(self, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As ``Reference.complete``."""
+        """As ``Witness.complete``."""
         twins = {place.twin: taken[place.value] for place in self.places if place.value in taken}
         more = {p.value: twins[p.twin] for p in self.places if p.twin in twins and p.value not in taken}
         return {**taken, **more}
@@ -230,14 +104,15 @@ class Model(Program64):
         """Where the captured graph is another than the eager model: where that is off from the graph in float64 by more
         than rounding explains, the graph in its own dtypes says whether it is right.
         """
-        if self.captured.eager is not None and not self._like(eager, truth, noise, batch, limit):
-            try:
-                own = numbers(self._own(batch.flat))
-            except Exception as error:
-                found.problems.append(f"capture: its graph does not run at {words(batch)}: {first_line(error)}")
-                return
-            if problem := self._differs(batch, eager, own, truth, limit):
-                found.problems.append(problem)
+        if self.captured.eager is None or self._like(eager, truth, noise, batch, limit):
+            return
+        try:
+            own = numbers(self._own(batch.flat))
+        except Exception as error:
+            found.problems.append(f"capture: its graph does not run at {words(batch)}: {first_line(error)}")
+            return
+        if problem := self._differs(batch, eager, own, truth, limit):
+            found.problems.append(f"capture: at {words(batch)} the model {problem}")
 
     def _like(
         self, eager: list[Tensor], truth: Run, noise: Callable[[int], Tensor], batch: Batch, limit: float
@@ -247,46 +122,38 @@ class Model(Program64):
         dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
         if len(eager) != len(truth.outputs) or [x.dtype for x in eager] != dtypes:
             return False
-        for i, (theirs, true) in enumerate(zip(eager, truth.outputs)):
+
+        def like(i: int, theirs: Tensor, true: Tensor) -> bool:
             if theirs.shape != true.shape or specials(theirs, true) is not None:
                 return False
             if not theirs.is_floating_point():
-                if not torch.equal(theirs, true.to(theirs.dtype)):
-                    return False
-                continue
+                return torch.equal(theirs, true.to(theirs.dtype))
             drawn = noise(i)  # of the model after the file's decisions, which may make other shapes
-            if drawn.shape != true.shape:
-                return False
-            ratio, *_ = compare(theirs, true, drawn, unit=unit_roundoff(theirs.dtype), batched=batched(batch, true))
-            if not ratio <= SAME * limit:
-                return False
-        return True
+            return drawn.shape == true.shape and _apart(batch, theirs, true, drawn) <= SAME * limit
+
+        return all(like(i, *pair) for i, pair in enumerate(zip(eager, truth.outputs)))
 
     def _differs(
-        self, batch: Batch, eager: list[Tensor], own: list[Tensor], truth: Run | None, limit: float
-    ) -> str | None:
-        said = f"capture: at {words(batch)} the model gives"
+        self, batch: Batch, eager: list[Tensor], own: list[Tensor], truth: Run, limit: float
+    ) -> str | None:  # fmt: skip
         if len(eager) != len(own):
-            return f"{said} {len(eager)} outputs and its captured graph {len(own)}"
-        for i, (theirs, mine) in enumerate(zip(eager, own)):
+            return f"gives {len(eager)} outputs and its captured graph {len(own)}"
+        for theirs, mine, true in zip(eager, own, truth.outputs):
             if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
                 what = f"{tuple(theirs.shape)} {theirs.dtype} and its captured graph {tuple(mine.shape)} {mine.dtype}"
-                return f"{said} {what}"
+                return f"gives {what}"
             if torch.equal(theirs, mine):
                 continue
             if not theirs.is_floating_point():
-                return f"{said} other integers than its captured graph"
+                return "gives other integers than its captured graph"
             if differs := specials(theirs, mine):
-                return f"{said} other NaNs or infinities than its captured graph: {differs}"
-            true = mine.double() if truth is None else truth.outputs[i]
-            noise = seen_error(mine, true)
-            ratio, *_ = compare(theirs, mine.double(), noise, unit=unit_roundoff(mine.dtype),
-                                       batched=batched(batch, mine))  # fmt: skip
+                return f"gives other NaNs or infinities than its captured graph: {differs}"
+            ratio = _apart(batch, theirs, mine.double(), seen_error(mine, true))
             self.capture_error = max(self.capture_error, ratio)
             if not ratio <= SAME * limit:
                 return (
-                    f"capture: at {words(batch)} the model and its graph differ by {ratio:.3g} times the noise: its "
-                    "code depends on that size, so fix the dimension (--static)"
+                    f"and its graph differ by {ratio:.3g} times the noise: its code depends on that size, so fix the "
+                    "dimension (--static)"
                 )
         return None
 
@@ -297,12 +164,11 @@ class Model(Program64):
         batch, before, truth = self._first
         # Of the same shape: a state may be one for each.
         halved = [x * 0.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch.flat]
+        after = list[Tensor]()
         with contextlib.suppress(Exception):
             self.captured.run_eager(tuple(halved))
-        try:
+        with contextlib.suppress(Exception):
             after = numbers(self.captured.run_eager(batch.flat))
-        except Exception:
-            after = []
         if len(after) == len(before) and all(map(_same, before, after, truth)):
             return False
         # Whatever differed was the state's doing, and no size that is fixed would mend it.
@@ -312,6 +178,11 @@ class Model(Program64):
             "the state as an input and return it, or set it anew where forward begins"
         )
         return True
+
+
+def _apart(batch: Batch, theirs: Tensor, true: Tensor, noise: Tensor) -> float:
+    """How far the eager model is off, RMS in noises."""
+    return compare(theirs, true, noise, unit=unit_roundoff(theirs.dtype), batched=batched(batch, true))[0]
 
 
 def _same(before: Tensor, after: Tensor, truth: Tensor) -> bool:

@@ -1,55 +1,116 @@
-"""What runs the model elsewhere and shows its outputs alone: a folded class in torch, a user's runner."""
+"""What runs the model elsewhere and shows its outputs alone: torch, and a user's own runner."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from bnfold.gate.candidates import Candidate
-from bnfold.gate.evidence import SLACK, STEPS, Draws, Row, compare, seen_error, specials, unit_roundoff
+from bnfold.gate.candidates import Candidate, Setting, coarser
+from bnfold.gate.evidence import SLACK, Draws, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.findings import first_line
-from bnfold.gate.judge import Case, Judge, listed, settled
-from bnfold.gate.runners import RunnerCandidate
-from bnfold.gate.values import batched, numbers
+from bnfold.gate.judge import Case, Judge
+from bnfold.gate.values import as_tensor, batched, numbers, to_numpy
+from bnfold.graph.capture import Captured, tensor_inputs
+from bnfold.graph.interpret import Runner
+from bnfold.graph.names import number_names
+from bnfold.runtime.runner import Raised, UserRunner
+from bnfold.runtime.runtime import FLOAT32, Arithmetic, Device, Provider
+
+
+class EagerCandidate:
+    """A module run by torch as its users run it."""
+
+    coarser = 1.0
+
+    def __init__(self, name: str, captured: Captured) -> None:
+        self.name, self._captured = name, captured
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """As ``Candidate.run``."""
+        return self._captured.run_eager(tuple(flat))
+
+
+class FoldedCandidate:
+    """The folded program in its own dtypes."""
+
+    name, coarser = "folded torch", 1.0
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._runner = Runner(program)
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """As ``Candidate.run``."""
+        return self._runner(flat)
+
+
+class RunnerCandidate:
+    """The model as a user's own runner has it.
+
+    Args:
+        runner: what runs the model.
+        captured: the model.
+        inputs: flat input index and the name that the runner is given it under; by default the model's own names.
+        outputs: what the runner's outputs may be called; by default as the model's own are.
+        path: the file that it is to run, if any.
+        arithmetic: what it computes in; by default the model's own dtypes.
+    """
+
+    def __init__(
+        self, runner: UserRunner, captured: Captured, inputs: Sequence[tuple[int, str]] | None = None,
+        outputs: Sequence[str] | None = None, path: Path | None = None, arithmetic: Arithmetic | None = None,
+    ) -> None:  # fmt: skip
+        own = [(captured.names.index(name), name) for name in tensor_inputs(captured.program)]
+        self._runner, self._path, self.name = runner, path, runner.name
+        self._inputs = own if inputs is None else inputs
+        returned: Any = captured.program.graph.output_node().args[0]
+        values = [value for value in returned if isinstance(value, torch.fx.Node | int | float)]
+        self._dtypes = [getattr(getattr(value, "meta", {}).get("val"), "dtype", None) for value in values]
+        self._names = [*(outputs or number_names(captured.program))][: len(values)]
+        self.coarser = 1.0 if arithmetic is None else coarser(arithmetic, captured.program)
+        self.setting = Setting(Device(Provider("runner", runner.name)), arithmetic or FLOAT32, self.coarser)
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        """As ``Candidate.run``; outputs go by name where there are names, else by position.
+
+        Numbers that crossed a wire as wider ones are the model's again.
+
+        Raises:
+            Exception: the runner raised, hung or crashed, or its outputs' names are not the model's.
+        """
+        answer, names = self._runner({name: to_numpy(flat[i]) for i, name in self._inputs}, self._path), self._names
+        if isinstance(answer, dict):
+            if len(answer) > 1 and not set(names) <= set(answer):
+                raise Raised(f"its outputs are {', '.join(answer)}, those of the model {', '.join(names)}")
+            answer = [answer[name] for name in names] if set(names) <= set(answer) else [*answer.values()]
+        found = [as_tensor(array) for array in answer]
+        return [self._as_own(*pair) for pair in zip(found, self._dtypes)] if len(found) == len(self._dtypes) else found
+
+    def _as_own(self, value: Tensor, own: torch.dtype | None) -> Tensor:
+        if own is None or value.dtype == own:
+            return value
+        both_float = value.is_floating_point() and own.is_floating_point
+        wider = both_float and (unit_roundoff(value.dtype) < unit_roundoff(own) or self.coarser > 1)
+        neither = not (value.is_floating_point() or value.is_complex() or own.is_floating_point or own.is_complex)
+        return value.to(own) if wider or (neither and torch.equal(value.to(own).to(value.dtype), value)) else value
 
 
 def judge_outside(judge: Judge, candidate: Candidate) -> None:
     """Every case, against float64: by what rounding the constants does, and by the model's own error."""
-    failed: dict[str, list[str]] = {}
-    for case in judge.cases:
-        try:
-            outputs = candidate.run(case.batch.flat)
-        except Exception as error:
-            failed.setdefault(first_line(error), []).append(case.words)
-            continue
-        judge.table.rows += _judged(judge, candidate, case, outputs)
-    for reason, at in failed.items():
-        judge.findings.problems.append(f"{candidate.name}: fails at {listed(at)}: {reason}")
+    for case, outputs in judge.answers(candidate.name, lambda case: candidate.run(case.batch.flat)):
+        draws = judge.drawn(case)
 
-
-def _judged(judge: Judge, candidate: Candidate, case: Case, outputs: Sequence[Any]) -> list[Row]:
-    rows: list[Row] = []
-    for step in range(len(STEPS)):
-        draws = judge.drawn(case, step)
-
-        def noise(i: int, draws: Draws = draws) -> Tensor:
+        def noise(i: int, case: Case = case, draws: Draws = draws) -> Tensor:
             return torch.hypot(draws.noise(i), seen_error(case.own[i], case.truth.outputs[i]))
 
-        rows, _ = judge.judge(
-            candidate.name, case, outputs, case.truth.outputs, noise, coarser=SLACK * candidate.coarser, typed=True
-        )  # fmt: skip
-        if settled(rows, judge.limit, step, draws):
-            break
-    return rows
-
-
-def own_error(case: Case, index: int) -> Tensor:
-    """How far the model itself is off in its own dtype."""
-    found: Tensor = case.own[index].double() - case.truth.outputs[index]
-    return found.nan_to_num(0.0, 0.0, 0.0)
+        rows = partial(judge.rows, candidate.name, case, outputs, case.truth, noise, coarser=SLACK * candidate.coarser,
+                       typed=True)  # fmt: skip
+        judge.table.rows += judge.sure(draws, rows)
 
 
 def judge_twice(judge: Judge, candidate: RunnerCandidate) -> None:

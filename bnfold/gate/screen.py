@@ -34,6 +34,7 @@ class Screen:
 
     Attributes:
         outputs: what the candidate returned.
+        drawn: what rounding the model's constants does, where that is known.
         rows: what was seen on inputs that were cleared.
         cleared: these, with what the model answers.
     """
@@ -56,41 +57,37 @@ class Screen:
             return False
         rows = self._rows(batch, own, numbers(given), first=first)
         if first:
-            self._apart = {row.value: max(row.ratio, 1.0) for row in rows or ()}
-            return False
-        if rows is None or not all(row.ratio <= APART / SLACK and row.misfit(self._limit) <= 1 for row in rows):
-            return False
-        self.rows += rows
-        self.cleared.append((batch, own))
-        return True
+            self._apart = {row.value: max(row.ratio, 1.0) for row in rows}
+        elif rows and all(row.ratio <= APART / SLACK and row.misfit(self._limit) <= 1 for row in rows):
+            self.rows += rows
+            self.cleared.append((batch, own))
+            return True
+        return False
 
     def close(self) -> None:
         """Frees the candidate's session."""
         self._candidate.close()
 
-    def _rows(self, batch: Batch, own: list[Tensor], given: list[Tensor], *, first: bool) -> list[Row] | None:
-        """How far apart the two are; None where no number says that."""
+    def _rows(self, batch: Batch, own: list[Tensor], given: list[Tensor], *, first: bool) -> list[Row]:
+        """How far apart the two are; none where no number says that."""
         model, rows = self._model, list[Row]()
-        if [(x.shape, x.dtype) for x in given] != [(x.shape, x.dtype) for x in own]:
-            return None
         floats = [x for x in own if x.is_floating_point()]
-        if not floats or any(x.numel() < NEIGHBOURS for x in floats):  # of so few the RMS is chance
-            return None
-        if not all(bool(x.isfinite().all()) for x in (*own, *given)):
-            return None
+        alike = [(x.shape, x.dtype) for x in given] == [(x.shape, x.dtype) for x in own]
+        few = not floats or any(x.numel() < NEIGHBOURS for x in floats)  # of so few the RMS is chance
+        if not alike or few or not all(bool(x.isfinite().all()) for x in (*own, *given)):
+            return []
         draws = Draws([Source(own, lambda seed: model.loudly(batch, seed).outputs, model.louder)])
         draws.more(0)
         self.drawn[batch] = draws
         for i, (name, value, mine) in enumerate(zip(model.outputs, given, own)):
-            if not mine.is_floating_point():
-                if not torch.equal(value, mine):
-                    return None
-                rows.append(Row(words(batch), self._candidate.name, name, 0.0, 0.0, samples=batch.samples))
-                continue
-            apart = 1.0 if first else SLACK * self._apart.get(name, 0.0)
-            found = compare(
-                value, mine.double(), draws.noise(i), unit=unit_roundoff(mine.dtype), batched=batched(batch, mine),
-                coarser=apart, draws=draws.count,
-            )  # fmt: skip
-            rows.append(Row(words(batch), self._candidate.name, name, *found, mine.numel(), batch.samples))
+            seen: Any = 0.0, 0.0
+            if mine.is_floating_point():
+                seen = compare(
+                    value, mine.double(), draws.noise(i), unit=unit_roundoff(mine.dtype), batched=batched(batch, mine),
+                    coarser=1.0 if first else SLACK * self._apart.get(name, 0.0), draws=draws.count,
+                )  # fmt: skip
+            elif not torch.equal(value, mine):
+                return []
+            elements = mine.numel() if mine.is_floating_point() else 0
+            rows.append(Row(words(batch), self._candidate.name, name, *seen, elements=elements, samples=batch.samples))
         return rows
