@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -27,7 +26,7 @@ from bnfold.passes.equalize import equalize as equalize_graph
 from bnfold.passes.folding import fold as fold_graph
 from bnfold.passes.merge import merge as merge_graph
 from bnfold.report import Bisection, CheckReport, Diagnosis, ExportReport, FileReport, Ledger, Operator
-from bnfold.runtime.inline import apart, filled
+from bnfold.runtime.model_file import apart, filled
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import compared, expect, judging, refuse_nonfinite, source_facts
 from bnfold.statistics.batchnorms import file_layers
@@ -40,19 +39,33 @@ SMALL, PAGE = 1024, 4096
 
 @dataclass(frozen=True)
 class FoldedFile:
-    """A folded file: ``ledger`` says where every affine went.
+    """A file folded: ``ledger`` says where every affine went.
 
     ``model`` is its content. Initializers that were outside of the source still are, and large ones that are new are
     made by ``beside``, by name. ``meanings`` has what its values stand for, by name, where that is not the value of the
     source that has their name.
     """
 
+    source: OnnxFile
     model: onnx.ModelProto
     ledger: Ledger
     operators: tuple[int, int]
     graph: tuple[Operator, ...]
     meanings: Mapping[str, Meaning | None]
     beside: Mapping[str, Callable[[], bytes]]
+
+    def raw(self, tensor: onnx.TensorProto) -> bytes | None:
+        """The bytes of an initializer that is written; None where it has numbers in place of bytes."""
+        return self.beside[tensor.name]() if tensor.name in self.beside else self.source.raw(tensor)
+
+    def report(
+        self, kind: Literal["export", "plan"], options: Options, clock: Clock, verdict: CheckReport | None = None
+    ) -> ExportReport:
+        """What was found out, before a file is written."""
+        return ExportReport(
+            _facts(self.source, options), self.ledger, verdict, None, self.operators, clock.spent, kind=kind,
+            graph=self.graph,
+        )  # fmt: skip
 
 
 def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
@@ -78,7 +91,7 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
     if not options.allow_nonfinite:
         refuse_nonfinite(ledger)
     count, drawn = len(model.graph.node), of_files(source.model, model, ledger)
-    return FoldedFile(model, ledger, (before, count), drawn, meant, beside)
+    return FoldedFile(source, model, ledger, (before, count), drawn, meant, beside)
 
 
 def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[OnnxGraph, Ledger]:
@@ -106,8 +119,7 @@ def _folded(model: onnx.ModelProto, path: Path, options: Options) -> tuple[OnnxG
 
 def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> ExportReport:
     """Folds an ONNX file, and proves the one that is written equal to it before it is there."""
-    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
-    clock = Clock(options.progress)
+    source, clock = read_onnx(source), Clock(options.progress)
     expect(options)
     _refuse(options)
     device = judging(options, writes=True)["device"] if options.check else None
@@ -122,40 +134,31 @@ def export_file(source: OnnxFile | str | Path, path: Path, options: Options) -> 
     with store.stage(path) as staging:
         target = staging.folder / staging.path.name
         with clock("write"):
-            file = _write(source, folded, target, staging, options.external_data)
+            file = _write(folded, target, staging, options.external_data)
         verdict = None
         if options.check:
             with clock("check"):
-                verdict = FileGate(
-                    source.path, target, device, options.seed, options.limit, data=data, progress=options.progress
-                ).judge()  # fmt: skip
-            verdict = compared(verdict, options)
-        facts = source_facts(options, source.path.name, source.elements)
-        report = ExportReport(
-            facts, folded.ledger, verdict, None, folded.operators, clock.spent, kind="export", graph=folded.graph
-        )
+                verdict = _judged(source, target, options, device, data)
+        report = folded.report("export", options, clock, verdict)
 
         def failed(said: str) -> FileReport:
             for entry in folded.model.metadata_props:
                 entry.value = said if entry.key == "bnfold.verdict" else entry.value
-            return _stored(source, folded, target, staging, file.data)
+            return _stored(folded, target, staging, file.data)
 
         return committed(report, file, staging, options, failed)
 
 
 def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
     """The health of a file's BatchNormalizations, and what folding would do to it. Writes and judges nothing."""
-    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
-    clock = Clock(options.progress)
+    source, clock = read_onnx(source), Clock(options.progress)
     with clock("fold"):
         folded = fold_file(source, replace(options, allow_nonfinite=True))
-    facts = source_facts(options, source.path.name, source.elements)
-    plan = ExportReport(
-        facts, folded.ledger, None, None, folded.operators, clock.spent, kind="plan", graph=folded.graph
-    )
+    plan = folded.report("plan", options, clock)
     with clock("health"):
         layers = file_layers(OnnxGraph(source.copied(), source.path.parent))
-    return Diagnosis(facts, tuple(layer.health for layer in layers), worst_first(findings(layers)), plan, 0, ())
+    health = tuple(layer.health for layer in layers)
+    return Diagnosis(_facts(source, options), health, worst_first(findings(layers)), plan, 0, ())
 
 
 def check_file(path: Path | None, source: OnnxFile | str | Path, options: Options, *, whole: bool) -> CheckReport:
@@ -167,21 +170,16 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
     """
     if path is None or not whole:
         raise UsageError("a file is compared with a file, on data of one part")
-    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
+    source = read_onnx(source)
     expect(options)
     _refuse(options)
     read_onnx(path)
     asked = judging(options)
     if asked.get("runner") is not None:
         raise UsageError("a runner is judged against a torch model", where="--runner")
-    verdict = FileGate(
-        source.path, path, asked["device"], options.seed, options.limit, data=_data(options.data, source),
-        progress=options.progress,
-    ).judge()  # fmt: skip
-    verdict = compared(verdict, options)
+    verdict = _judged(source, path, options, asked["device"], _data(options.data, source))
     keep_baseline(verdict, options)
-    facts = source_facts(options, source.path.name, source.elements)
-    return replace(verdict, source=facts, file=str(path))
+    return replace(verdict, source=_facts(source, options), file=str(path))
 
 
 def bisect_file(path: Path, source: OnnxFile | str | Path, options: Options) -> Bisection:
@@ -191,7 +189,7 @@ def bisect_file(path: Path, source: OnnxFile | str | Path, options: Options) -> 
         UsageError: an option does not apply to a file.
         InputError: a file is not what it claims to be, they have other inputs or outputs, or run on none made for them.
     """
-    source = source if isinstance(source, OnnxFile) else read_onnx(Path(source))
+    source = read_onnx(source)
     _refuse(options)
     read_onnx(path)
     clock = Clock(options.progress)
@@ -204,8 +202,17 @@ def bisect_file(path: Path, source: OnnxFile | str | Path, options: Options) -> 
             device=resolve_device(options.device, options.provider_options), seed=options.seed, limit=options.limit,
             data=_data(options.data, source), progress=options.progress,
         ).find()  # fmt: skip
-    facts = source_facts(options, source.path.name, source.elements)
-    return replace(found, source=facts, file=str(path))
+    return replace(found, source=_facts(source, options), file=str(path))
+
+
+def _facts(source: OnnxFile, options: Options) -> dict[str, Any]:
+    return source_facts(options, source.path.name, source.elements)
+
+
+def _judged(source: OnnxFile, path: Path, options: Options, device: Any, data: Any) -> CheckReport:
+    """The verdict on a file that is to equal its source, with the baseline's say in it."""
+    gate = FileGate(source.path, path, device, options.seed, options.limit, data=data, progress=options.progress)
+    return compared(gate.judge(), options)
 
 
 def _refuse(options: Options) -> None:
@@ -226,36 +233,26 @@ def _data(data: Any, source: OnnxFile) -> Mapping[str, np.ndarray[Any, Any]] | N
     return {name: np.asarray(rows[0 : len(rows)]) for name, rows in arrays.items()}
 
 
-def _write(
-    source: OnnxFile, folded: FoldedFile, target: Path, staging: store.Staging, external: bool | None
-) -> FileReport:
+def _write(folded: FoldedFile, target: Path, staging: store.Staging, external: bool | None) -> FileReport:
     """Writes a file into the staging folder, its weights beside it where they are too many; one is held at a time."""
     model, data = folded.model, None
-    raw = partial(_raw, source, folded)
     outside = [t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)]
     weights = model.ByteSize() + sum(map(bytes_of, outside))
     if external if external is not None else weights > store.EXTERNAL_BYTES:
-        apart = _put_apart(model, raw, staging.folder / "weights")
+        apart = _put_apart(folded, staging.folder / "weights")
         data, sealed = staging.seal_data("weights")
         for tensor in apart:
             tensor.external_data.add(key="location", value=data)
         model.metadata_props.add(key="bnfold.data_sha256", value=sealed)
-    return _stored(source, folded, target, staging, data)
+    return _stored(folded, target, staging, data)
 
 
-def _raw(source: OnnxFile, folded: FoldedFile, tensor: onnx.TensorProto) -> bytes | None:
-    """The bytes of an initializer that is written."""
-    return folded.beside[tensor.name]() if tensor.name in folded.beside else source.raw(tensor)
-
-
-def _put_apart(
-    model: onnx.ModelProto, raw: Callable[[onnx.TensorProto], bytes | None], path: Path
-) -> list[onnx.TensorProto]:
+def _put_apart(folded: FoldedFile, path: Path) -> list[onnx.TensorProto]:
     """Writes the bytes of the initializers that are large into a file of their own, page by page; answers which."""
     apart = []
     with path.open("wb") as out:
-        for tensor in model.graph.initializer:
-            content = raw(tensor)
+        for tensor in folded.model.graph.initializer:
+            content = folded.raw(tensor)
             if content is None:
                 continue
             if len(content) <= SMALL:
@@ -272,7 +269,7 @@ def _put_apart(
     return apart
 
 
-def _stored(source: OnnxFile, folded: FoldedFile, target: Path, staging: store.Staging, data: str | None) -> FileReport:
+def _stored(folded: FoldedFile, target: Path, staging: store.Staging, data: str | None) -> FileReport:
     """Writes what is not in a file of its own, the bytes of one initializer after the other."""
     model = folded.model
     held = {
@@ -282,10 +279,8 @@ def _stored(source: OnnxFile, folded: FoldedFile, target: Path, staging: store.S
     }
     sizes = {i: bytes_of(tensor) for i, tensor in held.items()}
     with target.open("wb") as out:
-        out.writelines(
-            filled(model.SerializeToString(), sizes, lambda i: _raw(source, folded, held[i]) or b"")
-        )  # fmt: skip
-    if (problem := _invalid(target, staging.folder)) is not None and _invalid(source.path, None) is None:
+        out.writelines(filled(model.SerializeToString(), sizes, lambda i: folded.raw(held[i]) or b""))
+    if (problem := _invalid(target, staging.folder)) is not None and _invalid(folded.source.path, None) is None:
         raise LowerError(f"onnx.checker rejects the file: {problem}", hint="Please report this model")
     size = target.stat().st_size + ((staging.folder / data).stat().st_size if data else 0)
     norms = sum(node.op_type == "BatchNormalization" for node in model.graph.node)

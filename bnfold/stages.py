@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,14 +20,15 @@ from bnfold.errors import CaptureError, FoldError, InputError, UsageError
 from bnfold.gate.baseline import expect_baseline, judge_baseline
 from bnfold.gate.data import Labels, assign, examine, load_data, select
 from bnfold.gate.decisions import places
+from bnfold.gate.gate import Gate
+from bnfold.gate.metrics import Facts, Part
 from bnfold.gate.stored import Rows, open_arrays
 from bnfold.graph.capture import Captured, capture, input_shapes
 from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
 from bnfold.graph.wrapped import refuse_mixed, unwrapped
 from bnfold.interface import interface, returned
-from bnfold.loading.assumed import assumed, proposed
-from bnfold.loading.inputs import model_inputs, specs_for, specs_of_arrays
+from bnfold.loading.inputs import assumed, model_inputs, proposed, specs_for, specs_of_arrays
 from bnfold.loading.onnx_file import specs_of_file
 from bnfold.loading.specs import dtype_name
 from bnfold.options import Clock, Folded, Model, Options
@@ -39,7 +40,10 @@ from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import FORMATS, resolve_device
+from bnfold.statistics.batches import data_batches
+from bnfold.statistics.calibration import Scratch
 from bnfold.statistics.ranges import layer_ranges, norm_ranges
+from bnfold.statistics.schemes import Pass, Seen
 
 
 def expect(options: Options) -> None:
@@ -290,3 +294,43 @@ def _float_outputs(captured: Captured) -> dict[str, tuple[int | None, ...]]:
         for name, value in zip(number_names(captured.program), returned(captured.program))
         if isinstance(value, Tensor) and value.is_floating_point()
     }
+
+
+# -- data in parts: how a file does on one, and what one shows of BatchNorms -------------------------------------------
+#
+# A function is made once per process, where the model is loaded, and answers for every part; ``pipeline.check`` and
+# ``pipeline.save_calibrated`` ask, and add the answers up.
+
+
+def looker(
+    path: str | Path | None,
+    model: Model,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options,
+) -> Callable[[Path, Facts], Part]:
+    """Sees how the file does on parts of the data, for the ``spread`` of ``check``, which has the same arguments."""
+    path, asked = None if path is None else Path(path), judging(options)
+    quiet = replace(options, data=None, progress=silent)
+    captured, _, _ = Run(model, args, kwargs, dynamic_shapes, quiet, path).read()
+
+    def look(part: Path, facts: Facts) -> Part:
+        data, labels = read_data(part, captured)
+        return Gate(captured, Ledger(), None, path, data=data, labels=labels, **asked).look(facts)
+
+    return look
+
+
+def observer(model: Model, *, only: Sequence[str] | None, batch: int) -> Callable[[Path, Pass], Seen]:
+    """Makes passes over parts of the data, for the ``spread`` of ``save_calibrated``, which has the same arguments."""
+    if isinstance(model, ExportedProgram):
+        raise UsageError("a .pt2 program has no layers to calibrate", hint="Give the code that builds the model")
+    scratch = Scratch.of(model, only)
+
+    def observe(data: Path, turn: Pass) -> Seen:
+        read, rows = data_batches(model, data, batch)
+        return replace(scratch.observe(turn, read, silent), rows=rows)
+
+    return observe

@@ -32,8 +32,7 @@ from typing import Any
 
 from bnfold.fleet.cluster import Where
 from bnfold.fleet.rows import Row, read_rows
-from bnfold.fleet.run import run
-from bnfold.fleet.work import Order
+from bnfold.fleet.work import Order, run
 from bnfold.report import ModelRow
 
 ROOT = Path(__file__).resolve().parent.parent

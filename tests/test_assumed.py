@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.cli import cli
-from bnfold.loading.assumed import assumed, proposed
+from bnfold.loading.inputs import assumed, proposed
 from bnfold.loading.specs import parse_input
 
 torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from report_samples import CHECK, EXPORT, FAILED, LATENCY
 from torch import nn
 
 import bnfold
-from bnfold import pipeline, sharding
+from bnfold import pipeline, stages
 from bnfold.cli import cli
 from bnfold.options import OptionFields, Options, asked
 from bnfold.render import document
@@ -97,9 +97,9 @@ def test_python_takes_them_from_either_too(there: Path) -> None:
     assert bnfold.check(there / "python.onnx", spec["Net"](), device="cpu").passed
     with pytest.raises(bnfold.InputError, match="nothing says what the model takes"):
         bnfold.export(spec["Net"](), there / "python.onnx")
-    assert sharding.looker(there / "python.onnx", spec["Net"](), options=Options(device="cpu")), "workers as well"
+    assert stages.looker(there / "python.onnx", spec["Net"](), options=Options(device="cpu")), "workers as well"
     with pytest.raises(bnfold.InputError, match="nothing says what the model takes"):
-        sharding.looker(None, spec["Net"](), options=Options(device="cpu"))
+        stages.looker(None, spec["Net"](), options=Options(device="cpu"))
 
 
 def test_an_empty_file_is_told_as_one_and_not_by_the_inputs_that_it_does_not_name(tmp_path: Path) -> None:

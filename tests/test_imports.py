@@ -18,13 +18,12 @@ ALLOWED: dict[str, str] = {
     "__main__": "cli",
     "pytest_plugin": "commands render",
     "cli": "_version commands errors",
-    "commands": "errors files fleet gate loading options pipeline render report runtime sharding store timing",
+    "commands": "errors files fleet gate loading options pipeline render report runtime stages store timing",
     "fleet": "_version errors files graph lowering pipeline render report runtime store",
     "pipeline": "errors files gate graph interface loading lowering onnx_flow options output report runtime stages"
     " statistics store",
     "onnx_flow": "affine drawing errors files gate graph loading lowering options output passes report runtime stages"
     " statistics store",
-    "sharding": "errors gate options report stages statistics",
     "output": "_version errors files gate lowering options report store",
     "stages": "drawing errors gate graph interface loading options passes report runtime statistics",
     "interface": "errors graph options report",

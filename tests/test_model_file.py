@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 import bnfold
 from bnfold.errors import InputError
 from bnfold.evaluate.weights import weights_of
-from bnfold.runtime import inline
+from bnfold.runtime import model_file
 from bnfold.runtime.model_file import read_model
 
 KINDS = [TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.STRING, TensorProto.FLOAT8E4M3FN]
@@ -143,7 +143,7 @@ def test_what_is_no_model(content: bytes, tmp_path: Path) -> None:
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that holds its weights, in whatever way a tensor can."""
-    monkeypatch.setattr(inline, "LARGE", 0)
+    monkeypatch.setattr(model_file, "LARGE", 0)
     rng, tensors = np.random.default_rng(0), []
     for i, kind in enumerate(("float32", "float16", "int64", "float64", "uint8")):
         array = rng.integers(-99, 99, (40, 30)).astype(kind)
@@ -205,7 +205,7 @@ def test_a_large_file_folds_to_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     onnx.save(model, tmp_path / "net.onnx")
     load = onnx.load_model_from_string
     for name, large in (("plain", 1 << 30), ("light", 0)):
-        monkeypatch.setattr(inline, "LARGE", large)
+        monkeypatch.setattr(model_file, "LARGE", large)
         if not large:  # nothing reads the weights with the file
             monkeypatch.setattr(onnx, "load_model", None)
             monkeypatch.setattr(onnx, "load_model_from_string", lambda x: load(x) if len(x) < 4096 else None)

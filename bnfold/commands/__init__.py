@@ -197,7 +197,7 @@ def fleet(models: Path, output: str, **given: Any) -> int:
     with quiet(), contextlib.redirect_stdout(sys.stderr):
         from bnfold.fleet.cluster import Where
         from bnfold.fleet.places import Folder
-        from bnfold.fleet.run import run
+        from bnfold.fleet.work import run
         from bnfold.render import document, fleet_line, require_matplotlib
 
         require_matplotlib()  # for the models' pages

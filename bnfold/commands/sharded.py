@@ -11,7 +11,7 @@ from bnfold.commands.running import Job, quiet
 from bnfold.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from bnfold.fleet.shards import Make
+    from bnfold.fleet.cluster import Make
     from bnfold.render import Progress
 
 
@@ -47,9 +47,8 @@ def sharded(job: Job, make: Make, progress: Progress, stage: str) -> Iterator[tu
     if not (shards := shards_of(job)):
         yield job.given["data"], None
         return
-    from bnfold.fleet.cluster import Where
+    from bnfold.fleet.cluster import Where, asking
     from bnfold.fleet.places import fetched
-    from bnfold.fleet.shards import asking
 
     where = Where(job.given["scheduler"], job.given["workers"])
     with (
@@ -61,17 +60,17 @@ def sharded(job: Job, make: Make, progress: Progress, stage: str) -> Iterator[tu
 
 def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
     """Sees how an ONNX file, or a runner, does on a shard of the data, against the model that the job names."""
-    from bnfold import sharding
+    from bnfold import stages
     from bnfold.report.progress import silent
 
     with quiet():
         loaded, inputs = job.load_model()
-        return sharding.looker(file, loaded.model, **inputs, options=job.options(loaded, silent))
+        return stages.looker(file, loaded.model, **inputs, options=job.options(loaded, silent))
 
 
 def observer(job: Job) -> Callable[[Path, Any], Any]:
     """Measures the BatchNorms of the model that the job names on a shard of the data."""
-    from bnfold import sharding
+    from bnfold import stages
 
     with quiet():
-        return sharding.observer(job.load_source().model, only=job.given["only"] or None, batch=job.given["batch_size"])
+        return stages.observer(job.load_source().model, only=job.given["only"] or None, batch=job.given["batch_size"])

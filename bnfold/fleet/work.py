@@ -1,4 +1,4 @@
-"""What a worker does with one model: nothing, where its result is there already, else the export, and a record of it.
+"""A fleet: rows -> workers -> a report; and what a worker does with one model, where its result is not there already.
 
 A record holds the row, the key (what the result depends on that has a name: options and versions), and the SHA-256 of
 every file that the export read and of every file that it wrote. All must be as they were for the result to stand. What
@@ -14,7 +14,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,10 +25,11 @@ from typing import Any
 
 from bnfold._version import __version__
 from bnfold.errors import BnfoldError, ProviderError
+from bnfold.fleet.cluster import SchedulerGoneError, Where, connected, spread
 from bnfold.fleet.nursery import Command, Ended, Nursery, sha256_of
 from bnfold.fleet.places import Folder, fetched, is_url
 from bnfold.fleet.rows import Row, input_files
-from bnfold.report import Ledger, ModelRow
+from bnfold.report import FleetReport, Ledger, ModelRow
 from bnfold.report.plain import plain, revived, versions
 from bnfold.report.results import Outcome
 
@@ -260,3 +262,74 @@ def _memory(order: Order) -> int | None:
         return None
     limit: int | None = worker.memory_manager.memory_limit
     return limit and limit // int(worker.state.nthreads)
+
+
+# -- the whole fleet ---------------------------------------------------------------------------------------------------
+
+#: Called with a row as it ends, and how many have ended of how many.
+Tell = Callable[[ModelRow, int, int], None]
+
+
+def run(
+    rows: list[Row], source: str, folder: Path, out: str, where: Where, *, timeout: float = 3600.0, anew: bool = False,
+    tell: Tell = lambda row, done, total: None, work: Callable[[Order], ModelRow] = export_model,
+) -> FleetReport:  # fmt: skip
+    """Exports every model, on the workers, unless its result is there already.
+
+    Args:
+        source: what the list of them is called.
+        folder: in which every export runs.
+        out: a folder, or a URL of one.
+        timeout: seconds for a model that says nothing else.
+        anew: export again what failed in an earlier run.
+
+    Raises:
+        ProviderError: there are no workers.
+        ResourceError: the folder cannot be made.
+    """
+    results = Folder(out if is_url(out) else str(Path(out).absolute()))
+    results.make()
+    before = _earlier(results)
+    orders = [Order(row, str(folder.resolve()), results.place, timeout, where.memory, anew) for row in rows]
+    found: dict[int, ModelRow] = {}
+    with connected(where, tasks=len(rows), gpus=any(dict(row.resources).get("GPU") for row in rows)) as client:
+        began = time.monotonic()
+        try:
+            for i, result in spread(client, work, orders, lambda order: dict(order.row.resources)):
+                row = _failed(rows[i], result) if isinstance(result, BnfoldError) else result
+                found[i] = replace(row, changed=changes(before.get(row.name), row))
+                tell(found[i], len(found), len(rows))
+        except SchedulerGoneError as error:
+            gone = error
+            for i in sorted(set(range(len(rows))) - set(found)):
+                found[i] = _failed(rows[i], gone)
+                tell(found[i], len(found), len(rows))
+        seconds = time.monotonic() - began
+    return FleetReport(source, tuple(found[i] for i in range(len(rows))), round(seconds, 3))
+
+
+def _failed(row: Row, error: BnfoldError) -> ModelRow:
+    return ModelRow(row.name, row.source, "error", error.exit_code, str(error))
+
+
+def _earlier(results: Folder) -> dict[str, ModelRow]:
+    """The rows of the run before, by name."""
+    with suppress(ValueError, KeyError, TypeError):
+        return {row["name"]: revived(ModelRow, row) for row in json.loads(results.read("index.json") or b"")["rows"]}
+    return {}
+
+
+def changes(old: ModelRow | None, new: ModelRow) -> tuple[str, ...]:
+    """What differs from the run before, in words."""
+    if old is None:
+        return ("new",)
+    found = []
+    if old.outcome != new.outcome:
+        found.append(f"was {old.outcome}")
+    if (old.folded, old.batch_norms) != (new.folded, new.batch_norms) and new.report and old.report:
+        found.append(f"folded {old.folded} of {old.batch_norms} before")
+    if new.sha256 and old.sha256 and old.sha256 != new.sha256:
+        found.append("another file")
+    if new.bytes and old.bytes and old.bytes != new.bytes:
+        found.append(f"{new.bytes - old.bytes:+,} bytes")
+    return tuple(found)

@@ -19,7 +19,7 @@ from bnfold.gate.findings import Findings, first_line
 from bnfold.gate.values import as_tensor, to_numpy
 from bnfold.graph.interpret import coarsest_epsilon
 from bnfold.report import Engine, Placement, Verdict
-from bnfold.runtime.inline import apart
+from bnfold.runtime.model_file import apart
 from bnfold.runtime.placement import placement, placement_finding
 from bnfold.runtime.runtime import (
     FLOAT32,

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, first_line
 from bnfold.files import require_file, sha256_of, there
 from bnfold.loading import inert
 
@@ -204,7 +204,7 @@ def unpickle(path: Path, kind: Kind, *, unsafe: bool = False, mmap: bool = True)
     except (ImportError, AttributeError) as error:
         if not unsafe:
             raise _unreadable(path, error) from error
-        what = f"the pickle asks for what is not installed here ({_first_line(error)})"
+        what = f"the pickle asks for what is not installed here ({first_line(error)})"
         hint = "Install it; weights alone are read without it, where you leave out --unsafe-pickle"
         raise InputError(what, where=str(path), hint=hint) from error
     except Exception as error:
@@ -222,7 +222,7 @@ def needs_code(path: Path, name: str) -> InputError:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    what = f"the file cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+    what = f"the file cannot be loaded ({type(error).__name__}: {first_line(error)})"
     return InputError(what, where=str(path), hint=_DAMAGED)
 
 
@@ -247,7 +247,7 @@ def read(path: Path, *, unsafe: bool = False) -> Any:
     try:
         return load_file(path, device="cpu")
     except Exception as error:
-        what = f"the safetensors file is cut short or damaged ({_first_line(error)})"
+        what = f"the safetensors file is cut short or damaged ({first_line(error)})"
         raise InputError(what, where=str(path), hint=_DAMAGED) from error
 
 
@@ -298,12 +298,8 @@ def shards_of(index: Path) -> dict[str, str]:
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()) or not found:
             raise ValueError("weight_map names no files")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"this is no index of shards ({_first_line(error)})", where=str(index)) from error
+        raise InputError(f"this is no index of shards ({first_line(error)})", where=str(index)) from error
     for name in found.values():
         if Path(name).name != name or name in ("", "..") or name.endswith(INDEX) or "\\" in name:
             raise InputError(f"the index names {name!r}, which is no file beside it", where=str(index))
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -20,8 +20,7 @@ from bnfold.loading import checkpoint, factory, hubs, inert
 from bnfold.loading.checkpoint import Kind
 from bnfold.loading.fitting import descend, load_weights
 from bnfold.loading.normalize import Normalization, put_in_front
-from bnfold.loading.program_file import load_program
-from bnfold.loading.script_file import load_script
+from bnfold.loading.program_file import load_program, load_script
 from bnfold.loading.source import Built, Loaded, Provenance, Request
 from bnfold.loading.structure import prepare, stored_ledgers
 from bnfold.loading.weights_file import read_notes

@@ -73,15 +73,17 @@ class OnnxFile:
         return model
 
 
-def read_onnx(path: Path) -> OnnxFile:
-    """Read a file.
+def read_onnx(source: OnnxFile | str | Path) -> OnnxFile:
+    """Read a file that is not read yet.
 
     Raises:
         InputError: it is missing, no ONNX file, of an operator set that onnx does not know, claims more weights than it
             holds, has external data outside its folder, or functions that call themselves.
     """
-    where, model = str(path), read_model(path, light=True)
-    file = OnnxFile(path, model)
+    if isinstance(source, OnnxFile):
+        return source
+    where, model = str(source), read_model(Path(source), light=True)
+    file = OnnxFile(Path(source), model)
     if not model.graph.node or not model.opset_import:
         raise InputError("this is no ONNX file, or one without operators", where=where, hint=_AGAIN)
     newest = onnx.defs.onnx_opset_version()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnfold.runtime.device import Device
-from bnfold.runtime.session import Array, Session, open_on
+from bnfold.runtime.session import Array, Session, model_of, open_on
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,10 @@ def _truth(feeds: dict[str, Array]) -> dict[str, Array]:
 
 def _model(*, double: bool) -> bytes:
     """z = MatMul(a, b), and in float32 y = Conv(x, weight) too: convolutions in float64 hardly any provider has."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    dtype, kind = (np.float64, TensorProto.DOUBLE) if double else (np.float32, TensorProto.FLOAT)
-    weight, b = (numpy_helper.from_array(w.astype(dtype), n) for w, n in zip(_weights(), ("weight", "b")))
-    nodes = [helper.make_node("MatMul", ["a", "b"], ["z"]), helper.make_node("Conv", ["x", "weight"], ["y"])]
-    inputs, outputs = (
-        [helper.make_tensor_value_info(name, kind, shape) for name, shape in values]
-        for values in (
-            [("a", [24, _PRODUCTS]), ("x", [2, 16, 9, 9])],
-            [("z", [24, 40]), ("y", [2, 16, 7, 7])],
+    weight, b = _weights()
+    if double:
+        return model_of(
+            f"(double[24,{_PRODUCTS}] a) => (double[24,40] z) {{ z = MatMul(a, b) }}", b=b.astype(np.float64)
         )
-    )
-    kept = 1 if double else 2
-    graph = helper.make_graph(nodes[:kept], "probe", inputs[:kept], outputs[:kept], [b, weight][:kept])
-    content: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
-    ).SerializeToString()
-    return content
+    values = f"(float[24,{_PRODUCTS}] a, float[2,16,9,9] x) => (float[24,40] z, float[2,16,7,7] y)"
+    return model_of(f"{values} {{ z = MatMul(a, b) y = Conv(x, weight) }}", b=b, weight=weight)

@@ -24,7 +24,7 @@ import numpy as np
 
 from bnfold.errors import BnfoldError, ProviderError, UsageError
 from bnfold.runtime.device import CPU, CUDA, Device, Provider
-from bnfold.runtime.session import onnxruntime, open_on
+from bnfold.runtime.session import model_of, onnxruntime, open_on
 
 _DISTRIBUTIONS = ("", "-gpu", "-directml", "-openvino", "-qnn", "-rocm", "-migraphx", "-cann", "-training")
 
@@ -221,20 +221,11 @@ def has_bfloat16(device: Device) -> bool:
 
 def probe_model(*, bfloat16: bool = False) -> bytes:
     """y = Conv(x, weight) with a weight of 3."""
-    from onnx import TensorProto, helper
+    import ml_dtypes
 
-    shape, dtype = [1, 1, 2, 2], TensorProto.BFLOAT16 if bfloat16 else TensorProto.FLOAT
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "weight"], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", dtype, shape)],
-        [helper.make_tensor_value_info("y", dtype, shape)],
-        [helper.make_tensor("weight", dtype, [1, 1, 1, 1], [3.0])],
-    )
-    content: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 22 if bfloat16 else 18)], ir_version=10
-    ).SerializeToString()
-    return content
+    kind, opset, dtype = ("bfloat16", 22, ml_dtypes.bfloat16) if bfloat16 else ("float", 18, np.float32)
+    values = f"({kind}[1,1,2,2] x) => ({kind}[1,1,2,2] y)"
+    return model_of(f"{values} {{ y = Conv(x, weight) }}", opset=opset, weight=np.full((1, 1, 1, 1), 3, dtype))
 
 
 # -- why not -----------------------------------------------------------------------------------------------------------

@@ -164,6 +164,16 @@ class Session:
         return run
 
 
+def model_of(text: str, *, opset: int = 18, **weights: Array) -> bytes:
+    """An ONNX file of a graph in ONNX's own textual syntax, and of its initializers by name."""
+    import onnx
+
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> probe {text}')
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    content: bytes = model.SerializeToString()
+    return content
+
+
 @functools.cache
 def onnxruntime() -> ModuleType:
     """The package, silenced. Raises ProviderError: it cannot be imported."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnfold.runtime.inline import has_initializer_of
+from bnfold.runtime.model_file import has_initializer_of
 
 #: TensorProto.FLOAT16, TensorProto.BFLOAT16.
 HALVES = frozenset({10, 16})
