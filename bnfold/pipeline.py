@@ -25,8 +25,8 @@ from bnfold.graph.program import meanings
 from bnfold.graph.wrapped import unwrapped
 from bnfold.interface import interface, renamed
 from bnfold.loading.program_file import save_program
+from bnfold.loading.structure import save_calibrated as write_calibrated
 from bnfold.loading.structure import save_written
-from bnfold.loading.weights_file import save_calibrated as write_calibrated
 from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
 from bnfold.options import Folded, Model, OptionFields, Options, asked, public
 from bnfold.output import committed, file_metadata, keep_baseline, write_file
@@ -124,14 +124,8 @@ def export(
     with store.stage(path) as staging:
         with run.clock("write"):
             file = write_file(lowered, staging, options.external_data)
-        verdict = None
-        if options.check:
-            with run.clock("check"):
-                verdict = Gate(
-                    folded.captured, folded.ledger, folded.program, staging.folder / staging.path.name,
-                    lowered.sites, data=data, labels=labels, **judge,
-                ).judge()  # fmt: skip
-            verdict = compared(verdict, options)
+        there = staging.folder / staging.path.name
+        verdict = run.judged(folded, there, lowered.sites, data=data, labels=labels, **judge)
 
         def failed(said: str) -> FileReport:
             lowered.model.metadata_props["bnfold.verdict"] = said
@@ -173,14 +167,8 @@ def save_folded(
         with run.clock("write back"):
             written = folded.write_back(model)
             folded = replace(folded, program=written.program, ledger=written.ledger)
-    verdict = None
-    if options.check:
-        with run.clock("check"):
-            verdict = Gate(
-                folded.captured, folded.ledger, folded.program, data=data, labels=labels,
-                eager=written.module if written else None, **judging(options, runs=False),
-            ).judge()  # fmt: skip
-        verdict = compared(verdict, options)
+    given, eager = judging(options, runs=False), written.module if written else None
+    verdict = run.judged(folded, data=data, labels=labels, eager=eager, **given)
     report = run.report("fold", folded, verdict)
     failed = verdict is not None and not verdict.passed
     if options.dry_run or (failed and not options.keep_failed):

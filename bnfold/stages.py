@@ -177,6 +177,14 @@ class Run:
                 refuse_nonfinite(folded.ledger)
         return folded, data, labels
 
+    def judged(self, folded: Folded, *given: Any, **how: Any) -> CheckReport | None:
+        """The verdict of a ``Gate`` that is given these besides, with the baseline's say; None where none is wanted."""
+        if not self.options.check:
+            return None
+        with self.clock("check"):
+            verdict = Gate(folded.captured, folded.ledger, folded.program, *given, **how).judge()
+        return compared(verdict, self.options)
+
     def report(
         self, kind: Literal["export", "fold", "plan"], folded: Folded, verdict: CheckReport | None = None
     ) -> ExportReport:

@@ -71,27 +71,23 @@ def check_destination(path: Path, *, sources: Iterable[Path] = ()) -> None:
         ResourceError: its folder is missing or cannot be written, or the file is write-protected.
     """
     target = _resolve(path)
+    parent, where = target.parent, str(path)
     with _storage(target):
-        _check(path, target, sources)
-
-
-def _check(path: Path, target: Path, sources: Iterable[Path]) -> None:
-    parent = target.parent
-    if target.is_dir():
-        raise UsageError("the output is a folder", where=str(path), hint="Name a file in it")
-    if target.exists() and not target.is_file():
-        raise UsageError("the output is not a regular file", where=str(path), hint="Name a regular file")
-    for source in sources:
-        if target.exists() and there(source) and target.samefile(source):
-            raise UsageError(f"the output is the source {source}", where=str(path), hint="Choose another name")
-    if not parent.is_dir():
-        raise ResourceError(f"there is no folder {parent}", where=str(path), hint="Create it or choose another one")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise ResourceError("the file is write-protected", where=str(path), hint="Choose another name, or chmod u+w it")
-    # Permission bits do not tell about read-only mounts, quotas and access lists: only an attempt does.
-    probe = Path(tempfile.mkdtemp(prefix=".check.", suffix=_SUFFIX, dir=parent))
-    with suppress(FileNotFoundError):  # another run may have swept it as a leftover
-        probe.rmdir()
+        if target.is_dir():
+            raise UsageError("the output is a folder", where=where, hint="Name a file in it")
+        if target.exists() and not target.is_file():
+            raise UsageError("the output is not a regular file", where=where, hint="Name a regular file")
+        for source in sources:
+            if target.exists() and there(source) and target.samefile(source):
+                raise UsageError(f"the output is the source {source}", where=where, hint="Choose another name")
+        if not parent.is_dir():
+            raise ResourceError(f"there is no folder {parent}", where=where, hint="Create it or choose another one")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise ResourceError("the file is write-protected", where=where, hint="Choose another name, or chmod u+w it")
+        # Permission bits do not tell about read-only mounts, quotas and access lists: only an attempt does.
+        probe = Path(tempfile.mkdtemp(prefix=".check.", suffix=_SUFFIX, dir=parent))
+        with suppress(FileNotFoundError):  # another run may have swept it as a leftover
+            probe.rmdir()
 
 
 @contextmanager

@@ -32,9 +32,7 @@ def user_code(what: str, where: str) -> Iterator[None]:
     """Turn whatever the user's code raises into one line with the place in that code."""
     try:
         yield
-    except BnfoldError:
-        raise
-    except KeyboardInterrupt:
+    except (BnfoldError, KeyboardInterrupt):
         raise
     except BaseException as error:
         hint = f"It happened at {place(error)}"

@@ -28,8 +28,7 @@ from bnfold.cli import cli
 from bnfold.eager.eager import WrittenBack
 from bnfold.gate.gate import Gate
 from bnfold.loading.load import load
-from bnfold.loading.structure import restructure, save_written, stored_ledgers
-from bnfold.loading.weights_file import read_notes
+from bnfold.loading.structure import read_notes, restructure, save_written, stored_ledgers
 from bnfold.report import Change
 
 torch.set_num_threads(1)

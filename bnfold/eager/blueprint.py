@@ -177,22 +177,16 @@ class Blueprint:
         name = self._raw.stored_name(operand)
         if name is not None:
             return name, None
-        cone, stack = set[Node](), [operand]
-        while stack:
-            node = stack.pop()
-            if node not in cone:
-                cone.add(node)
-                stack += node.all_input_nodes
+        cone = self._raw.cone(operand)
         leaves = [node for node in cone if node.op == "placeholder"]
         name = self._raw.stored_name(leaves[0]) if len(leaves) == 1 else None
         if name is None or not self._raw.is_float(leaves[0]):
             return None
-        steps = sorted(cone - {leaves[0]}, key=self._raw.order.__getitem__)
 
         def evaluate(stored: Tensor) -> Tensor:
             known: dict[Node, Any] = {leaves[0]: stored}
-            for node in steps:
-                known[node] = evaluate_constant(node, known)
+            for node in cone:
+                known[node] = known[node] if node in known else evaluate_constant(node, known)
             found: Tensor = known[operand]
             return found
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bnfold import aten
 from bnfold.eager.blueprint import Blueprint, Inside, Read
-from bnfold.graph.graph import Graph, Node
+from bnfold.graph.graph import Graph
 from bnfold.passes.plan import Edit
 from bnfold.report import Change, Outcome, Refusal
 from bnfold.semantics import Scaling
@@ -56,7 +56,8 @@ class _Attempt:
 
     def __init__(self, blueprint: Blueprint, graph: Graph, journal: Sequence[Edit], held: Mapping[str, str]) -> None:
         self._class, self._graph, self._journal, self._held = blueprint, graph, journal, held
-        self._alive = _alive(graph)
+        #: Names of what the output depends on.
+        self._alive = {node.name for node in graph.cone(graph.graph.output_node())}
         self._nodes = {node.name: node for node in graph.values()}
         #: Values that are gone -> what took their place, and the edit that did it.
         self._gone = {edit.site: (edit.by, edit) for edit in journal}
@@ -213,15 +214,3 @@ class _Attempt:
             return None
         constant = self._graph.call(self._nodes[read[0]]).constant(read[1])
         return None if constant is None else home.stored(constant, None if now is None else now.shape)
-
-
-def _alive(graph: Graph) -> set[str]:
-    """Names of what the output depends on."""
-    found: set[Node] = set()
-    stack = [node for node in graph.graph.nodes if node.op == "output"]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return {node.name for node in found}

@@ -129,7 +129,7 @@ class Graph:
             return self._stored(value)  # not kept: a float64 copy of every weight would be the model twice over
         if value not in self._constants:
             known: dict[Node, Any] = {}
-            for node in self._constant_cone(value):
+            for node in self.cone(value):
                 known[node] = self._stored(node) if node.op == "placeholder" else evaluate_constant(node, known)
             self._constants[value] = known[value]
         return self._constants[value]
@@ -138,7 +138,8 @@ class Graph:
         """An empty table of constants in float64, to be planned with."""
         return {}
 
-    def _constant_cone(self, value: Node) -> list[Node]:
+    def cone(self, value: Node) -> list[Node]:
+        """What a node is computed from, the node included, in topological order."""
         cone, stack = set(), [value]
         while stack:
             node = stack.pop()
@@ -230,7 +231,7 @@ class Graph:
             computed = node.op == "call_function" and node in self._fixed and self.is_float(node)
             if not computed or all(user in self._fixed for user in node.users):
                 continue
-            leaves = [n for n in self._constant_cone(node) if n.op == "placeholder" and self.is_float(n)]
+            leaves = [n for n in self.cone(node) if n.op == "placeholder" and self.is_float(n)]
             value = self.constant(node)
             assert value is not None
             if leaves and value.numel() <= sum(n.meta["val"].numel() for n in leaves):

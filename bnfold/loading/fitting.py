@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from bnfold.errors import InputError
 from bnfold.loading import checkpoint, inert
 from bnfold.loading.source import Request
-from bnfold.loading.weights_file import switch_on
+from bnfold.loading.structure import switch_on
 
 Shapes = Mapping[str, "tuple[int, ...] | None"]
 State = Mapping[str, Any]

@@ -22,8 +22,7 @@ from bnfold.loading.fitting import descend, load_weights
 from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program, load_script
 from bnfold.loading.source import Built, Loaded, Provenance, Request
-from bnfold.loading.structure import prepare, stored_ledgers
-from bnfold.loading.weights_file import read_notes
+from bnfold.loading.structure import prepare, read_notes, stored_ledgers
 
 
 def load(source: str, **options: Any) -> Loaded:
@@ -93,7 +92,7 @@ def _from_onnx(request: Request, path: Path) -> Loaded:
 
     file = read_onnx(path)
     provenance = Provenance(_public(request.source), None, checkpoint.sha256(path), file.elements)
-    return Loaded(file, None, {}, provenance)
+    return Loaded(file, provenance=provenance)
 
 
 def _only_weights(source: str) -> InputError:
@@ -154,7 +153,7 @@ def _loaded(request: Request, built: Built, file: Path | None, left_out: Sequenc
     )  # fmt: skip
     if isinstance(model, torch.nn.Module):
         model = unwrapped(model)
-    return Loaded(model, built.args, dict(built.kwargs), provenance, built.normalization)
+    return Loaded(**vars(built) | {"model": model, "provenance": provenance})
 
 
 def _public(source: str) -> str:

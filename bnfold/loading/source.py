@@ -67,10 +67,10 @@ class Built:
     """A model as code of the user's or a library's built it, or as it was in a file.
 
     Attributes:
-        model: as it is.
-        args: example inputs; of a library's model two samples; None where nothing says what it takes.
+        model: the module, exported program or ONNX file.
+        args: example inputs, normalised; of a library's model two samples; None where nothing says what it takes.
         kwargs: the same by name.
-        normalization: of its images, where its configuration has one.
+        normalization: how its images are normalised, where the source knows that.
         weights: what the weights are called that its library gave it; None for fresh ones.
         file: where those came from, if that is a file of the user's.
     """
@@ -84,19 +84,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model as its source gave it: neither its mode nor any flag is changed.
+class Loaded(Built):
+    """A model as its source gave it, and where it came from: neither its mode nor any flag is changed."""
 
-    Attributes:
-        model: the module, exported program or ONNX file.
-        args: positional example inputs where the source carries them.
-        kwargs: example inputs by name.
-        provenance: where it came from.
-        normalization: how its images are normalised, where the source knows that; ``args`` are.
-    """
-
-    model: Any
-    args: tuple[Any, ...] | None
-    kwargs: dict[str, Any]
-    provenance: Provenance
-    normalization: Normalization | None = None
+    provenance: Provenance = field(kw_only=True)

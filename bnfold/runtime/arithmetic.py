@@ -24,18 +24,10 @@ class Arithmetic:
     unit_roundoff: float
 
 
-FLOAT64, FLOAT32 = Arithmetic("float64", 2.0**-53), Arithmetic("float32", 2.0**-24)
+_BITS = {"float64": 53, "float32": 24, "tf32": 11, "float16": 11, "bfloat16": 8}
 #: By the name that ``--precision`` takes.
-FORMATS = {
-    found.name: found
-    for found in (
-        FLOAT64,
-        FLOAT32,
-        Arithmetic("tf32", 2.0**-11),
-        Arithmetic("float16", 2.0**-11),
-        Arithmetic("bfloat16", 2.0**-8),
-    )
-}
+FORMATS = {name: Arithmetic(name, 2.0**-bits) for name, bits in _BITS.items()}
+FLOAT64, FLOAT32 = FORMATS["float64"], FORMATS["float32"]
 #: Products in each sum of the probe, and what its inputs are multiplied with to see whether they overflow float16.
 _PRODUCTS, _LARGE = 144, 2.0**17
 

@@ -217,13 +217,6 @@ def filled(content: bytes, sizes: Mapping[int, int], raw: Callable[[int], bytes]
         sizes: how many they are, by the index of the initializer.
         raw: the bytes themselves.
     """
-    pieces = list(_filled(content, sizes))
-    for piece in pieces:
-        yield piece if isinstance(piece, bytes) else raw(piece)
-
-
-def _filled(content: bytes, sizes: Mapping[int, int]) -> Iterator[bytes | int]:
-    """Pieces, and the indices of initializers whose bytes come there."""
     for top in _fields(content, 0, len(content)):
         if top.number != _GRAPH:
             yield content[top.start : top.end]
@@ -245,7 +238,7 @@ def _filled(content: bytes, sizes: Mapping[int, int]) -> Iterator[bytes | int]:
             index += field.number == _INITIALIZER
         length += sum(len(piece) for piece in inside if isinstance(piece, bytes))
         yield _varint(_GRAPH << 3 | _BYTES) + _varint(length)
-        yield from inside
+        yield from (piece if isinstance(piece, bytes) else raw(piece) for piece in inside)
 
 
 def _rebuilt(data: Data, start: int, end: int, name: str, below: tuple[int, ...]) -> bytes:

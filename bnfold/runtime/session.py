@@ -44,6 +44,12 @@ class ValueInfo:
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether an array of that shape fits."""
+        # ONNX Runtime shows a scalar and a value of unknown rank alike, as (): it has the last word on those.
+        fixed = [dim == size or not isinstance(dim, int) for dim, size in zip(self.shape, shape)]
+        return not self.shape or (len(shape) == len(self.shape) and all(fixed))
+
 
 @dataclass(frozen=True)
 class Session:
@@ -321,12 +327,7 @@ def _check_feeds(inputs: Sequence[ValueInfo], feeds: Mapping[str, Array], where:
         if not isinstance(given, np.ndarray | np.generic):
             kind = type(given).__name__
             raise InputError(f"input {value.name} is a {kind}", where=where, hint="Give a numpy array")
-        # ONNX Runtime shows a scalar and a value of unknown rank alike, as (): it has the last word on those.
-        fits = not value.shape or (
-            len(given.shape) == len(value.shape)
-            and all(not isinstance(dim, int) or dim == size for dim, size in zip(value.shape, given.shape, strict=True))
-        )
-        if given.dtype != value.dtype or not fits:
+        if given.dtype != value.dtype or not value.takes(given.shape):
             raise InputError(
                 f"input {value.name} expects {_shaped(value.dtype, value.shape)}, "
                 f"given {_shaped(given.dtype, given.shape)}",

@@ -160,7 +160,7 @@ def sized_inputs(
     for value in values:
         if value.name not in given:
             shape = tuple(_size(value, axis, batch, batches, where) for axis in range(len(value.shape)))
-        elif _fits(value, given[value.name]):
+        elif value.takes(given[value.name]):
             shape = tuple(given[value.name])
         else:
             what = f"input {value.name} is {written(value.dtype, value.shape)}, given {list(given[value.name])}"
@@ -172,12 +172,6 @@ def sized_inputs(
 def _inputs(path: str | os.PathLike[str]) -> tuple[ValueInfo, ...]:
     # Not optimised: that is what takes the time of opening a file.
     return open_session(path, optimized=False, threads=1).inputs
-
-
-def _fits(value: ValueInfo, shape: Sequence[int]) -> bool:
-    # A value of unknown rank is shown as a scalar.
-    same = len(value.shape) == len(shape) and all(a == b or not isinstance(a, int) for a, b in zip(value.shape, shape))
-    return same or not value.shape
 
 
 def _size(value: ValueInfo, axis: int, batch: int | None, batches: set[str], where: str) -> int:
@@ -217,7 +211,7 @@ def matched_feeds(
     if {value.name for value in values} == set(feeds):
         names = [value.name for value in values]
     fit = len(values) == len(names) and all(
-        _kind(value.dtype) == _kind(feeds[name].dtype) and _fits(value, feeds[name].shape)
+        _kind(value.dtype) == _kind(feeds[name].dtype) and value.takes(feeds[name].shape)
         for value, name in zip(values, names)
     )
     if not fit:
