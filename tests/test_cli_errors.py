@@ -24,7 +24,7 @@ from torch import nn
 from bnfold import stages, store
 from bnfold.cli import cli
 from bnfold.errors import CaptureError
-from bnfold.runtime import providers
+from bnfold.runtime import runtime as providers
 
 torch.set_num_threads(1)
 BEFORE = b"the file of yesterday"

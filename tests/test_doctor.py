@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bnfold.runtime import doctor, providers, runtime
+from bnfold.runtime import doctor, runtime
 from bnfold.runtime.doctor import Finding, examine
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,6 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
 
         monkeypatch.setattr(importlib.metadata, "version", version)
         runtimes = [name for name in installed if name.startswith("onnxruntime")]
-        monkeypatch.setattr(providers, "installed_runtimes", lambda: sorted(runtimes))
         monkeypatch.setattr(runtime, "installed_runtimes", lambda: sorted(runtimes))
         monkeypatch.setattr(importlib.metadata, "requires", lambda _: list(requires))
         return [*doctor._packages(), *doctor._runtimes()]

@@ -15,7 +15,7 @@ from onnx import helper
 from onnx_parts import FLOAT, Value, serialized
 
 from bnfold.errors import BnfoldError, ProviderError, UsageError
-from bnfold.runtime import providers
+from bnfold.runtime import runtime as providers
 from bnfold.runtime import session as sessions
 from bnfold.runtime.runtime import CPU, CUDA, PROVIDERS, Array, Device, Provider, cuda_problem, resolve_device
 

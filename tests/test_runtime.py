@@ -14,7 +14,7 @@ from onnx import helper
 from onnx_parts import FLOAT, X, adder, encode, serialized
 
 from bnfold.errors import ProviderError
-from bnfold.runtime import providers
+from bnfold.runtime import runtime as providers
 from bnfold.runtime import session as sessions
 from bnfold.runtime.runtime import CPU, CUDA, cuda_problem, device_of, open_session, resolve_device
 

@@ -137,7 +137,7 @@ def name_of(model: Mapping[str, Any]) -> str:
 def _row(model: dict[str, Any]) -> Row:
     resources = dict(model.get("resources", {}))
     if "device" in model:
-        from bnfold.runtime.providers import on_gpu  # with numpy, which the words of a list need not
+        from bnfold.runtime.runtime import on_gpu  # with numpy, which the words of a list need not
 
         if on_gpu(model["device"]):
             resources.setdefault("GPU", 1)

@@ -142,14 +142,19 @@ class Session:
         # Both values live on the CPU: the session moves them to its provider and back.
         return [_from_ort(result) for result in self._session.run_with_ort_values(wanted, values)]
 
-    def _run_bound(self, feeds: Mapping[str, Array], wanted: list[str]) -> list[Array]:
+    def _binding(self, feeds: Mapping[str, Array], outputs: Mapping[str, str]) -> Any:
+        """Inputs, which binding copies to the device, and where each output is to be."""
         binding = self._session.io_binding()
-        for value in self.inputs:  # binding copies it to the device
+        for value in self.inputs:
             binding.bind_ortvalue_input(value.name, _to_ort(feeds[value.name]))
-        dtypes = {value.name: value.dtype.name for value in self.outputs}
-        for name in wanted:
-            # bfloat16 is read from memory below, since numpy does not know it: ONNX Runtime brings it to the CPU.
-            binding.bind_output(name, "cpu" if dtypes[name] == "bfloat16" else self._memory)
+        for name, memory in outputs.items():
+            binding.bind_output(name, memory)
+        return binding
+
+    def _run_bound(self, feeds: Mapping[str, Array], wanted: list[str]) -> list[Array]:
+        # bfloat16 is read from memory below, since numpy does not know it: ONNX Runtime brings it to the CPU.
+        halves = {value.name for value in self.outputs if value.dtype.name == "bfloat16"}
+        binding = self._binding(feeds, {name: "cpu" if name in halves else self._memory for name in wanted})
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
@@ -157,11 +162,7 @@ class Session:
 
     def bind(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
         """What runs the model once on ``feeds``, moved to the device here, and waits; the outputs stay there."""
-        binding = self._session.io_binding()
-        for value in self.inputs:
-            binding.bind_ortvalue_input(value.name, _to_ort(feeds[value.name]))
-        for value in self.outputs:
-            binding.bind_output(value.name, self._memory)
+        binding = self._binding(feeds, {value.name: self._memory for value in self.outputs})
 
         def run() -> None:
             self._session.run_with_iobinding(binding)
@@ -228,15 +229,9 @@ def open_on(
     profile: Path | None = None,
     beside: Path | None = None,
 ) -> Session:
-    """Opens a model on a device that nobody has looked at before; ``runtime.open_session`` is for everyone else.
+    """As ``runtime.open_session``, which is for everyone else, on a device that nobody has looked at before.
 
-    Args:
-        model, optimized, threads, deployed, disabled_optimizers, spinning, beside: as for ``open_session``.
-        cpu_fallback: let nodes that the provider does not implement run on the CPU.
-        profile: what the name of a profile's file begins with; it is written until ``end_profiling``.
-
-    Raises:
-        BnfoldError: as for ``open_session``.
+    ``cpu_fallback``: let nodes that the provider does not implement run on the CPU.
     """
     ort = onnxruntime()
     file = beside if isinstance(model, bytes) else model
