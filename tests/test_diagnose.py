@@ -238,8 +238,8 @@ def test_a_sick_model_is_told_and_its_twin_is_not(code, case):
 def test_every_finding_is_printed_with_its_way_out(code):
     from rich.console import Console
 
-    from bnfold.render.health import diagnosis
     from bnfold.render.page import Page
+    from bnfold.render.printed import diagnosis
 
     report = inspected(CASES[code][0].sick(), CASES[code][0].data)
     console = Console(width=2000)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 from bnfold.render import words
-from bnfold.render.fleet import fleet_sections, fleet_summary
-from bnfold.render.health_files import calibration_sections, counted, health_sections
 from bnfold.render.plots import latency_plot, require_matplotlib
+from bnfold.render.printed import COLUMNS, outcomes, severities
 from bnfold.render.sections import (
-    SIGNS,
+    Link,
+    Section,
+    Table,
     fold_sections,
     graph_sections,
     interface_section,
     judged_sections,
+    norm_section,
     origin_section,
     problem_section,
+    ran_on,
     range_sections,
+    section,
     site_sections,
+    table,
 )
-from bnfold.render.tables import Section, Table, section
 from bnfold.report import (
+    FINDINGS,
     CalibrationReport,
     CheckReport,
     Diagnosis,
     ExportReport,
     FleetReport,
-    Latency,
     LatencyReport,
     Report,
 )
@@ -64,15 +68,14 @@ def page(report: Report) -> str:
         case Diagnosis():
             content = _diagnosis(report)
         case FleetReport():
-            word, tone = ("failed", "fail") if report.exit_code else ("every model passed", "pass")
-            content = Content("Fleet", report.source, word, tone, fleet_summary(report), [*fleet_sections(report)])
+            content = _fleet(report)
         case CalibrationReport():
             content = _calibration(report)
         case LatencyReport():
             content = _latency(report)
         case _:
             raise TypeError(f"there is no page of a {type(report).__name__}")
-    return environment.get_template("report.html.j2").render(content=content, signs=SIGNS) + "\n"
+    return environment.get_template("report.html.j2").render(content=content, signs=words.SIGNS) + "\n"
 
 
 def _judged(report: ExportReport | CheckReport) -> Content:
@@ -80,17 +83,21 @@ def _judged(report: ExportReport | CheckReport) -> Content:
     sections = [] if check is None else [*problem_section(report, check), *judged_sections(check)]
     sections += interface_section(report.interface)
     if isinstance(report, ExportReport):
-        sections += [
-            *fold_sections(report), *graph_sections(report), *site_sections(check), *range_sections(report),
-        ]  # fmt: skip
-    else:
-        sections += site_sections(report)
+        sections += [*fold_sections(report), *graph_sections(report)]
+    sections += site_sections(check)
+    if isinstance(report, ExportReport):
+        sections += range_sections(report)
     verdict = "not judged" if check is None else check.verdict
-    summary = [*_summary(report, check)]
-    return Content(
-        report.kind.capitalize(), _model(report.source), verdict, verdict, summary,
-        [*sections, origin_section(report)],
-    )  # fmt: skip
+    return _content(report, report.kind.capitalize(), verdict, verdict, _summary(report, check), sections)
+
+
+def _content(
+    report: ExportReport | CheckReport | Diagnosis | CalibrationReport, title: str, verdict: str, tone: str,
+    summary: Iterable[str], sections: Iterable[Section],
+) -> Content:  # fmt: skip
+    """A page about one model, with where it comes from at its end."""
+    heading = str(report.source.get("source") or "model")
+    return Content(title, heading, verdict, tone, [*summary], [*sections, origin_section(report)])
 
 
 def _summary(report: ExportReport | CheckReport, check: CheckReport | None) -> Iterator[str]:
@@ -116,26 +123,81 @@ def _counted(report: ExportReport) -> str:
 
 
 def _diagnosis(report: Diagnosis) -> Content:
-    summary, sections = [counted(report)], [*health_sections(report)]
-    if report.plan is not None:
-        summary.append(_counted(report.plan))
-        sections += [*fold_sections(report.plan), *graph_sections(report.plan)]
-        sections += [*range_sections(report.plan, norms=False)]
+    summary = [f"Health of {len(report.norms)} BatchNorm: {severities(report) or 'nothing to report'}."]
+    sections = [*_health(report)]
+    if (plan := report.plan) is not None:
+        summary.append(_counted(plan))
+        sections += [*fold_sections(plan), *graph_sections(plan), *range_sections(plan, norms=False)]
     word, tone = ("healthy", "pass") if report.healthy else ("look at the findings", "inconclusive")
-    return Content("Inspect", _model(report.source), word, tone, summary, [*sections, origin_section(report)])
+    return _content(report, "Inspect", word, tone, summary, sections)
+
+
+def _health(report: Diagnosis) -> Iterator[Section]:
+    """What is wrong with which BatchNorm, all of them, and a picture of their scales and shifts."""
+    heads = ("module", "severity", "code", "detail")
+    everyone = len(report.norms) if len(report.norms) > 1 else 0
+    rows = [
+        ("all of them" if len(f.modules) == everyone else ", ".join(f.modules), f.severity, f.code, f.detail)
+        for f in report.findings
+    ]
+    codes = dict.fromkeys(finding.code for finding in report.findings)
+    if rows or report.notes:
+        yield section(
+            "health", "BatchNorm health", ("notes", list(report.notes)),
+            ("table", rows and Table("Findings, the worst first", heads, rows, (0, 2))),
+            ("reasons", [(code, *FINDINGS[code][1:]) for code in codes]),
+        )  # fmt: skip
+    if report.norms:
+        columns = {head: [cell(norm) for norm in report.norms] for head, cell in COLUMNS.items() if head != "off data"}
+        same = {head: cells[0] for head, cells in columns.items() if head != "module" and len(set(cells)) == 1}
+        same = same if everyone else {}
+        text = f"The same for all: {', '.join(f'{head} {cell}' for head, cell in same.items())}." if same else ""
+        shown = {head: cells for head, cells in columns.items() if head not in same}
+        listed = Table("All of them", [*shown], [*zip(*shown.values())])
+        yield section("layers", "BatchNorms", ("text", text), ("table", listed))
+    pictured = [(n.module, astuple(n.scale), astuple(n.shift)) for n in report.norms if n.scale and n.shift]
+    if pictured:
+        yield norm_section(pictured)
 
 
 def _calibration(report: CalibrationReport) -> Content:
-    summary = [f"{words.plural(len(report.layers), 'BatchNorm')} measured over {report.samples} samples."]
-    sections = [*calibration_sections(report), origin_section(report)]
-    return Content("Calibrate", _model(report.source), "measured", "not judged", summary, sections)
+    summary = f"{words.plural(len(report.layers), 'BatchNorm')} measured over {report.samples} samples."
+    facts = [
+        ("scheme", report.scheme), ("samples", str(report.samples)), ("passes over the data", str(report.passes)),
+        ("not reached by the data", ", ".join(report.unreached)), ("feed themselves", ", ".join(report.circular)),
+    ]  # fmt: skip
+    new = ("table", table("New statistics", report.layers)) if report.layers else ("text", "Nothing was measured.")
+    measured = section("statistics", "New statistics", ("facts", [pair for pair in facts if pair[1]]), new)
+    return _content(report, "Calibrate", "measured", "not judged", [summary], [measured])
+
+
+def _fleet(report: FleetReport) -> Content:
+    bad = [f"{row.name} ({row.outcome}, exit code {row.exit_code}): {row.said}" for row in report.rows if row.exit_code]
+    heads = ("model", "outcome", "folded", "ratio", "size", "latency", "seconds", "changed", "source")
+    rows = [
+        (Link(row.name, f"{row.report}.html") if row.report else row.name, words.verdict(row.outcome),
+         f"{row.folded} of {row.batch_norms}" if row.report else "–", words.known(row.ratio, words.number),
+         words.known(row.bytes, words.size), words.known(row.latency, words.milliseconds),
+         "earlier" if row.earlier else f"{row.seconds:.1f}", ", ".join(row.changed) or "the same", row.source)
+        for row in report.rows
+    ]  # fmt: skip
+    sections = [section("problems", "What did not pass", ("alert", bad))] if bad else []
+    sections += [
+        section("models", "Models", ("table", Table("Every model", heads, rows, code=(0, 8)))),
+        section("origin", "Where it comes from", ("facts", [("list of models", report.source), *ran_on()])),
+    ]
+    earlier = sum(row.earlier for row in report.rows)
+    summary = [f"{outcomes(report)}.", f"{words.plural(len(report.rows), 'model')}, {earlier} from an earlier run."]
+    word, tone = ("failed", "fail") if report.exit_code else ("every model passed", "pass")
+    return Content("Fleet", report.source, word, tone, summary, sections)
 
 
 def _latency(report: LatencyReport) -> Content:
     rows = [
-        (c.name, _milliseconds(c.median), _milliseconds(c.p95), _ratio(c, report),
-         f"{c.interval[0]:.3g} to {c.interval[1]:.3g}", "–" if c.load is None else _milliseconds(c.load),
-         "–" if c.memory is None else words.size(c.memory), c.provider)
+        (c.name, words.milliseconds(c.median), words.milliseconds(c.p95),
+         f"{c.ratio:.3g}" if c.told_apart or c is report.contestants[0] else "not told apart",
+         f"{c.interval[0]:.3g} to {c.interval[1]:.3g}", words.known(c.load, words.milliseconds),
+         words.known(c.memory, words.size), c.provider)
         for c in report.contestants
     ]  # fmt: skip
     heads = ("model", "median", "95 % below", "over the first's", "95 % interval", "loading", "memory", "runs on")
@@ -154,16 +216,3 @@ def _latency(report: LatencyReport) -> Content:
     )  # fmt: skip
     heading = " and ".join(c.name for c in report.contestants)
     return Content("Latency", heading, "measured", "not judged", (), [side_by_side])
-
-
-def _ratio(latency: Latency, report: LatencyReport) -> str:
-    known = latency.told_apart or latency is report.contestants[0]
-    return f"{latency.ratio:.3g}" if known else "not told apart"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
-
-
-def _model(source: dict[str, object]) -> str:
-    return str(source.get("source") or "model")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import starmap
 
 from bnfold.render import words
 from bnfold.render.advice import judged, next_steps, problem_of, site_is_right
-from bnfold.render.fleet import fleet_cases
-from bnfold.render.health_files import calibration_cases, health_cases
 from bnfold.report import (
+    FINDINGS,
     CalibrationReport,
     CheckReport,
     Diagnosis,
@@ -36,13 +35,13 @@ def junit(report: Report) -> str:
     root = ET.Element("testsuites", name="bnfold")
     match report:
         case Diagnosis():
-            _suite(root, "health", starmap(_case, health_cases(report)))
+            _suite(root, "health", starmap(_case, _health(report)))
             if report.plan is not None:
                 _suite(root, "folds", map(_fold, report.plan.ledger.grouped()))
         case CalibrationReport():
-            _suite(root, "statistics", starmap(_case, calibration_cases(report)))
+            _suite(root, "statistics", starmap(_case, _statistics(report)))
         case FleetReport():
-            _suite(root, "fleet", starmap(_case, fleet_cases(report)), report.seconds)
+            _suite(root, "fleet", starmap(_case, _fleet(report)), report.seconds)
         case LatencyReport():
             _suite(root, "latency", (_case(c.name, "pass", "", seconds=c.median) for c in report.contestants))
         case ExportReport() | CheckReport():
@@ -131,3 +130,32 @@ def _suite(root: ET.Element, name: str, cases: Iterable[ET.Element], seconds: fl
 
 def _clean(text: str) -> str:
     return _UNWRITABLE.sub("\ufffd", text)
+
+
+# -- cases of the other commands: a name, a verdict, one line, the whole text, and the seconds ------------------------
+
+
+def _statistics(report: CalibrationReport) -> Iterator[tuple[str, str, str]]:
+    """A case per BatchNorm."""
+    yield from ((layer.module, "pass", "") for layer in report.layers)
+    yield from ((name, "skipped", "the data does not reach it") for name in report.unreached)
+
+
+def _health(report: Diagnosis) -> Iterator[tuple[str, str, str, str]]:
+    """A case per BatchNorm; one with an error or a warning fails."""
+    everyone = [finding for finding in report.findings if len(finding.modules) != 1 or not finding.modules[0]]
+    for norm in report.norms:
+        found = [f for f in report.findings if f not in everyone and norm.module in f.modules and f.severity != "note"]
+        lines = [f"{f.code}: {f.detail or FINDINGS[f.code][1]}; {f.way_out}" for f in found]
+        verdict = found[0].severity if found else "pass"
+        yield norm.module, verdict, "; ".join(f.code for f in found), "\n".join(lines)
+    for finding in everyone:
+        if finding.severity != "note":
+            yield finding.code, finding.severity, finding.detail, f"{finding.detail}\n{finding.way_out}"
+
+
+def _fleet(report: FleetReport) -> Iterator[tuple[str, str, str, str, float]]:
+    """A case per model."""
+    for row in report.rows:
+        why = row.said or "nothing was judged"
+        yield row.name, "skipped" if row.outcome == "not judged" else row.outcome, why, why, row.seconds

@@ -1,21 +1,23 @@
-"""What ``export``, ``fold``, ``check`` and ``inspect`` print."""
+"""What ``export``, ``fold`` and ``check`` print: where every affine went, what was judged, and what to do next."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from rich.text import Text
 
-from bnfold.render.advice import int8_warnings, next_steps
-from bnfold.render.checked import badge, verdict_lines
-from bnfold.render.page import Page
-from bnfold.render.words import OUTCOMES, count, plural, size
-from bnfold.report import REASONS, CheckReport, ExportReport, Ledger, Port
+from bnfold.render.advice import chance, int8_warnings, judged, next_steps
+from bnfold.render.page import STYLES, Page
+from bnfold.render.words import OUTCOMES, count, error, number, plural, size
+from bnfold.report import REASONS, Accuracy, BaselineReport, CheckReport, ExportReport, Ledger, OutputResult, Port
 
-#: Rows of a table, keys of the weights, and inputs or outputs that are shown.
-_SHOWN, _LISTED, _PORTS = 20, 12, 6
+#: Rows of a table or outputs, problems, and flips (the first is the furthest from a tie) shown without --verbose.
+_SHOWN, _PROBLEMS, _FLIPS = 20, 8, 3
+#: Keys of the weights, and inputs or outputs that are shown.
+_LISTED, _PORTS = 12, 6
 
 
 def export_report(report: ExportReport, page: Page, *, destination: str | None, verbose: bool) -> None:
@@ -28,7 +30,7 @@ def export_report(report: ExportReport, page: Page, *, destination: str | None, 
     if report.check is None:
         page.line("Checked", "nothing (--no-check)")
     else:
-        verdict_lines(report.check, page, verbose=verbose)
+        _verdict(report.check, page, verbose=verbose)
     _ending(report, page, destination)
     _next(report, page)
     _left(report.ledger, page, verbose=verbose)
@@ -48,12 +50,16 @@ def check_report(report: CheckReport, page: Page, *, verbose: bool) -> None:
     loaded(report.source, (), page)
     _ports(report.interface, page)
     page.line("Against", subject=report.file or report.provider)
-    verdict_lines(report, page, verbose=verbose)
-    page.line("Verdict", badge(report.verdict))
+    _verdict(report, page, verbose=verbose)
+    page.line("Verdict", _badge(report.verdict))
     _next(report, page)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _badge(verdict: str) -> Text:
+    return Text(verdict.upper(), STYLES[verdict])
 
 
 def loaded(source: dict[str, Any], notes: Sequence[str], page: Page) -> None:
@@ -64,8 +70,7 @@ def loaded(source: dict[str, Any], notes: Sequence[str], page: Page) -> None:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         what = f"left out of the weights, as no part of the model has them: {', '.join(left[:_LISTED])}{more}"
         notes = (what, *notes)
-    for note in notes:
-        page.line("", f"note: {note}")
+    page.notes(notes)
 
 
 def _ports(interface: Sequence[Port], page: Page) -> None:
@@ -81,7 +86,7 @@ def _folded(report: ExportReport, page: Page) -> None:
     before, after = report.operators
     ledger = report.ledger
     gone, total = ledger.count()
-    operators = f"{before} operators before, {after} after"
+    operators, kept = f"{before} operators before, {after} after", len(ledger.merges)
     if not ledger.entries:
         page.line("Folded", operators, subject="nothing: no BatchNorm or other affine")
         return
@@ -93,29 +98,23 @@ def _folded(report: ExportReport, page: Page) -> None:
     page.line("", operators)
     if ledger.merges:
         layers, fewer = sum(len(merge.modules) for merge in ledger.merges), sum(m.operators for m in ledger.merges)
-        page.line("Merged", plural(fewer, "operator") + " fewer", subject=f"{layers} layers into {len(ledger.merges)}")
+        page.line("Merged", plural(fewer, "operator") + " fewer", subject=f"{layers} layers into {kept}")
     if ledger.scaled:
-        most = max(entry.largest for entry in ledger.scaled)
-        page.line(
-            "Scaled", f"by powers of two, up to {most:g}", subject=f"{plural(len(ledger.scaled), 'layer')} equalised"
-        )
+        most, scaled = max(entry.largest for entry in ledger.scaled), plural(len(ledger.scaled), "layer")
+        page.line("Scaled", f"by powers of two, up to {most:g}", subject=f"{scaled} equalised")
 
 
 def _directions(ledger: Ledger) -> str:
-    counts: Counter[tuple[str, bool]] = Counter()
-    passed: dict[tuple[str, bool], dict[str, None]] = {}
+    passed: dict[tuple[str, bool], list[list[str]]] = {}
     for group in ledger.grouped():
-        if any(entry.outcome == "left" for entry in group):
-            continue
-        through = dict.fromkeys(name for entry in group for name in entry.through)
-        key: tuple[str, bool] = (group[0].outcome, bool(through))
-        counts[key] += 1
-        passed.setdefault(key, {}).update(through)
+        if all(entry.outcome != "left" for entry in group):
+            through = [name for entry in group for name in entry.through]
+            passed.setdefault((group[0].outcome, bool(through)), []).append(through)
     parts = []
-    for (outcome, carried), times in sorted(counts.items()):
-        names = list(passed[outcome, carried])
+    for (outcome, _), each in sorted(passed.items()):
+        names = list(dict.fromkeys(chain(*each)))
         through_words = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        parts.append(f"{times} {OUTCOMES[outcome]}" + (f" through {through_words}" if names else ""))
+        parts.append(f"{len(each)} {OUTCOMES[outcome]}" + (f" through {through_words}" if names else ""))
     return ", ".join(parts)
 
 
@@ -137,24 +136,23 @@ def _ending(report: ExportReport, page: Page, destination: str | None) -> None:
         facts = [size(file.bytes), *data, *([f"opset {file.opset}"] if file.opset else [])]
         page.line("Wrote", ", ".join([*facts, plural(file.nodes, "operator")]), subject=file.path)
     elif destination is None:
-        page.line("Verdict", badge(verdict), "dry run: nothing was written")
+        page.line("Verdict", _badge(verdict), "dry run: nothing was written")
     else:
         kept = f"kept as {report.file.path} (--keep-failed)" if report.file else "nothing was written"
-        page.line("Verdict", badge(verdict), f"{kept}; {destination} is as it was")
+        page.line("Verdict", _badge(verdict), f"{kept}; {destination} is as it was")
 
 
 def _int8(report: ExportReport, page: Page, *, verbose: bool) -> None:
     warnings = list(int8_warnings(report))
     for i, warning in enumerate(warnings if verbose else warnings[:1]):
         page.line("" if i else "Warning", warning)
-    if len(warnings) > 1 and not verbose:
-        page.line("", f"{plural(len(warnings) - 1, 'more layer')} like it: --verbose lists them")
+    if not verbose:
+        page.more(len(warnings) - 1, f" layer{'s' * (len(warnings) > 2)} like it")
     if verbose and report.layers:
         rows = [
             (layer.module or layer.value, f"{layer.after.largest:.3g}", f"{was.largest:.3g}" if was else "",
              f"{layer.after.spread:.3g}", f"{was.spread:.3g}" if was else "")
-            for layer in report.layers
-            for was in (layer.before,)
+            for layer, was in ((layer, layer.before) for layer in report.layers)
         ]  # fmt: skip
         page.table(("weights", "largest", "before", "spread", "before"), rows)
 
@@ -179,9 +177,134 @@ def _left(ledger: Ledger, page: Page, *, verbose: bool) -> None:
             by = " ".join(filter(None, (refusal.blocker, operator)))
             rows[entry.module or entry.value, entry.layer, refusal.reason, by or "itself"] = None
     page.table(("module", "kind", "reason", "blocked by"), list(rows))
-    if len(left) > len(shown):
-        page.line("", f"{len(left) - len(shown)} more: --verbose lists them")
+    page.more(len(left) - len(shown))
     for reason in dict.fromkeys(refusal.reason for entry in shown for refusal in entry.refusals):
         why, way_out = REASONS[reason]
         page.line("", Text.assemble((reason, "bold"), f": {why}"))
         page.line("", f"  what you can do: {way_out}")
+
+
+def _verdict(check: CheckReport, page: Page, *, verbose: bool) -> None:
+    """What was judged, and what speaks against it."""
+    batches = " ".join(str(size) for size in check.batches if size)  # 0: the inputs have no axis of samples
+    page.line("Checked", check.provider, f"{check.samples} samples", f"batches {batches}" if batches else "fixed sizes")
+    if check.sites:
+        worst = max(check.sites, key=lambda site: max(site.ratio, site.channel_ratio))
+        count = len({site.value for site in check.sites})
+        ratio, limit = number(check.site_ratio), number(check.site_limit)
+        page.line("", f"{plural(count, 'fold site')}: worst ratio {ratio} (limit {limit}) at '{worst.module}'")
+    shown = list(check.outputs) if verbose else _worst_candidates(check)
+    for output in shown if verbose else shown[:_SHOWN]:
+        candidate = f" [{output.candidate}]" if verbose else ""
+        page.line(
+            "", f"{output.output}{candidate}: noise {error(output.noise)}", f"error {error(output.error)}",
+            f"ratio {number(output.ratio)} (limit {number(check.limit)})", _badge(judged(output, check)),
+        )  # fmt: skip
+    if not verbose:
+        page.more(len(shown) - _SHOWN, " outputs with smaller ratios")
+    _engines(check, page)
+    if (found := check.adversarial) is not None:
+        searched = f"adversarial: {plural(found.samples, 'sample')} after {found.steps} steps"
+        # Below a thousandth it is far from any overflow.
+        reach = f", values up to {found.peak:.2g} of their dtype's range at '{found.peak_module}' (before: "
+        reach = "" if found.peak < 1e-3 else f"{reach}{found.peak_before:.2g})"
+        page.line("", f"{searched}: worst ratio {number(found.ratio)}{reach}")
+    if check.accuracy is not None:
+        _accuracy(check.accuracy, page, verbose=verbose)
+    page.notes(check.notes)
+    problems = check.problems if verbose else check.problems[:_PROBLEMS]
+    for problem in problems:
+        page.line("", Text(f"problem: {problem}", STYLES[check.verdict]))
+    page.more(len(check.problems) - len(problems), " problems")
+    if check.baseline is not None:
+        _baseline(check.baseline, page, verbose=verbose)
+
+
+def _worst_candidates(check: CheckReport) -> list[OutputResult]:
+    """For every output the candidate that is furthest off; the furthest output first where there are too many."""
+
+    def badness(output: OutputResult) -> tuple[bool, float]:
+        return judged(output, check) != "pass", math.inf if math.isnan(output.ratio) else output.ratio
+
+    worst: dict[str, OutputResult] = {}
+    for output in check.outputs:
+        if output.output not in worst or badness(output) > badness(worst[output.output]):
+            worst[output.output] = output
+    found = list(worst.values())
+    return found if len(found) <= _SHOWN else sorted(found, key=badness, reverse=True)
+
+
+def _engines(check: CheckReport, page: Page) -> None:
+    """Where the file ran and in what, where there is more to say than one provider's name."""
+    if check.placement is not None and check.placement.elsewhere:
+        page.line("", ", ".join(f"{plural(n, 'node')} on {name}" for name, n in check.placement.nodes.items()))
+    if len(check.engines) > 1 or any(engine.options for engine in check.engines):
+        for engine in check.engines:
+            options = "".join(f" {key}={value}" for key, value in engine.options.items())
+            rounding = f"computes in {engine.arithmetic} (unit roundoff {engine.unit_roundoff:.1e})"
+            ratio = f"ratio {number(engine.ratio)} (limit {number(check.limit)})"
+            page.line("", f"{engine.name}{options}", rounding, ratio, _badge(engine.verdict))
+
+
+def _accuracy(known: Accuracy, page: Page, *, verbose: bool) -> None:
+    if known.output:
+        flips, said = plural(known.flips, "flip"), plural(known.samples, "labelled sample")
+        if known.before is None:
+            said = f"classes of {known.output} on {plural(known.samples, 'unlabelled sample')}: {flips}"
+        else:
+            if known.labelled != known.samples:
+                said = f"{known.labelled} labels of {plural(known.samples, 'sample')}"
+            said = f"top-1 on {said}: {known.before:.1%} before, {known.after:.1%} after, {flips}"
+        top5 = "" if known.top5_before is None else f"top-5 {known.top5_before:.1%} and {known.top5_after:.1%}"
+        page.line("", said, top5)
+        if known.at_chance:
+            page.line("Warning", Text(chance(known), STYLES["fail"]))
+    for target in known.targets:
+        page.line(
+            "", f"{target.output} against its targets: RMS error {target.rmse_before:.4g} before, "
+            f"{target.rmse_after:.4g} after", f"mean absolute {target.mae_before:.4g} and {target.mae_after:.4g}",
+        )  # fmt: skip
+    for found in known.agreement:
+        if found.max == 0:
+            page.line("", f"{found.output}: {plural(found.samples, 'sample')} bitwise equal to the unfolded model's")
+            continue
+        ratio = "" if math.isnan(found.worst_ratio) else f", {number(found.worst_ratio)} times the noise"
+        page.line(
+            "", f"{found.output} on {plural(found.samples, 'sample')}: SQNR {found.sqnr:.1f} dB",
+            f"half are off by {error(found.p50)}, 90 % by {error(found.p90)}, 99 % by {error(found.p99)}",
+            f"sample {found.worst} by {error(found.max)}{ratio}",
+        )  # fmt: skip
+    for flip in known.flipped if verbose else known.flipped[:_FLIPS]:
+        page.line(
+            "", f"flip: sample {flip.sample} from class {flip.before} to {flip.after}",
+            f"{flip.margin:.2g} apart, {number(flip.units)} times the noise",
+        )  # fmt: skip
+    if known.undecided:
+        page.line("", f"{known.undecided} undecided: their two largest logits are closer than the noise allowed")
+
+
+def _baseline(baseline: BaselineReport, page: Page, *, verbose: bool) -> None:
+    """What became of the baseline, and a table where something went too far or everything is asked for."""
+    words = {
+        "held": f"{plural(len(baseline.rows), 'figure')} held",
+        "regressed": f"{plural(len(baseline.regressed), 'figure')} worse than allowed",
+        "created": "created: look at it and commit it",
+        "updated": "updated",
+        "not written": "not written: the verdict is no pass",
+    }[baseline.outcome]
+    styles = {"regressed": STYLES["fail"], "not written": STYLES["note"]}
+    page.line("Baseline", Text(words, styles.get(baseline.outcome, "")), subject=baseline.path)
+    rows = [row for row in baseline.rows if verbose or row.regressed or baseline.outcome == "regressed"]
+    if rows:
+        page.table(
+            ("what", "baseline", "now", "allowed", ""),
+            [
+                (row.what, row.said(row.then), row.said(row.now),
+                 "" if row.allowed is None else row.said(row.allowed), "WORSE" if row.regressed else "")
+                for row in rows
+            ],
+        )  # fmt: skip
+    page.notes(baseline.notes)
+    if baseline.versions and (verbose or baseline.outcome == "regressed"):
+        listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in baseline.versions.items())
+        page.line("", f"versions since: {listed}")

@@ -1,4 +1,4 @@
-"""The sections of a page about a model that was judged or folded."""
+"""The sections of a page: text, tables and lists of facts, made of results whatever fields they have."""
 
 from __future__ import annotations
 
@@ -6,23 +6,117 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from statistics import median, quantiles
+from typing import Any
 
 from bnfold._version import __version__
 from bnfold.render import words
 from bnfold.render.advice import chance, int8_warnings, judged, next_steps, site_is_right
 from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
 from bnfold.render.plots import ROWS, NormRow, histogram_plot, norm_plot, site_plot, weight_plot
-from bnfold.render.tables import Section, Table, label, of_result, section, table
 from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, ExportReport, LayerRange, Ledger, Port
 from bnfold.report.plain import versions
 
-SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not judged": "–"}
 #: What a check says in places of its own; whatever else a later version finds out has a section under its name.
 _PLACED = {"outputs", "sites", "accuracy", "source", "problems", "notes", "interface"}
 #: Problems that are shown at once.
 _SHOWN = 8
+#: Fields whose bare name would say too little.
+_LABELS = {"before": "top-1 before", "after": "top-1 after", "data": "SHA-256 of the data", "sqnr": "SQNR, dB"}
+
+
+class Link(str):
+    """A cell that leads to another page."""
+
+    href: str
+
+    def __new__(cls, text: str, href: str) -> Link:
+        """The text, and where it leads."""
+        link = super().__new__(cls, text)
+        link.href = href
+        return link
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page; the first cell of a row names it. Cells of ``code`` columns are names, the rest text."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    code: Sequence[int] = (0,)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it: pairs of a kind that the template knows and what it shows."""
+
+    name: str
+    title: str
+    parts: Sequence[tuple[str, Any]]
+
+
+def section(name: str, title: str, *parts: tuple[str, Any]) -> Section:
+    """A section without its empty parts."""
+    return Section(name, title, [(kind, value) for kind, value in parts if value])
+
+
+def of_result(name: str, title: str, result: Any, *before: tuple[str, Any]) -> Section:
+    """A section for a result: its plain fields as facts, its lists of results as tables."""
+    return section(name, title, *before, ("facts", facts(result)), *tables(result))
+
+
+def facts(result: Any) -> list[tuple[str, str]]:
+    """The plain fields of a result by their names: what a later version measures is shown as well."""
+    found = []
+    for field in fields(result):
+        value = getattr(result, field.name)
+        named = label(field.name)
+        if is_dataclass(value):
+            found += [(f"{named}: {name}", text) for name, text in facts(value)]
+        elif isinstance(value, dict):
+            found += [(f"{named}: {name}", _value(field.name, item)) for name, item in value.items()]
+        elif value is not None and not (isinstance(value, (list, tuple)) and any(map(is_dataclass, value))):
+            found.append((named, _value(field.name, value)))
+    return found
+
+
+def tables(result: Any) -> list[tuple[str, Table]]:
+    """Its lists of results, each as a table."""
+    found = []
+    for field in fields(result):
+        items = getattr(result, field.name)
+        if isinstance(items, (list, tuple)) and items and all(map(is_dataclass, items)):
+            found.append(("table", table(label(field.name), items)))
+    return found
+
+
+def table(caption: str, items: Sequence[Any]) -> Table:
+    """Results of one kind, a row each."""
+    heads = [label(field.name) for field in fields(items[0])]
+    return Table(caption, heads, [[_value(f.name, getattr(item, f.name)) for f in fields(item)] for item in items])
+
+
+def label(name: str) -> str:
+    """A field's name as people read it."""
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        share = 0 <= value <= 1 and name.removeprefix("top5_") in ("before", "after")
+        return "not known" if math.isnan(value) else f"{value:.2%}" if share else f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value("", item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_value('', item)}" for key, item in value.items()) or "none"
+    return str(value)
+
+
+# -- what a model that was judged or folded has ------------------------------------------------------------------------
 
 
 def problem_section(report: ExportReport | CheckReport, check: CheckReport) -> Iterator[Section]:
@@ -41,7 +135,7 @@ def problem_section(report: ExportReport | CheckReport, check: CheckReport) -> I
 def judged_sections(check: CheckReport) -> Iterator[Section]:
     """What was judged and the outputs, accuracy, and whatever else the check found out."""
     rows = [
-        (o.output, _verdict(judged(o, check)), words.number(o.ratio), o.candidate, words.error(o.noise),
+        (o.output, words.verdict(judged(o, check)), words.number(o.ratio), o.candidate, words.error(o.noise),
          words.error(o.error))
         for o in check.outputs
     ]  # fmt: skip
@@ -133,7 +227,7 @@ def site_sections(check: CheckReport | None) -> Iterator[Section]:
     if check is None or not check.sites:
         return
     rows = [
-        (s.module or s.value, _verdict("pass" if site_is_right(s, check) else "fail"),
+        (s.module or s.value, words.verdict("pass" if site_is_right(s, check) else "fail"),
          words.number(s.ratio), words.number(s.channel_ratio), s.candidate)
         for s in check.sites
     ]  # fmt: skip
@@ -215,8 +309,13 @@ def origin_section(report: ExportReport | CheckReport | Diagnosis | CalibrationR
         ]  # fmt: skip
     if isinstance(report, ExportReport):
         facts.append(("seconds", ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.timings.items())))
-    facts += [("bnfold", __version__), *versions().items(), ("platform", platform.platform())]
-    return section("origin", "Where it comes from", ("facts", [(k, str(v)) for k, v in facts if v not in (None, "")]))
+    known = [(name, str(value)) for name, value in facts if value not in (None, "")]
+    return section("origin", "Where it comes from", ("facts", [*known, *ran_on()]))
+
+
+def ran_on() -> list[tuple[str, str]]:
+    """The versions of what ran, and on what."""
+    return [("bnfold", __version__), *versions().items(), ("platform", platform.platform())]
 
 
 def interface_section(interface: Sequence[Port]) -> Iterator[Section]:
@@ -227,10 +326,6 @@ def interface_section(interface: Sequence[Port]) -> Iterator[Section]:
         yield section(
             "interface", "Inputs and outputs", ("table", Table("Words in a shape are dynamic sizes", heads, rows))
         )
-
-
-def _verdict(verdict: str) -> str:
-    return f"{SIGNS[verdict]} {verdict}"
 
 
 def _capped(count: int) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 #: Where an affine went, by its outcome.
 OUTCOMES = {
     "backward": "into the layer before", "forward": "into the layer after", "merged": "with a parallel branch",
     "left": "still there",
 }  # fmt: skip
+#: Of verdicts: colour is not all that tells.
+SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not judged": "–", "error": "✗"}
 
 
 def _scaled(value: float, units: dict[str, float], small: str) -> str:
@@ -47,3 +51,18 @@ def error(value: float) -> str:
 def plural(count: int, word: str) -> str:
     """``3 folds``, ``1 fold``."""
     return f"{count} {word}{'s' * (count != 1)}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time that is compared with others."""
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def known(value: Any, said: Callable[[Any], str]) -> str:
+    """What ``said`` makes of a value; a dash where there is none."""
+    return "–" if value is None else said(value)
+
+
+def verdict(outcome: str) -> str:
+    """A verdict with its sign."""
+    return f"{SIGNS[outcome]} {outcome}"
