@@ -1,4 +1,5 @@
-"""Hooks of the site: its first page is the README, and a link to a file that is on no page is that file's name.
+"""Hooks of the site: its first page is the README, a link to a file that is on no page is that file's name, and what a
+comment says of a field is the field's docstring.
 
 mkdocs calls these, as ``mkdocs.yml`` says.
 """
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,3 +37,20 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return f"{link[1]} (`{target.relative_to(ROOT)}`)" if outside else link[0]
 
     return _LINK.sub(named, markdown)
+
+
+class FieldComments(griffe.Extension):
+    """What ``#:`` says behind a field or above it is what a docstring below it would say."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Called for every attribute that is found."""
+        if attr.docstring is not None or attr.lineno is None or not isinstance(attr.filepath, Path):
+            return
+        lines = attr.filepath.read_text(encoding="utf-8").splitlines()
+        said = [lines[attr.lineno - 1].partition("#: ")[2]]
+        for line in reversed(lines[: attr.lineno - 1]):
+            if not line.strip().startswith("#: "):
+                break
+            said.insert(0, line.strip().removeprefix("#: "))
+        if text := " ".join(said).strip():
+            attr.docstring = griffe.Docstring(text[0].upper() + text[1:], parent=attr)

@@ -23,19 +23,12 @@ SPREAD_LIMIT = 16.0
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of the model before or after folding.
+    """One operator of the model before or after folding."""
 
-    Attributes:
-        kind: ``"conv2d"``, or an ONNX operator; ``"input"`` and ``"output"`` for those of the model.
-        module: the qualified name of its module.
-        reads: the operators that it reads, by their place in the list.
-        fate: what became of it.
-    """
-
-    kind: str
-    module: str
-    reads: tuple[int, ...]
-    fate: Fate
+    kind: str  #: ``"conv2d"``, or an ONNX operator; ``"input"`` and ``"output"`` for those of the model.
+    module: str  #: the qualified name of its module.
+    reads: tuple[int, ...]  #: the operators that it reads, by their place in the list.
+    fate: Fate  #: what became of it.
 
     @property
     def before(self) -> bool:
@@ -50,18 +43,12 @@ class Operator:
 
 @dataclass(frozen=True)
 class Port:
-    """A tensor that goes into a model or comes out of it.
+    """A tensor that goes into a model or comes out of it."""
 
-    Attributes:
-        role: ``"input"`` or ``"output"``.
-        name: as the file has it.
-        dtype: ``"float32"``.
-        shape: a number where a size is fixed, a name or an expression of names where it is dynamic.
-    """
-
-    role: Role
-    name: str
-    dtype: str
+    role: Role  #: ``"input"`` or ``"output"``.
+    name: str  #: as the file has it.
+    dtype: str  #: ``"float32"``.
+    #: a number where a size is fixed, a name or an expression of names where it is dynamic.
     shape: tuple[int | str, ...]
 
     def __str__(self) -> str:
@@ -71,18 +58,10 @@ class Port:
 
 @dataclass(frozen=True)
 class WeightRange:
-    """How far the weights of one layer reach.
+    """How far the weights of one layer reach."""
 
-    Attributes:
-        maxima: the largest absolute weight of every output channel.
-        input_spread: ``spread``, of the input channels.
-        channels: how many output channels there are, ``dead`` ones of nothing but zeros among them.
-        smallest: of the maxima of channels that are not dead, as ``median`` and ``largest``.
-        spread: the largest maximum over the median one; 1 where nothing lives.
-    """
-
-    maxima: tuple[float, ...]
-    input_spread: float
+    maxima: tuple[float, ...]  #: the largest absolute weight of every output channel.
+    input_spread: float  #: ``spread``, of the input channels.
     derived: ClassVar[tuple[str, ...]] = ("channels", "dead", "smallest", "median", "largest", "spread")
 
     @property
@@ -113,7 +92,7 @@ class WeightRange:
 
     @property
     def spread(self) -> float:
-        """The largest maximum over the median one."""
+        """The largest maximum over the median one; 1 where nothing lives."""
         return self.largest / self.median if self.median else 1.0
 
     @property
@@ -127,46 +106,31 @@ class WeightRange:
 
 @dataclass(frozen=True)
 class LayerRange:
-    """The weights of one contraction before and after folding, and what it reads.
+    """The weights of one contraction before and after folding, and what it reads."""
 
-    Attributes:
-        value: name of the contraction's output in the folded graph.
-        module: the module that it belongs to.
-        before: its weights in the unfolded model; None for a layer that a merge made.
-        after: its weights in the folded model.
-        reads: lowest and highest activation that it reads, estimated from the BatchNorm in front of it (``beta`` and
-            six times ``gamma`` to either side, through what lies between); None where there is none, and for a merge.
-        spoiled: folding makes per-tensor int8 hopeless: ``after`` is spread too far, ``before`` was not.
-    """
-
-    value: str
-    module: str
-    before: WeightRange | None
-    after: WeightRange
+    value: str  #: name of the contraction's output in the folded graph.
+    module: str  #: the module that it belongs to.
+    before: WeightRange | None  #: its weights in the unfolded model; None for a layer that a merge made.
+    after: WeightRange  #: its weights in the folded model.
+    #: lowest and highest activation that it reads, estimated from the BatchNorm in front of it (``beta`` and six times
+    #: ``gamma`` to either side, through what lies between); None where there is none, and for a merge.
     reads: tuple[float, float] | None = None
     derived: ClassVar[tuple[str, ...]] = ("spoiled",)
 
     @property
     def spoiled(self) -> bool:
-        """Whether folding makes per-tensor int8 hopeless."""
+        """Whether folding makes per-tensor int8 hopeless: ``after`` is spread too far, ``before`` was not."""
         return not self.after.fits_int8 and (self.before is None or self.before.fits_int8)
 
 
 @dataclass(frozen=True)
 class NormRange:
-    """What one BatchNorm multiplies every channel with, and what it adds.
+    """What one BatchNorm multiplies every channel with, and what it adds."""
 
-    Attributes:
-        value: name of its output in the captured graph.
-        module: the module that it belongs to.
-        scale: ``gamma / sqrt(var + eps)`` of every channel.
-        shift: ``beta - mean * scale`` of every channel.
-    """
-
-    value: str
-    module: str
-    scale: tuple[float, ...]
-    shift: tuple[float, ...]
+    value: str  #: name of its output in the captured graph.
+    module: str  #: the module that it belongs to.
+    scale: tuple[float, ...]  #: ``gamma / sqrt(var + eps)`` of every channel.
+    shift: tuple[float, ...]  #: ``beta - mean * scale`` of every channel.
 
 
 #: Why an affine stays, and what the user can do about it.
@@ -176,48 +140,29 @@ Outcome = Literal["backward", "forward", "merged", "left"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an affine cannot go one way.
+    """Why an affine cannot go one way."""
 
-    Attributes:
-        reason: a key of ``REASONS``.
-        blocker: the module, or failing that the operator, in the way.
-        operator: the operator in the way, as ``aten.relu``.
-        detail: the same in words for this case.
-        chain: modules or operators between the affine and what is in the way.
-    """
-
-    reason: str
-    blocker: str
-    operator: str = ""
-    detail: str = ""
-    chain: tuple[str, ...] = ()
+    reason: str  #: a key of ``REASONS``.
+    blocker: str  #: the module, or failing that the operator, in the way.
+    operator: str = ""  #: the operator in the way, as ``aten.relu``.
+    detail: str = ""  #: the same in words for this case.
+    chain: tuple[str, ...] = ()  #: modules or operators between the affine and what is in the way.
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one affine.
+    """What became of one affine."""
 
-    Attributes:
-        value: name of the affine's output in the captured graph.
-        module: qualified name of the module it belongs to.
-        layer: class name of that module.
-        kind: ``"batch_norm"``, ``"mul"``, ``"add"`` or ``"div"``.
-        outcome: went ``backward``, went ``forward``, was ``merged`` with a parallel branch, or is ``left``.
-        into: what absorbed it, as module names (operator names where there is no module).
-        through: the operators it passed on the way.
-        refusals: where it is left, why it could go neither backward nor forward.
-        site: name of the value in the folded graph that takes its place, and of the value in the captured graph that
-            it must equal; the gate compares them.
-    """
-
-    value: str
-    module: str
-    layer: str
-    kind: str
-    outcome: Outcome
-    into: tuple[str, ...] = ()
-    through: tuple[str, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
+    value: str  #: name of the affine's output in the captured graph.
+    module: str  #: qualified name of the module it belongs to.
+    layer: str  #: class name of that module.
+    kind: str  #: ``"batch_norm"``, ``"mul"``, ``"add"`` or ``"div"``.
+    outcome: Outcome  #: went ``backward``, went ``forward``, was ``merged`` with a parallel branch, or is ``left``.
+    into: tuple[str, ...] = ()  #: what absorbed it, as module names (operator names where there is no module).
+    through: tuple[str, ...] = ()  #: the operators it passed on the way.
+    refusals: tuple[Refusal, ...] = ()  #: where it is left, why it could go neither backward nor forward.
+    #: name of the value in the folded graph that takes its place, and of the value in the captured graph that it must
+    #: equal; the gate compares them.
     site: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -228,63 +173,39 @@ class Entry:
 
 @dataclass(frozen=True)
 class Merge:
-    """Linear maps that became one.
+    """Linear maps that became one."""
 
-    Attributes:
-        value: name of the value in the folded graph that takes their place.
-        kind: ``"parallel"`` (a sum), ``"serial"`` (one after the other) or ``"joined"`` (a concatenation).
-        modules: the modules that were merged; ``into`` is the one that stays.
-        values: names of the values that are gone.
-        operators: how many operators fewer.
-        multiply_adds: how many multiply-adds fewer per sample (per position for a linear layer).
-        site: as an Entry's.
-    """
-
-    value: str
-    kind: str
-    modules: tuple[str, ...]
+    value: str  #: name of the value in the folded graph that takes their place.
+    kind: str  #: ``"parallel"`` (a sum), ``"serial"`` (one after the other) or ``"joined"`` (a concatenation).
+    modules: tuple[str, ...]  #: the modules that were merged; ``into`` is the one that stays.
     into: str
-    values: tuple[str, ...]
-    operators: int
-    multiply_adds: int
-    site: tuple[tuple[str, str], ...] = ()
+    values: tuple[str, ...]  #: names of the values that are gone.
+    operators: int  #: how many operators fewer.
+    multiply_adds: int  #: how many multiply-adds fewer per sample (per position for a linear layer).
+    site: tuple[tuple[str, str], ...] = ()  #: as an Entry's.
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a module when its model's class is to express a fold.
+    """What becomes of a module when its model's class is to express a fold."""
 
-    Attributes:
-        module: its qualified name.
-        kind: an ``"identity"`` takes its place, its own ``"child"`` does, it gains a ``"parameter"``, or it is a
-            BatchNorm with running ``"statistics"``, which it gains where its class builds it without.
-        name: of the child or of the parameter.
-        shape: of the parameter.
-    """
-
-    module: str
+    module: str  #: its qualified name.
+    #: an ``"identity"`` takes its place, its own ``"child"`` does, it gains a ``"parameter"``, or it is a BatchNorm
+    #: with running ``"statistics"``, which it gains where its class builds it without.
     kind: Literal["identity", "child", "parameter", "statistics"]
-    name: str = ""
-    shape: tuple[int, ...] = ()
+    name: str = ""  #: of the child or of the parameter.
+    shape: tuple[int, ...] = ()  #: of the parameter.
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A layer whose output channels were divided by what its readers' input channels were multiplied with.
+    """A layer whose output channels were divided by what its readers' input channels were multiplied with."""
 
-    Attributes:
-        value: name of its output.
-        module: the layer.
-        into: the layers that read it.
-        largest: the largest of the scales and their reciprocals; powers of two.
-        site: as an Entry's.
-    """
-
-    value: str
-    module: str
-    into: tuple[str, ...]
-    largest: float
-    site: tuple[tuple[str, str], ...] = ()
+    value: str  #: name of its output.
+    module: str  #: the layer.
+    into: tuple[str, ...]  #: the layers that read it.
+    largest: float  #: the largest of the scales and their reciprocals; powers of two.
+    site: tuple[tuple[str, str], ...] = ()  #: as an Entry's.
 
 
 @dataclass(frozen=True)

@@ -31,65 +31,41 @@ class Spread:
 
 @dataclass(frozen=True)
 class NormHealth:
-    """One BatchNorm.
+    """One BatchNorm."""
 
-    Attributes:
-        module: qualified name; of a functional one the module that calls it.
-        layer: class name of the module.
-        kind: ``"batch_norm"``, ``"instance_norm"`` with running statistics, ``"frozen"`` (a look-alike whose tensors
-            are all buffers) or ``"custom"`` (another class with running statistics).
-        functional: whether it is a call of ``torch.nn.functional`` that belongs to no such module.
-        channels: None for a lazy layer that has seen no input.
-        eps: None where only the layer's code knows it.
-        momentum: weight of a new batch; None for a cumulative average, or where the layer has no such thing.
-        affine: whether it has a gamma or a beta.
-        track_running_stats: whether it has running statistics.
-        training: its flag; None for a node of a captured program.
-        batches_tracked: how many batches its statistics have seen, where it counts them.
-        calls: in how many places the example run calls it; None where nothing ran.
-        dtype: of the statistics, or of gamma where there are none.
-        scale: of gamma/sqrt(var + eps), None where it has no running statistics.
-        shift: of beta - mean*scale.
-        variance: of the running variance.
-        distance: where data was given, of the channels' distance from it, in standard deviations
-            (``bnfold.statistics.moments``). None for an InstanceNorm: its statistics are those of single samples.
-    """
-
-    module: str
-    layer: str
+    module: str  #: qualified name; of a functional one the module that calls it.
+    layer: str  #: class name of the module.
+    #: ``"batch_norm"``, ``"instance_norm"`` with running statistics, ``"frozen"`` (a look-alike whose tensors are all
+    #: buffers) or ``"custom"`` (another class with running statistics).
     kind: NormKind
-    functional: bool
-    channels: int | None
-    eps: float | None
+    functional: bool  #: whether it is a call of ``torch.nn.functional`` that belongs to no such module.
+    channels: int | None  #: None for a lazy layer that has seen no input.
+    eps: float | None  #: None where only the layer's code knows it.
+    #: weight of a new batch; None for a cumulative average, or where the layer has no such thing.
     momentum: float | None
-    affine: bool
-    track_running_stats: bool
-    training: bool | None
-    batches_tracked: int | None
-    calls: int | None
-    dtype: str
-    scale: Spread | None = None
-    shift: Spread | None = None
-    variance: Spread | None = None
+    affine: bool  #: whether it has a gamma or a beta.
+    track_running_stats: bool  #: whether it has running statistics.
+    training: bool | None  #: its flag; None for a node of a captured program.
+    batches_tracked: int | None  #: how many batches its statistics have seen, where it counts them.
+    calls: int | None  #: in how many places the example run calls it; None where nothing ran.
+    dtype: str  #: of the statistics, or of gamma where there are none.
+    scale: Spread | None = None  #: of gamma/sqrt(var + eps), None where it has no running statistics.
+    shift: Spread | None = None  #: of beta - mean*scale.
+    variance: Spread | None = None  #: of the running variance.
+    #: where data was given, of the channels' distance from it, in standard deviations (``bnfold.statistics.moments``).
+    #: None for an InstanceNorm: its statistics are those of single samples.
     distance: Spread | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with one BatchNorm, or with how several go together.
-
-    Attributes:
-        code: a key of ``FINDINGS``.
-        modules: the BatchNorms that it is about.
-        detail: the same in words for this case.
-        channels: the first few channels that it is about; ``count`` says how many there are.
-    """
+    """One thing that is wrong with one BatchNorm, or with how several go together."""
 
     derived: ClassVar[tuple[str, ...]] = ("severity", "way_out")
-    code: str
-    modules: tuple[str, ...]
-    detail: str = ""
-    channels: tuple[int, ...] = ()
+    code: str  #: a key of ``FINDINGS``.
+    modules: tuple[str, ...]  #: the BatchNorms that it is about.
+    detail: str = ""  #: the same in words for this case.
+    channels: tuple[int, ...] = ()  #: the first few channels that it is about; ``count`` says how many there are.
     count: int = 0
 
     @property
@@ -105,25 +81,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis(Report):
-    """The health of every BatchNorm of a model, and what folding would do to them.
-
-    Attributes:
-        source: where the model comes from.
-        norms: the BatchNorms in the model's own order.
-        findings: the worst first.
-        plan: the fold plan; None where there are no example inputs or torch.export fails.
-        samples: of the data that the statistics were compared with.
-        notes: what could not be looked at, and why.
-    """
+    """The health of every BatchNorm of a model, and what folding would do to them."""
 
     kind: ClassVar[str] = "inspect"
     derived: ClassVar[tuple[str, ...]] = ("healthy",)
-    source: dict[str, Any]
-    norms: tuple[NormHealth, ...]
-    findings: tuple[Finding, ...] = ()
-    plan: ExportReport | None = None
-    samples: int = 0
-    notes: tuple[str, ...] = ()
+    source: dict[str, Any]  #: where the model comes from.
+    norms: tuple[NormHealth, ...]  #: the BatchNorms in the model's own order.
+    findings: tuple[Finding, ...] = ()  #: the worst first.
+    plan: ExportReport | None = None  #: the fold plan; None where there are no example inputs or torch.export fails.
+    samples: int = 0  #: of the data that the statistics were compared with.
+    notes: tuple[str, ...] = ()  #: what could not be looked at, and why.
 
     @property
     def healthy(self) -> bool:
@@ -137,109 +104,68 @@ class Diagnosis(Report):
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One BatchNorm with new statistics.
+    """One BatchNorm with new statistics."""
 
-    Attributes:
-        module: qualified name.
-        channels: how many there are.
-        values: how many values of the data each channel's statistics rest on.
-        calls: in how many places the model calls it; the statistics are pooled over them.
-        turn: in which pass over the data it was measured, from 1.
-        had_statistics: whether it had any before.
-        moved: largest change of a mean, in new standard deviations (with eps); None where it had no statistics.
-        stretched: largest factor between old and new variance (with eps), 1 or more; None likewise.
-    """
-
-    module: str
-    channels: int
-    values: int
-    calls: int
-    turn: int
-    had_statistics: bool
+    module: str  #: qualified name.
+    channels: int  #: how many there are.
+    values: int  #: how many values of the data each channel's statistics rest on.
+    calls: int  #: in how many places the model calls it; the statistics are pooled over them.
+    turn: int  #: in which pass over the data it was measured, from 1.
+    had_statistics: bool  #: whether it had any before.
+    #: largest change of a mean, in new standard deviations (with eps); None where it had no statistics.
     moved: float | None = None
-    stretched: float | None = None
+    stretched: float | None = None  #: largest factor between old and new variance (with eps), 1 or more; None likewise.
 
 
 @dataclass(frozen=True)
 class CalibrationReport(Report):
-    """What ``calibrate`` did.
-
-    Attributes:
-        source: where the model comes from.
-        scheme: ``"sequential"`` or ``"one-pass"``.
-        samples: how many rows the data has.
-        passes: how often it was read.
-        layers: what was measured, in the order of the passes.
-        unreached: the BatchNorms that the data did not reach; they are as they were.
-        circular: those that feed themselves, for which no statistics are exact.
-        path: the file, and ``bytes`` its size; None where none was written.
-    """
+    """What ``calibrate`` did."""
 
     kind: ClassVar[str] = "calibrate"
-    source: dict[str, Any]
-    scheme: str
-    samples: int
-    passes: int
-    layers: tuple[CalibratedLayer, ...]
-    unreached: tuple[str, ...] = ()
-    circular: tuple[str, ...] = ()
-    path: str | None = None
+    source: dict[str, Any]  #: where the model comes from.
+    scheme: str  #: ``"sequential"`` or ``"one-pass"``.
+    samples: int  #: how many rows the data has.
+    passes: int  #: how often it was read.
+    layers: tuple[CalibratedLayer, ...]  #: what was measured, in the order of the passes.
+    unreached: tuple[str, ...] = ()  #: the BatchNorms that the data did not reach; they are as they were.
+    circular: tuple[str, ...] = ()  #: those that feed themselves, for which no statistics are exact.
+    path: str | None = None  #: the file, and ``bytes`` its size; None where none was written.
     bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """The first value of a file that is off by more than noise explains.
+    """The first value of a file that is off by more than noise explains."""
 
-    Attributes:
-        module: the module that computes it; empty where it belongs to none.
-        value: its name in the file.
-        operator: the ONNX operator that makes it.
-        node: the name of that node.
-        ratio: its error over its noise, over all or for its worst channel; for a decision, how far it is from a
-            near-tie. Infinite where integers differ.
-        before: the largest such ratio among what it is computed from; 0 where that is the model's input.
-        folds: the BatchNorms, other affines and merges that touched it.
-        sure: whether the model has this very value. Where not, it is the first after the last ones that agree.
-    """
-
-    module: str
-    value: str
-    operator: str
-    node: str
+    module: str  #: the module that computes it; empty where it belongs to none.
+    value: str  #: its name in the file.
+    operator: str  #: the ONNX operator that makes it.
+    node: str  #: the name of that node.
+    #: its error over its noise, over all or for its worst channel; for a decision, how far it is from a near-tie.
+    #: Infinite where integers differ.
     ratio: float
-    before: float
-    folds: tuple[str, ...] = ()
+    before: float  #: the largest such ratio among what it is computed from; 0 where that is the model's input.
+    folds: tuple[str, ...] = ()  #: the BatchNorms, other affines and merges that touched it.
+    #: whether the model has this very value. Where not, it is the first after the last ones that agree.
     sure: bool = True
 
 
 @dataclass(frozen=True)
 class Bisection(Report):
-    """What ``bisect`` found.
-
-    Attributes:
-        culprit: the first value that is off, if any is.
-        optimizers: ONNX Runtime's optimisations that make a right file wrong; disable them.
-        agree: the last module before the culprit whose value agrees.
-        compared: how many values of the file were compared, of ``values`` in all.
-        worst: largest ratio of any sample at any output, without optimisations.
-        optimized: the same with all of them on.
-        limit: the largest ratio that is no culprit.
-        notes: what a reader should know.
-    """
+    """What ``bisect`` found."""
 
     kind: ClassVar[str] = "bisect"
     derived: ClassVar[tuple[str, ...]] = ("passed",)
 
-    culprit: Culprit | None
-    optimizers: tuple[str, ...]
-    agree: str
-    compared: int
+    culprit: Culprit | None  #: the first value that is off, if any is.
+    optimizers: tuple[str, ...]  #: ONNX Runtime's optimisations that make a right file wrong; disable them.
+    agree: str  #: the last module before the culprit whose value agrees.
+    compared: int  #: how many values of the file were compared, of ``values`` in all.
     values: int
-    worst: float
-    optimized: float
-    limit: float
-    notes: tuple[str, ...] = ()
+    worst: float  #: largest ratio of any sample at any output, without optimisations.
+    optimized: float  #: the same with all of them on.
+    limit: float  #: the largest ratio that is no culprit.
+    notes: tuple[str, ...] = ()  #: what a reader should know.
     source: dict[str, Any] = field(default_factory=dict)
     file: str = ""
 
@@ -251,28 +177,19 @@ class Bisection(Report):
 
 @dataclass(frozen=True)
 class Latency:
-    """How long one contestant takes.
+    """How long one contestant takes."""
 
-    Attributes:
-        name: the file, or the source of a torch model.
-        provider: what it really ran on: ONNX Runtime's provider, or torch and its device.
-        median: seconds per call, as ``p95``, which 95 % of the turns stay below.
-        calls: calls in a turn; a turn is timed as a whole, so that a fast model lasts longer than the clock's jitter.
-        ratio: its time over the first contestant's, the median over rounds in which both had a turn.
-        interval: 95 % confidence interval of ``ratio``, from the order statistics of the rounds.
-        load: seconds to open the session, the median of several; None for torch.
-        memory: bytes by which a process that only opens the session and runs it once grows at its peak; resident
-            memory of the host, None where it was not measured.
-    """
-
-    name: str
-    provider: str
-    median: float
+    name: str  #: the file, or the source of a torch model.
+    provider: str  #: what it really ran on: ONNX Runtime's provider, or torch and its device.
+    median: float  #: seconds per call, as ``p95``, which 95 % of the turns stay below.
     p95: float
+    #: calls in a turn; a turn is timed as a whole, so that a fast model lasts longer than the clock's jitter.
     calls: int
-    ratio: float
-    interval: tuple[float, float]
-    load: float | None = None
+    ratio: float  #: its time over the first contestant's, the median over rounds in which both had a turn.
+    interval: tuple[float, float]  #: 95 % confidence interval of ``ratio``, from the order statistics of the rounds.
+    load: float | None = None  #: seconds to open the session, the median of several; None for torch.
+    #: bytes by which a process that only opens the session and runs it once grows at its peak; resident memory of the
+    #: host, None where it was not measured.
     memory: int | None = None
 
     @property
@@ -289,25 +206,16 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyReport(Report):
-    """A paired measurement: in every round each contestant has one turn, in random order.
-
-    Attributes:
-        contestants: the first is what ``ratio`` refers to.
-        rounds: how many turns each had, after ``warmup`` calls that do not count.
-        threads: for the operators of one call; None where ONNX Runtime and torch chose.
-        inputs: the arrays that went in, as ``float32[1, 3, 224, 224]`` by the first contestant's names.
-        machine: what it ran on, and the versions of what ran.
-        notes: what the reader has to know to compare.
-    """
+    """A paired measurement: in every round each contestant has one turn, in random order."""
 
     kind: ClassVar[str] = "bench"
-    contestants: tuple[Latency, ...]
-    rounds: int
+    contestants: tuple[Latency, ...]  #: the first is what ``ratio`` refers to.
+    rounds: int  #: how many turns each had, after ``warmup`` calls that do not count.
     warmup: int
-    threads: int | None
-    inputs: dict[str, str]
-    machine: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    threads: int | None  #: for the operators of one call; None where ONNX Runtime and torch chose.
+    inputs: dict[str, str]  #: the arrays that went in, as ``float32[1, 3, 224, 224]`` by the first contestant's names.
+    machine: dict[str, str] = field(default_factory=dict)  #: what it ran on, and the versions of what ran.
+    notes: tuple[str, ...] = ()  #: what the reader has to know to compare.
 
 
 Outcome = Literal["pass", "fail", "inconclusive", "not judged", "error"]
@@ -317,67 +225,39 @@ GRAVEST = (130, 1, 7, 2, 3, 4, 5, 6)
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model of a fleet.
+    """One model of a fleet."""
 
-    Attributes:
-        name: of its files.
-        source: as it is written in the list of models.
-        outcome: the verdict, or ``error`` where there is none.
-        exit_code: as that of its export.
-        said: why it is no pass, in one line.
-        folded: how many of its ``batch_norms`` are folded.
-        ratio: error over noise of the worst output.
-        file: where the ONNX file is, None where this run and its ``key`` have none.
-        report: where its pages are, without the suffix; None where there are none.
-        bytes: size of the file with its weights.
-        sha256: of the file.
-        latency: seconds of one call, where that was asked for.
-        seconds: how long its process ran.
-        memory: the most that its process was seen to have, in bytes.
-        tries: how many processes it took.
-        earlier: whether the result is that of an earlier run.
-        changed: what differs from the run before, in words; empty where nothing does, or there was none.
-        key: SHA-256 of the options and versions that the result depends on.
-    """
-
-    name: str
-    source: str
-    outcome: Outcome
-    exit_code: int
-    said: str = ""
-    folded: int = 0
+    name: str  #: of its files.
+    source: str  #: as it is written in the list of models.
+    outcome: Outcome  #: the verdict, or ``error`` where there is none.
+    exit_code: int  #: as that of its export.
+    said: str = ""  #: why it is no pass, in one line.
+    folded: int = 0  #: how many of its ``batch_norms`` are folded.
     batch_norms: int = 0
-    ratio: float | None = None
-    file: str | None = None
-    report: str | None = None
-    bytes: int | None = None
-    sha256: str | None = None
-    latency: float | None = None
-    seconds: float = 0.0
-    memory: int = 0
-    tries: int = 0
-    earlier: bool = False
+    ratio: float | None = None  #: error over noise of the worst output.
+    file: str | None = None  #: where the ONNX file is, None where this run and its ``key`` have none.
+    report: str | None = None  #: where its pages are, without the suffix; None where there are none.
+    bytes: int | None = None  #: size of the file with its weights.
+    sha256: str | None = None  #: of the file.
+    latency: float | None = None  #: seconds of one call, where that was asked for.
+    seconds: float = 0.0  #: how long its process ran.
+    memory: int = 0  #: the most that its process was seen to have, in bytes.
+    tries: int = 0  #: how many processes it took.
+    earlier: bool = False  #: whether the result is that of an earlier run.
+    #: what differs from the run before, in words; empty where nothing does, or there was none.
     changed: tuple[str, ...] = ()
-    key: str = ""
+    key: str = ""  #: SHA-256 of the options and versions that the result depends on.
 
 
 @dataclass(frozen=True)
 class FleetReport(Report):
-    """Every model of a fleet, in the order of the list.
-
-    Attributes:
-        source: the list of models.
-        rows: one per model.
-        seconds: how long it took, without the start of the workers.
-        counts: how many models there are of each outcome.
-        exit_code: 0 where every model passed, else the gravest of the rows'.
-    """
+    """Every model of a fleet, in the order of the list."""
 
     kind: ClassVar[str] = "fleet"
     derived: ClassVar[tuple[str, ...]] = ("counts", "exit_code")
-    source: str
-    rows: tuple[ModelRow, ...]
-    seconds: float
+    source: str  #: the list of models.
+    rows: tuple[ModelRow, ...]  #: one per model.
+    seconds: float  #: how long it took, without the start of the workers.
 
     @property
     def counts(self) -> dict[str, int]:
@@ -386,6 +266,6 @@ class FleetReport(Report):
 
     @property
     def exit_code(self) -> int:
-        """That of the command."""
+        """0 where every model passed, else the gravest of the rows'."""
         codes = {row.exit_code for row in self.rows}
         return next((code for code in GRAVEST if code in codes), max(codes, default=0))

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import re
 import types
 from dataclasses import fields, is_dataclass
-from inspect import cleandoc, isclass
+from inspect import cleandoc, getsource, isclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -64,7 +63,7 @@ def _object(found: type, definitions: dict[str, Any]) -> dict[str, Any]:
         properties[name] = _type(get_type_hints(getattr(found, name).fget)["return"], definitions)
     summary, words = _described(found)
     for name, text in words.items():
-        if name in properties:
+        if text and name in properties:
             properties[name] = properties[name] | {"description": text}
     return {
         "type": "object", "description": summary, "properties": properties, "required": list(properties),
@@ -101,11 +100,15 @@ def _type(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(found: type) -> tuple[str, dict[str, str]]:
-    """The first sentence of a class's docstring, and what it says of its attributes."""
-    summary, _, attributes = cleandoc(found.__doc__ or "").partition("Attributes:\n")
-    entries = re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", attributes, re.MULTILINE)
-    words = {name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")}
-    return " ".join(summary.split("\n\n")[0].split()), words
+    """The first sentence of a class's docstring, and what the comments at its fields and its properties say."""
+    words, said = dict[str, str](), ""
+    for line in getsource(found).splitlines():
+        code, _, comment = line.strip().partition("#: ")
+        said = f"{said} {comment}".strip()
+        if code:  # whatever is above or behind it
+            words[code.partition(":")[0]], said = said, ""
+    words |= {name: getattr(found, name).__doc__ for name in getattr(found, "derived", ())}
+    return " ".join(cleandoc(found.__doc__ or "").split("\n\n")[0].split()), words
 
 
 def text() -> str:

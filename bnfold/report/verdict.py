@@ -14,50 +14,32 @@ Unit = Literal["ratio", "share", "count", "dB", "error"]
 
 @dataclass(frozen=True)
 class Flip:
-    """A sample whose class changed.
+    """A sample whose class changed."""
 
-    Attributes:
-        sample: its index.
-        before: the class that the unfolded model gives the largest logit.
-        after: the class that the file gives it.
-        margin: how much less the unfolded model gives the class ``after``.
-        units: that, in the noise of the sample's logits.
-    """
-
-    sample: int
-    before: int
-    after: int
-    margin: float
-    units: float
+    sample: int  #: its index.
+    before: int  #: the class that the unfolded model gives the largest logit.
+    after: int  #: the class that the file gives it.
+    margin: float  #: how much less the unfolded model gives the class ``after``.
+    units: float  #: that, in the noise of the sample's logits.
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """One output of the file against the unfolded model in its own dtype, over all samples.
+    """One output of the file against the unfolded model in its own dtype, over all samples."""
 
-    Attributes:
-        output: its name.
-        samples: how many.
-        sqnr: signal to quantisation noise, ``10 log10(sum before² / sum (after - before)²)``, in dB; infinite where
-            they are bitwise equal, NaN where only ``before`` is all zero.
-        difference: RMS of the difference, absolute.
-        p50, p90, p99, max: percentiles over the samples of the difference, RMS over RMS.
-        worst: index of the sample that differs most.
-        worst_ratio: the file's error in that sample, against float64, in multiples of the noise.
-        noise: the unfolded model's own relative error against float64 (median over the samples of the gate).
-    """
-
-    output: str
-    samples: int
+    output: str  #: its name.
+    samples: int  #: how many.
+    #: signal to quantisation noise, ``10 log10(sum before² / sum (after - before)²)``, in dB; infinite where they are
+    #: bitwise equal, NaN where only ``before`` is all zero.
     sqnr: float
-    difference: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
-    worst: int
-    worst_ratio: float
-    noise: float
+    difference: float  #: RMS of the difference, absolute.
+    p50: float  #: percentiles over the samples of the difference, RMS over RMS.
+    p90: float  #: percentiles over the samples of the difference, RMS over RMS.
+    p99: float  #: percentiles over the samples of the difference, RMS over RMS.
+    max: float  #: percentiles over the samples of the difference, RMS over RMS.
+    worst: int  #: index of the sample that differs most.
+    worst_ratio: float  #: the file's error in that sample, against float64, in multiples of the noise.
+    noise: float  #: the unfolded model's own relative error against float64 (median over the samples of the gate).
 
 
 @dataclass(frozen=True)
@@ -73,43 +55,25 @@ class TargetFit:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What the user's data say: classes, targets and agreement, before (unfolded torch) and after (the file).
+    """What the user's data say: classes, targets and agreement, before (unfolded torch) and after (the file)."""
 
-    Attributes:
-        samples: how many there are.
-        before, after: top-1 accuracy; None without labels.
-        flips: how many classes changed, labelled or not.
-        smallest_margin: between the two largest logits of any sample; None where no output has classes.
-        candidate: what was judged.
-        output: the output with the classes; "" where none has.
-        labelled: how many labels there are: samples, or pixels of label maps.
-        top5_before, top5_after: None without labels, or with 5 classes or fewer.
-        far_flips: flips that noise does not explain; they fail.
-        undecided: samples (pixels) whose margin is within the noise, which could have gone either way.
-        flipped: the flips that are furthest from a tie, at most 20.
-        agreement: one per output.
-        targets: one per output that has targets.
-        classes: how many classes there are; 0 where no output has any.
-        data: SHA-256 of the arrays, whatever file they came from.
-    """
-
-    samples: int
-    before: float | None
-    after: float | None
-    flips: int
-    smallest_margin: float | None
-    candidate: str = ""
-    output: str = ""
-    labelled: int = 0
-    top5_before: float | None = None
-    top5_after: float | None = None
-    far_flips: int = 0
-    undecided: int = 0
-    flipped: tuple[Flip, ...] = ()
-    agreement: tuple[Agreement, ...] = ()
-    targets: tuple[TargetFit, ...] = ()
-    classes: int = 0
-    data: str = field(default="", repr=False)
+    samples: int  #: how many there are.
+    before: float | None  #: top-1 accuracy; None without labels.
+    after: float | None  #: top-1 accuracy; None without labels.
+    flips: int  #: how many classes changed, labelled or not.
+    smallest_margin: float | None  #: between the two largest logits of any sample; None where no output has classes.
+    candidate: str = ""  #: what was judged.
+    output: str = ""  #: the output with the classes; "" where none has.
+    labelled: int = 0  #: how many labels there are: samples, or pixels of label maps.
+    top5_before: float | None = None  #: None without labels, or with 5 classes or fewer.
+    top5_after: float | None = None  #: None without labels, or with 5 classes or fewer.
+    far_flips: int = 0  #: flips that noise does not explain; they fail.
+    undecided: int = 0  #: samples (pixels) whose margin is within the noise, which could have gone either way.
+    flipped: tuple[Flip, ...] = ()  #: the flips that are furthest from a tie, at most 20.
+    agreement: tuple[Agreement, ...] = ()  #: one per output.
+    targets: tuple[TargetFit, ...] = ()  #: one per output that has targets.
+    classes: int = 0  #: how many classes there are; 0 where no output has any.
+    data: str = field(default="", repr=False)  #: SHA-256 of the arrays, whatever file they came from.
 
     @property
     def at_chance(self) -> bool:
@@ -126,22 +90,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class BaselineRow:
-    """One figure then and now.
+    """One figure then and now."""
 
-    Attributes:
-        what: in words.
-        unit: how it is written.
-        then, now: the figures, None where there is none.
-        allowed: how far it may go, None where nothing is judged.
-        regressed: whether it went further.
-    """
-
-    what: str
-    unit: Unit
-    then: float | None
-    now: float | None
-    allowed: float | None
-    regressed: bool
+    what: str  #: in words.
+    unit: Unit  #: how it is written.
+    then: float | None  #: the figures, None where there is none.
+    now: float | None  #: the figures, None where there is none.
+    allowed: float | None  #: how far it may go, None where nothing is judged.
+    regressed: bool  #: whether it went further.
 
     def said(self, value: float | None) -> str:
         """A figure as people read it."""
@@ -158,21 +114,15 @@ class BaselineRow:
 
 @dataclass(frozen=True)
 class BaselineReport:
-    """A run beside its baseline.
+    """A run beside its baseline."""
 
-    Attributes:
-        path: the file.
-        outcome: ``held`` or ``regressed`` where it was compared; ``created``, ``updated`` or, because the verdict is no
-            pass, ``not written`` where it was to be rewritten.
-        rows: every figure that was compared.
-        notes: what could not be compared, and why.
-        versions: package -> its version then and now, where they differ.
-    """
-
-    path: str
+    path: str  #: the file.
+    #: ``held`` or ``regressed`` where it was compared; ``created``, ``updated`` or, because the verdict is no pass,
+    #: ``not written`` where it was to be rewritten.
     outcome: Literal["held", "regressed", "created", "updated", "not written"]
-    rows: tuple[BaselineRow, ...] = ()
-    notes: tuple[str, ...] = ()
+    rows: tuple[BaselineRow, ...] = ()  #: every figure that was compared.
+    notes: tuple[str, ...] = ()  #: what could not be compared, and why.
+    #: package -> its version then and now, where they differ.
     versions: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property

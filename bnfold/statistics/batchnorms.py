@@ -158,23 +158,15 @@ _SLOTS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One BatchNorm.
+    """One BatchNorm."""
 
-    Attributes:
-        health: what is printed of it.
-        stored: weight, bias, running_mean and running_var as they are stored, flat; those that are there.
-        inputs: in a captured program, names of the values that it normalises, one per call.
-        target: in a captured program, the name of its running mean; "" where it has none of its own.
-        shapeless: a lazy layer that has seen no input.
-        shared: other names that its statistics have.
-    """
-
-    health: NormHealth
+    health: NormHealth  #: what is printed of it.
+    #: weight, bias, running_mean and running_var as they are stored, flat; those that are there.
     stored: Mapping[str, Tensor]
-    inputs: tuple[str, ...] = ()
-    shapeless: bool = False
-    shared: tuple[str, ...] = field(default=())
-    target: str = ""
+    inputs: tuple[str, ...] = ()  #: in a captured program, names of the values that it normalises, one per call.
+    shapeless: bool = False  #: a lazy layer that has seen no input.
+    shared: tuple[str, ...] = field(default=())  #: other names that its statistics have.
+    target: str = ""  #: in a captured program, the name of its running mean; "" where it has none of its own.
 
     @property
     def eps(self) -> float:

@@ -132,23 +132,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A copy of a model in which statistics are measured.
+    """A copy of a model in which statistics are measured."""
 
-    Attributes:
-        model: in eval mode.
-        asked: the BatchNorms to measure.
-        owner: those and all that share their statistics, each with the one it goes by.
-        targets: the modules that go by one, by its name.
-        like: of those that had no statistics, a tensor of the dtype and device for them.
-        before: the statistics that were there.
-    """
-
-    model: nn.Module
-    asked: tuple[str, ...]
-    owner: Mapping[str, str]
-    targets: Mapping[str, Sequence[nn.Module]]
-    like: Mapping[str, Tensor]
-    before: Mapping[str, tuple[Tensor, Tensor] | None]
+    model: nn.Module  #: in eval mode.
+    asked: tuple[str, ...]  #: the BatchNorms to measure.
+    owner: Mapping[str, str]  #: those and all that share their statistics, each with the one it goes by.
+    targets: Mapping[str, Sequence[nn.Module]]  #: the modules that go by one, by its name.
+    like: Mapping[str, Tensor]  #: of those that had no statistics, a tensor of the dtype and device for them.
+    before: Mapping[str, tuple[Tensor, Tensor] | None]  #: the statistics that were there.
 
     @classmethod
     def of(cls, model: nn.Module, only: str | Sequence[str] | None) -> Scratch:

@@ -39,43 +39,33 @@ class _Enough(BaseException):
 
 @dataclass(frozen=True)
 class Pass:
-    """What is to be measured in one pass over the data.
+    """What is to be measured in one pass over the data."""
 
-    Attributes:
-        kind: ``first`` of the sequential scheme, a ``later`` one of it, or the only one of the other.
-        known: the statistics measured before, by name, which are to be in the model.
-        stops: whether a later one may stop at the last layer that it measures. Not where batches call differently, or
-            where Python learns something of a normalised tensor, by which it may decide what is called: then every pass
-            counts all calls.
-        total: batches of all passes; 0 where that is not known yet.
-    """
-
+    #: ``first`` of the sequential scheme, a ``later`` one of it, or the only one of the other.
     kind: Literal["first", "later", "one-pass"]
+    #: the statistics measured before, by name, which are to be in the model.
     known: Mapping[str, Moments] = field(default_factory=dict)
     wanted: frozenset[Site] = frozenset()
+    #: whether a later one may stop at the last layer that it measures. Not where batches call differently, or where
+    #: Python learns something of a normalised tensor, by which it may decide what is called: then every pass counts all
+    #: calls.
     stops: bool = False
     done: int = 0
-    total: int = 0
+    total: int = 0  #: batches of all passes; 0 where that is not known yet.
 
 
 @dataclass
 class Seen:
-    """What a pass over some of the data has shown.
+    """What a pass over some of the data has shown."""
 
-    Attributes:
-        moments: of the inputs at sites: in the first pass those that wait for none.
-        times: in how many batches every call took place.
-        before: in the first pass, which sites every site waits for.
-        told: whether Python has learnt something of a normalised tensor.
-        rows: how many rows of data they held, where that is known.
-    """
-
+    #: of the inputs at sites: in the first pass those that wait for none.
     moments: dict[Site, Moments] = field(default_factory=dict)
-    times: Counter[Site] = field(default_factory=Counter)
+    times: Counter[Site] = field(default_factory=Counter)  #: in how many batches every call took place.
+    #: in the first pass, which sites every site waits for.
     before: dict[Site, frozenset[Site]] = field(default_factory=dict)
-    told: bool = False
+    told: bool = False  #: whether Python has learnt something of a normalised tensor.
     batches: int = 0
-    rows: int = 0
+    rows: int = 0  #: how many rows of data they held, where that is known.
 
     def __add__(self, other: Seen) -> Seen:
         """What both have shown, this one first."""

@@ -36,15 +36,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of measurement.
+    """The order of measurement."""
 
-    Attributes:
-        waves: the sites of every pass over the data.
-        circular: the modules whose inputs depend on their own statistics (a layer that is called again further on):
-            their calls are measured one after another, each with the statistics of those before it.
-    """
-
-    waves: tuple[tuple[Site, ...], ...]
+    waves: tuple[tuple[Site, ...], ...]  #: the sites of every pass over the data.
+    #: the modules whose inputs depend on their own statistics (a layer that is called again further on): their calls
+    #: are measured one after another, each with the statistics of those before it.
     circular: tuple[str, ...]
 
     def calls(self, module: str) -> int:
@@ -109,14 +105,11 @@ def _in_turn(inner: Mapping[Site, Iterable[Site]]) -> list[Site]:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of a model.
+    """One run of a model."""
 
-    Attributes:
-        before: every call of a module, and the calls whose results its input was computed from.
-        told: the calls whose results Python learnt something of, by which it may decide what is called next.
-    """
-
+    #: every call of a module, and the calls whose results its input was computed from.
     before: Mapping[Site, frozenset[Site]]
+    #: the calls whose results Python learnt something of, by which it may decide what is called next.
     told: frozenset[Site]
 
 
