@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def compare(
         ratios = off / bar
     rows = ratios.reshape(ratios.shape[0] if batched and ratios.ndim else 1, -1)
     worst = int(ratios.argmax())
-    element = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ratios.shape)) if ratios.ndim else ()
+    element = tuple(int(i) for i in np.unravel_index(worst, tuple(ratios.shape))) if ratios.ndim else ()
     shown = size > 0
     error, own = (float((x / size)[shown].median()) if bool(shown.any()) else 0.0 for x in (off, bar))
     ratio = float(rows.square().mean(1).sqrt().max())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def cancellations(gauges: Gauges, solution: Solution, gone: Collection[Node]) ->
             factor = _size(after.after(values)).clamp(min=smallest) / (after.scale.abs() * rounded)
             factor = torch.where(after.scale == 0, 0.0, factor)  # a channel that is not stored
             if float(factor.max()) > MOST:
-                index = torch.unravel_index(factor.argmax(), factor.shape)
+                index = np.unravel_index(int(factor.argmax()), tuple(factor.shape))
                 found.append(Cancellation(value, tuple(map(int, index)), float(factor.max())))
     return found
 
