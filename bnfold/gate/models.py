@@ -67,7 +67,7 @@ class Model(Program64):
             if self._loud is None:
                 self._loud = Runner(self.program, jitter=True, louder=self.louder)
             runner, self._loud.seed = self._loud, seed
-        return Run(tuple(numbers(runner(batch.flat, keep=keep))), runner.kept)
+        return Run(tuple(numbers(runner(batch.flat, keep=keep))), runner.taken())
 
     def influence(self, value: str) -> frozenset[int]:
         """The outputs that depend on a decision, by position."""

@@ -125,7 +125,8 @@ class Program64(Witness):
         steering = {place.node: _steer(place, taken, turns) for place, taken in chosen if taken is not None}
         deciding = [place.value for place in self.places]
         outputs = numbers(runner(batch.flat, keep={*keep, *deciding}, steering=steering))
-        kept, decided = ({n: runner.kept[n] for n in each if n in runner.kept} for each in (keep, deciding))
+        held = runner.taken()
+        kept, decided = ({n: held[n] for n in each if n in held} for each in (keep, deciding))
         return Run(tuple(outputs), kept, decided, tuple(turns))
 
     def called(self, name: str) -> str | None:

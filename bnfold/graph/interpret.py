@@ -173,6 +173,11 @@ class Runner(fx.Interpreter):
         disturb(found.numpy(), self._louder * epsilon, name, self.seed)
         return found
 
+    def taken(self) -> dict[str, Tensor]:
+        """What the last run kept, which is not held here any longer: of a large model it is as much as its weights."""
+        kept, self.kept = self.kept, {}
+        return kept
+
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node; steers it, and keeps its value, where asked to."""
         if self.precise and n.target is _BITS:

@@ -140,7 +140,8 @@ class Session:
     def _run_plainly(self, feeds: Mapping[str, Array], wanted: list[str]) -> list[Array]:
         values = {value.name: _to_ort(feeds[value.name]) for value in self.inputs}
         # Both values live on the CPU: the session moves them to its provider and back.
-        return [_from_ort(result) for result in self._session.run_with_ort_values(wanted, values)]
+        results = self._session.run_with_ort_values(wanted, values)[::-1]
+        return [_from_ort(results.pop()) for _ in wanted]
 
     def _binding(self, feeds: Mapping[str, Array], outputs: Mapping[str, str]) -> Any:
         """Inputs, which binding copies to the device, and where each output is to be."""
@@ -205,6 +206,7 @@ def _options(*, optimized: bool, threads: int | None, spinning: bool) -> Any:
     options.log_severity_level = 4
     level = "ORT_ENABLE_ALL" if optimized else "ORT_DISABLE_ALL"
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.enable_cpu_mem_arena = optimized
     # Threads that spin while they wait take the processor from torch, which runs in turn with the session.
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
