@@ -21,7 +21,7 @@ from bnfold.gate.findings import Findings
 from bnfold.gate.gate import LIMIT
 from bnfold.gate.judge import Judge, run_cases
 from bnfold.gate.models import Model
-from bnfold.gate.outside import EagerCandidate, judge_outside
+from bnfold.gate.outside import TorchCandidate, judge_outside
 from bnfold.gate.samples import batches
 from bnfold.graph.capture import Captured
 from bnfold.graph.copies import copied, eval_copy
@@ -155,9 +155,9 @@ def _verify(captured: Captured, written: nn.Module) -> None:
     model, findings = Model(captured), Findings()
     cases, reason = run_cases(model, made[:2], findings, silent)
     if cases:
-        judge, candidate = Judge(model, cases, findings, LIMIT), EagerCandidate("it", replace(captured, eager=written))
-        judge_outside(judge, candidate)
-        judge.report(candidate.name)
+        judge = Judge(model, cases, findings, LIMIT)
+        judge_outside(judge, TorchCandidate("it", replace(captured, eager=written).run_eager))
+        judge.report("it")
     else:
         findings.problems.append(f"it runs on no input: {reason}")
     if findings.problems:

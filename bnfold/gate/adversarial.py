@@ -15,7 +15,7 @@ file is a black box: it gets what was found in the program that it claims to equ
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,24 +75,21 @@ def search(captured: Captured, folded: ExportedProgram | None, batches: Sequence
         batches: the gate's other inputs: where the searches start, and the range that they keep to.
     """
     start = _start(batches)
-    movable = [
-        i
-        for i, value in enumerate(start.flat)
+    box = {
+        i: _range(batches, i) for i, value in enumerate(start.flat)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not is_mask(value)
-    ]
-    if not movable:
+    }  # fmt: skip
+    if not box:
         return Found((), notes=("no input is a floating-point tensor, so gradients have none to move",))
-    climb = _Climb(start, movable, {i: _range(batches, i) for i in movable})
     program = captured.program if folded is None else folded
     peaks = _Peaks(program, captured.masters if folded is None else None)
     scores: dict[str, Score] = {"large values": peaks.score}
     if folded is not None:
         scores["difference"] = _Difference(captured, folded).score
-    found: dict[str, Batch] = {}
-    notes = []
+    found, notes = dict[str, Batch](), list[str]()
     for name, score in scores.items():
         try:
-            inputs = climb(score)
+            inputs = _climb(score, start, box)
         except Exception as error:  # an operator without a gradient, or without float64
             notes.append(f"the search for {name} stopped: {first_line(error)}")
             continue
@@ -100,57 +97,48 @@ def search(captured: Captured, folded: ExportedProgram | None, batches: Sequence
             notes.append(f"the search for {name} stopped: no gradient reaches the inputs")
         else:
             found[name] = Batch(tuple(inputs), start.size, start.sizes, f"adversarial ({name})")
-    if "large values" not in found:
-        return Found(tuple(found.values()), steps=STEPS * len(found), notes=tuple(notes))
-    before, _ = peaks.largest(start.flat)
-    peak, node = peaks.largest(found["large values"].flat)
+    peak, node, before = 0.0, "", 0.0
+    if "large values" in found:
+        (before, _), (peak, node) = peaks.largest(start.flat), peaks.largest(found["large values"].flat)
     module = next((module_of(n) for n in program.graph.nodes if n.name == node), "") or node
     return Found(tuple(found.values()), peak, before, module, STEPS * len(found), tuple(notes))
 
 
+#: Of inputs, for every sample of a number of them: what is to be as large as possible.
 Score = Callable[[Sequence[Any], int], Tensor]
 
 
-@dataclass(frozen=True)
-class _Climb:
-    """Ascent from ``start`` inside of ``box``; only the inputs in ``movable`` move."""
+def _climb(score: Score, start: Batch, box: Mapping[int, tuple[float, float]]) -> list[Any] | None:
+    """The inputs of the highest score for every sample, from ``start`` on; those in ``box`` move, and stay in it.
 
-    start: Batch
-    movable: Sequence[int]
-    box: dict[int, tuple[float, float]]
-
-    def __call__(self, score: Score) -> list[Any] | None:
-        """The inputs of the highest score for every sample; None where no gradient reaches them."""
-        rows = self.start.size or 1
-        # A sample's own best can only be kept where every input that moves belongs to one sample.
-        if any(self.start.flat[i].shape[:1] != (rows,) for i in self.movable):
-            rows = 1
-        flat = list(self.start.flat)
-        best: list[Any] | None = None
-        highest = torch.full((rows,), -torch.inf, dtype=torch.float64)
-        for step in range(STEPS + 1):
-            leaves = {i: flat[i].detach().double().requires_grad_() for i in self.movable}
-            inputs = [leaves.get(i, value) for i, value in enumerate(flat)]
-            with torch.enable_grad():
-                scores = score(inputs, rows)
-            if not scores.requires_grad:
-                return None
-            better = torch.nan_to_num(scores.detach(), nan=-torch.inf) > highest
-            highest = torch.where(better, scores.detach(), highest)
-            best = list(flat) if best is None else best
-            for i in self.movable:
-                old, new = best[i], flat[i]
-                best[i] = torch.where(better.reshape(-1, *(1,) * (new.ndim - 1)) if new.ndim else better[0], new, old)
-            gradients = torch.autograd.grad(scores.sum(), list(leaves.values()), allow_unused=True)
-            if not step and not any(g is not None and bool(g.count_nonzero()) for g in gradients):
-                return None
-            stride = STRIDE * max(1 - step / STEPS, 0.05)
-            for i, gradient in zip(leaves, gradients):
-                if gradient is not None:
-                    low, high = self.box[i]
-                    moved = leaves[i].detach() + stride * (high - low) * torch.nan_to_num(gradient).sign()
-                    flat[i] = moved.clamp(low, high).to(self.start.flat[i].dtype)
-        return best
+    None where no gradient reaches them.
+    """
+    rows = start.size or 1
+    # A sample's own best can only be kept where every input that moves belongs to one sample.
+    if any(start.flat[i].shape[:1] != (rows,) for i in box):
+        rows = 1
+    flat, best = list(start.flat), list(start.flat)
+    highest = torch.full((rows,), -torch.inf, dtype=torch.float64)
+    for step in range(STEPS + 1):
+        leaves = {i: flat[i].detach().double().requires_grad_() for i in box}
+        with torch.enable_grad():
+            scores = score([leaves.get(i, value) for i, value in enumerate(flat)], rows)
+        if not scores.requires_grad:
+            return None
+        better = torch.nan_to_num(scores.detach(), nan=-torch.inf) > highest
+        highest = torch.where(better, scores.detach(), highest)
+        for i in box:
+            old, new = best[i], flat[i]
+            best[i] = torch.where(better.reshape(-1, *(1,) * (new.ndim - 1)) if new.ndim else better[0], new, old)
+        gradients = torch.autograd.grad(scores.sum(), list(leaves.values()), allow_unused=True)
+        if not step and not any(g is not None and bool(g.count_nonzero()) for g in gradients):
+            return None
+        stride = STRIDE * max(1 - step / STEPS, 0.05)
+        for (i, (low, high)), gradient in zip(box.items(), gradients):
+            if gradient is not None:
+                moved = leaves[i].detach() + stride * (high - low) * torch.nan_to_num(gradient).sign()
+                flat[i] = moved.clamp(low, high).to(start.flat[i].dtype)
+    return best
 
 
 class _Grad(Runner):

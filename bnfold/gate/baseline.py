@@ -60,9 +60,9 @@ def expect_baseline(path: Path | None, *, update: bool, sources: Sequence[Path] 
         UsageError: ``update`` and no ``path``, or a path that is no .json file.
         ResourceError: it cannot be written.
     """
+    if path is None and update:
+        raise UsageError("--update-baseline rewrites a baseline, and none is named", hint="Add --baseline B.json")
     if path is None:
-        if update:
-            raise UsageError("--update-baseline rewrites a baseline, and none is named", hint="Add --baseline B.json")
         return
     if path.suffix.lower() != ".json":
         raise UsageError("a baseline is a .json file", where=f"--baseline {path}")
@@ -73,35 +73,31 @@ def expect_baseline(path: Path | None, *, update: bool, sources: Sequence[Path] 
 
 
 def judge_baseline(check: CheckReport, path: Path, *, update: bool) -> CheckReport:
-    """``check`` with its baseline compared; a regression makes it a fail, unless the baseline is to be rewritten.
-
-    Args:
-        check: a verdict.
-        path: of the baseline.
-        update: the baseline is to be rewritten: ``write_baseline`` does.
+    """``check`` with its baseline compared; a regression makes it a fail, unless that is to be rewritten (``update``).
 
     Raises:
         InputError: the baseline is missing or damaged, and not to be rewritten.
     """
-    if update:
-        try:
-            then = _read(path) if path.exists() else None
-        except InputError:  # what is rewritten need not be readable
-            then = None
-        rows, notes, moved = _compare(then, check) if then is not None else ([], [], {})
-        outcome: Any = "not written" if not check.passed else "created" if then is None else "updated"
-        return replace(check, baseline=BaselineReport(str(path), outcome, tuple(rows), tuple(notes), moved))
-    rows, notes, moved = _compare(_read(path), check)
+    try:
+        then = _read(path)
+    except InputError:
+        if not update:  # what is rewritten need not be readable
+            raise
+        then = None
+    rows, notes, moved = _compare(then, check) if then is not None else ([], [], {})
     bad = [row for row in rows if row.regressed]
-    report = BaselineReport(str(path), "regressed" if bad else "held", tuple(rows), tuple(notes), moved)
-    if not bad:
-        return replace(check, baseline=report)
+    outcome: Any = "regressed" if bad else "held"
+    if update:
+        outcome = "not written" if not check.passed else "created" if then is None else "updated"
+    check = replace(check, baseline=BaselineReport(str(path), outcome, tuple(rows), tuple(notes), moved))
+    if update or not bad:
+        return check
     said = [
         f"baseline {path}: {row.what} {row.said(row.then)} then, {row.said(row.now)} now"
         + (f" (allowed {row.said(row.allowed)})" if row.allowed is not None else "")
         for row in bad
     ]
-    return replace(check, verdict="fail", problems=(*said, *check.problems), baseline=report)
+    return replace(check, verdict="fail", problems=(*said, *check.problems))
 
 
 def write_baseline(check: CheckReport, path: Path) -> None:
@@ -110,30 +106,21 @@ def write_baseline(check: CheckReport, path: Path) -> None:
     Raises:
         ResourceError: it cannot be written.
     """
-    text = json.dumps({"bnfold_baseline": FORMAT, **_facts(check)}, indent=2, allow_nan=False)
-    with store.atomic(path) as staged:
-        staged.write_text(text + "\n", encoding="utf-8")
-
-
-def _facts(check: CheckReport) -> dict[str, Any]:
-    accuracy = check.accuracy
-    found: dict[str, Any] = {
-        "provider": check.provider,
-        "versions": versions(),
-        "ratios": _ratios(check),
-        "site_ratio": check.site_ratio if check.sites else None,
-        "accuracy": None,
-    }
+    accuracy, found = check.accuracy, None
     if accuracy is not None:
-        found["accuracy"] = {
+        found = {
             "data": accuracy.data, "samples": accuracy.samples, "top1": accuracy.after, "top5": accuracy.top5_after,
             "flips": accuracy.flips,
             "sqnr": {a.output: a.sqnr for a in accuracy.agreement if not math.isnan(a.sqnr)},
             "difference": {a.output: a.difference for a in accuracy.agreement},
             "rmse": {t.output: t.rmse_after for t in accuracy.targets if math.isfinite(t.rmse_after)},
         }  # fmt: skip
-    facts: dict[str, Any] = plain(found)
-    return facts
+    facts = plain({
+        "bnfold_baseline": FORMAT, "provider": check.provider, "versions": versions(), "ratios": _ratios(check),
+        "site_ratio": check.site_ratio if check.sites else None, "accuracy": found,
+    })  # fmt: skip
+    with store.atomic(path) as staged:
+        staged.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _ratios(check: CheckReport) -> dict[str, float]:
@@ -152,34 +139,34 @@ def _read(path: Path) -> dict[str, Any]:
     require_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        fault = _fault(found)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"this is no readable baseline ({error})", where=str(path), hint=_CREATE) from error
-    if not isinstance(found, dict) or found.get("bnfold_baseline") != FORMAT:
-        version = found.get("bnfold_baseline") if isinstance(found, dict) else None
-        what = "no baseline of bnfold" if version is None else f"a baseline in format {version}, not {FORMAT}"
-        raise InputError(f"this is {what}", where=str(path), hint=_CREATE)
+        fault = f"this is no readable baseline ({error})"
+    if fault is not None:
+        raise InputError(fault, where=str(path), hint=_CREATE)
+    read: dict[str, Any] = found
+    return read
+
+
+def _fault(found: Any) -> str | None:
+    """How the content of a baseline differs from what ``write_baseline`` writes, in words."""
+    version = found.get("bnfold_baseline") if isinstance(found, dict) else None
+    if version is None:
+        return "this is no baseline of bnfold"
+    if version != FORMAT:
+        return f"this is a baseline in format {version}, not {FORMAT}"
     if missing := sorted(set(_FIELDS) - set(found)):
-        raise InputError(f"the baseline lacks {', '.join(missing)}", where=str(path), hint=_CREATE)
-    if damaged := _damaged(found):
-        raise InputError(f"in the baseline, {damaged} is damaged", where=str(path), hint=_CREATE)
-    return found
-
-
-def _damaged(found: Mapping[str, Any]) -> str | None:
-    """The first field that holds something else than ``write_baseline`` writes there."""
+        return f"the baseline lacks {', '.join(missing)}"
     accuracy = found["accuracy"]
-    parts = [("", found, _FIELDS)]
-    if isinstance(accuracy, dict):
-        parts.append(("accuracy.", accuracy, _ACCURACY))
-    for prefix, part, fields in parts:
+    parts = [("", found, _FIELDS), ("accuracy.", accuracy, _ACCURACY)]
+    for prefix, part, fields in parts if isinstance(accuracy, dict) else parts[:1]:
         for name, (kinds, inside) in fields.items():
             value = part.get(name, _NOTHING)
-            if not isinstance(value, kinds) or (
-                isinstance(value, dict) and not all(isinstance(item, inside) for item in value.values())
-            ):
-                return prefix + name
+            held = value.values() if isinstance(value, dict) else ()
+            if not isinstance(value, kinds) or not all(isinstance(item, inside) for item in held):
+                return f"in the baseline, {prefix}{name} is damaged"
     if accuracy is not None and (lost := sorted(set(accuracy["rmse"]) - set(accuracy["difference"]))):
-        return f"accuracy.difference of '{lost[0]}'"
+        return f"in the baseline, accuracy.difference of '{lost[0]}' is damaged"
     return None
 
 

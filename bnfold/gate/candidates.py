@@ -39,9 +39,13 @@ DEPLOYED, PLAIN = "ONNX Runtime", "ONNX Runtime, optimisations off"
 class Candidate(Protocol):
     """Something that runs and claims to equal the unfolded model."""
 
-    name: str
-    #: How many times more coarsely than the model's own dtype it rounds: 1 but for engines that compute in another.
-    coarser: float
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def coarser(self) -> float:
+        """How many times more coarsely than the model's own dtype it rounds; at least 1."""
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Flat outputs for flat inputs."""

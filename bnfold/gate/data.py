@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 
 from bnfold.errors import InputError
 from bnfold.gate.stored import Rows, Stored, in_order, open_arrays
+from bnfold.report.progress import Progress, silent
 
 #: Bytes that are read at a time.
 CHUNK = 2 << 20
 #: torch's own ``ignore_index``, and what data sets write into the pixels of a label map that nobody labelled.
 IGNORED, VOID = -100, 255
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,21 @@ def load_data(
 
 
 def select(
-    arrays: Mapping[str, Rows],
-    names: Sequence[str],
-    outputs: Sequence[str] = (),
-    optional: Sequence[str] = (),
-    *,
+    arrays: Mapping[str, Rows], names: Sequence[str], outputs: Sequence[str] = (), optional: Sequence[str] = (), *,
     where: str | None = None,
-) -> tuple[dict[str, Rows], Labels]:
+) -> tuple[dict[str, Rows], Labels]:  # fmt: skip
     """Tells inputs, labels and targets apart, as ``load_data``, whose errors it raises."""
-    arrays = dict(arrays)
+    arrays, known = dict(arrays), ["labels", "targets", *outputs]
     # An input of the model may be called "labels": then it is that.
-    extra = {key: arrays.pop(key) for key in ("labels", "targets", *outputs) if key in arrays and key not in names}
-    if len(names) == 1 and len(arrays) == 1 and names[0] not in arrays:
+    extra = {key: arrays.pop(key) for key in known if key in arrays and key not in names}
+    if len(names) == 1 and len(arrays) == 1 and (key := next(iter(arrays))) in ("", "arr_0"):
         # One array for one input needs no name; a name that was given and differs is still a mistake.
-        key = next(iter(arrays))
-        arrays = {names[0]: arrays[key]} if key in ("", "arr_0") else arrays
-    missing = [name for name in names if name not in arrays and name not in optional]
-    if missing:
+        arrays = {names[0]: arrays[key]}
+    if missing := [name for name in names if name not in arrays and name not in optional]:
         there = ", ".join(name or "one without a name" for name in (*arrays, *extra)) or "none"
         hint = f"The file's arrays: {there}; the model's inputs: {', '.join(names)}"
         raise InputError(f"no array for {', '.join(missing)}", where=where, hint=hint)
     data = {name: arrays.pop(name) for name in names if name in arrays}
-    known = ["labels", "targets", *outputs]
     for name in arrays:
         if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
             raise InputError(f"array {name!r} is none that bnfold knows", where=where, hint=f"Did you mean {near[0]}?")
@@ -113,10 +106,7 @@ def select(
 
 
 def examine(
-    data: Mapping[str, Rows],
-    labels: Labels,
-    dtypes: Mapping[str, torch.dtype],
-    progress: Progress = lambda stage, done, total: None,
+    data: Mapping[str, Rows], labels: Labels, dtypes: Mapping[str, torch.dtype], progress: Progress = silent
 ) -> str:
     """Reads everything once.
 
@@ -132,18 +122,18 @@ def examine(
     Raises:
         InputError: a dtype that the model does not take, NaN, integers that its dtype does not hold, a damaged file.
     """
-    digest = hashlib.sha256()
+    digest, done = hashlib.sha256(), 0
     arrays: dict[str, Rows] = {**data, **({"labels": labels.classes} if labels.classes is not None else {})}
     arrays |= labels.targets
     total = sum(math.prod(rows.shape) * rows.dtype.itemsize for rows in arrays.values())
-    done = 0
     for name, rows in arrays.items():
-        if name in data:
-            _check_dtype(name, rows.dtype, dtypes[name], labels.where)
+        wanted = dtypes[name] if name in data else None
+        if wanted is not None:
+            _check_dtype(name, rows.dtype, wanted, labels.where)
         digest.update(f"{name} {rows.dtype.str} {rows.shape}\n".encode())
         at = 0
         for chunk in in_order(rows, max(CHUNK // max(math.prod(rows.shape[1:]) * rows.dtype.itemsize, 1), 1)):
-            _check_values(name, chunk, at, dtypes.get(name) if name in data else None, labels.where)
+            _check_values(name, chunk, at, wanted, labels.where)
             if rows is labels.classes:
                 _check_classes(chunk, at, labels)
             digest.update(np.ascontiguousarray(chunk).data)
@@ -164,12 +154,13 @@ def assign(labels: Labels, outputs: Mapping[str, tuple[int | None, ...]]) -> Lab
     Raises:
         InputError: they fit none.
     """
-    listed = "; ".join(f"{name} {_words(shape)}" for name, shape in outputs.items()) or "none of floating-point numbers"
+    named = (f"{n} ({', '.join('?' if k is None else str(k) for k in shape)})" for n, shape in outputs.items())
+    listed = f"The outputs are {'; '.join(named) or 'none of floating-point numbers'}"
     targets: dict[str, Rows] = {}
     for name, rows in labels.targets.items():
         fitting = [out for out in outputs if name in ("targets", out) and _same_sample(rows.shape, outputs[out])]
         if not fitting:
-            hint = f"The outputs are {listed}; name an array of targets like its output"
+            hint = f"{listed}; name an array of targets like its output"
             raise InputError(f"array {name!r} of shape {rows.shape} fits no output", where=labels.where, hint=hint)
         targets[fitting[0]] = rows
     if (classes := labels.classes) is None:
@@ -178,7 +169,8 @@ def assign(labels: Labels, outputs: Mapping[str, tuple[int | None, ...]]) -> Lab
         hint = "Give one class index per sample, as integers; values to regress are called targets"
         raise InputError(f"the labels are {classes.dtype}, no integers", where=labels.where, hint=hint)
     if classes.ndim == 2 and classes.shape[1] == 1:  # a column
-        classes = _as_row(classes)
+        row = replace(classes, shape=(len(classes),)) if isinstance(classes, Stored) else classes[:].reshape(-1)
+        classes = row
     for output, shape in outputs.items():
         for axis in (1, -1):
             rest = shape[2:] if axis == 1 else shape[1:-1]
@@ -186,9 +178,9 @@ def assign(labels: Labels, outputs: Mapping[str, tuple[int | None, ...]]) -> Lab
                 return replace(
                     labels, classes=classes, targets=targets, output=output, axis=axis, count=shape[axis] or 0
                 )
-    hint = f"The outputs are {listed}; give one class per sample, or leave the labels out of the file"
+    hint = f"{listed}; give one class per sample, or leave the labels out of the file"
     if any(_fits(classes.shape, shape) for shape in outputs.values()):
-        hint = f"The outputs are {listed}; labels are class indices, one-hot ones become that with labels.argmax(1)"
+        hint = f"{listed}; labels are class indices, one-hot ones become that with labels.argmax(1)"
     raise InputError(f"labels of shape {classes.shape} fit no output", where=labels.where, hint=hint)
 
 
@@ -209,20 +201,10 @@ def stored_batches(
         for stream in streams.values():
             stack.callback(stream.close)
         for rows in zip(*streams.values()):
-            chunk = dict(zip(streams, rows))
-            count = len(rows[0])
+            chunk, count = dict(zip(streams, rows)), len(rows[0])
             index = np.arange(size if fixed else count) % count
-            yield (
-                tuple(
-                    torch.from_numpy(np.ascontiguousarray(chunk[name][index])).to(leaf.dtype) if name in chunk else leaf
-                    for name, leaf in zip(names, example)
-                ),
-                count,
-            )
-
-
-def _words(shape: tuple[int | None, ...]) -> str:
-    return f"({', '.join('?' if size is None else str(size) for size in shape)})"
+            taken = {name: torch.from_numpy(np.ascontiguousarray(each[index])) for name, each in chunk.items()}
+            yield tuple(taken[n].to(x.dtype) if n in taken else x for n, x in zip(names, example)), count
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
@@ -234,8 +216,9 @@ def _same_sample(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     return _fits(shape[1:], wanted[1:]) or _fits([n for n in shape[1:] if n != 1], [n for n in wanted[1:] if n != 1])
 
 
-def _as_row(column: Rows) -> Rows:
-    return replace(column, shape=(len(column),)) if isinstance(column, Stored) else column[:].reshape(-1)
+def _first(bad: np.ndarray, start: int) -> int:
+    """The first sample of which something is bad, where these begin with ``start``."""
+    return start + int(np.argmax(bad.reshape(len(bad), -1).any(1)))
 
 
 def _check_classes(rows: np.ndarray, start: int, labels: Labels) -> None:
@@ -244,34 +227,26 @@ def _check_classes(rows: np.ndarray, start: int, labels: Labels) -> None:
         known &= rows != VOID
     bad = known & ((rows < 0) | (rows >= labels.count))
     if labels.count and bad.any():
-        sample = start + int(np.argmax(bad.reshape(len(rows), -1).any(1)))
-        what = f"label {int(rows[bad].flat[0])} of sample {sample} is none of the {labels.count} classes"
+        label, sample = int(rows[bad].flat[0]), _first(bad, start)
         hint = f"Output '{labels.output}' has classes 0 to {labels.count - 1}; {IGNORED} marks a sample without one"
+        what = f"label {label} of sample {sample} is none of the {labels.count} classes"
         raise InputError(what, where=labels.where, hint=hint)
 
 
 def _check_dtype(name: str, dtype: np.dtype[Any], wanted: torch.dtype, where: str | None) -> None:
     takes = str(wanted).removeprefix("torch.")
     kinds = "f" if wanted.is_floating_point else "b" if wanted == torch.bool else "biu"
-    if dtype.kind in kinds:
-        return
-    hint = f"Save it as {takes}"
-    if wanted.is_floating_point:
+    if dtype.kind not in kinds:
         hint = f"Convert it as for training, for example x.astype('{takes}') / 255 and the normalisation, and save that"
-    raise InputError(f"array {name!r} holds {dtype}, the model takes {takes}", where=where, hint=hint)
+        hint = hint if wanted.is_floating_point else f"Save it as {takes}"
+        raise InputError(f"array {name!r} holds {dtype}, the model takes {takes}", where=where, hint=hint)
 
 
 def _check_values(name: str, rows: np.ndarray, start: int, wanted: torch.dtype | None, where: str | None) -> None:
-    if rows.dtype.kind == "f":
-        bad = np.isnan(rows)
-    elif wanted is not None and rows.dtype.kind in "iu" and wanted != torch.bool:
-        limits = torch.iinfo(wanted)
+    bad, what = np.isnan(rows) if rows.dtype.kind == "f" else np.zeros(1, bool), "NaN"
+    if rows.dtype.kind in "iu" and wanted not in (None, torch.bool):
+        limits, what = torch.iinfo(wanted), f"integers that {wanted} does not hold"
         bad = (rows < limits.min) | (rows > limits.max)
-    else:
-        return
     if bad.any():
-        sample = start + int(np.argmax(bad.reshape(len(rows), -1).any(1)))
-        what = "NaN" if rows.dtype.kind == "f" else f"integers that {wanted} does not hold"
-        raise InputError(
-            f"array {name!r} has {what}, first in sample {sample}", where=where, hint="Repair or leave out that sample"
-        )
+        hint = "Repair or leave out that sample"
+        raise InputError(f"array {name!r} has {what}, first in sample {_first(bad, start)}", where=where, hint=hint)

@@ -51,13 +51,14 @@ from bnfold.gate.judge import Judge, overflow, run_cases
 from bnfold.gate.matching import Match, match
 from bnfold.gate.metrics import Facts, Part, Spread
 from bnfold.gate.models import Model
-from bnfold.gate.outside import EagerCandidate, FoldedCandidate, RunnerCandidate, judge_outside, judge_twice
+from bnfold.gate.outside import RunnerCandidate, TorchCandidate, judge_outside, judge_twice
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.screen import Screen
 from bnfold.gate.sites import judge_sites
 from bnfold.gate.stored import Rows
 from bnfold.gate.witnesses import FileWitness, Program64
 from bnfold.graph.capture import Captured
+from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
 from bnfold.graph.threads import torch_threads
 from bnfold.report import CheckReport, Engine, Ledger, Placement
@@ -336,8 +337,8 @@ class Gate:
     def _run_elsewhere(self) -> list[Engine]:
         """The model's own class with the fold in it, and a user's runner."""
         judge, engines = self._judged, list[Engine]()
-        found: list[Any] = [] if self.eager is None else [self._eager()]
-        for candidate in [*found, *([] if self.runner is None else [self._runner()])]:
+        found: list[Candidate] = [self._eager()] if self.eager is not None else []
+        for candidate in [*found, *([self._runner()] if self.runner is not None else [])]:
             judge_outside(judge, candidate)
             if isinstance(candidate, RunnerCandidate):
                 judge_twice(judge, candidate)
@@ -353,8 +354,8 @@ class Gate:
                        (self.findings.problems, self.findings.doubts))  # fmt: skip
         return setting.result(max(ratios, default=math.inf), "fail" if bad else "inconclusive" if unsure else "pass")
 
-    def _eager(self) -> EagerCandidate:
-        return EagerCandidate("folded class", replace(self.captured, eager=self.eager))
+    def _eager(self) -> TorchCandidate:
+        return TorchCandidate("folded class", replace(self.captured, eager=self.eager).run_eager)
 
     def _runner(self) -> RunnerCandidate:
         assert self.runner is not None
@@ -370,7 +371,7 @@ class Gate:
         if self.eager is not None:
             return self._eager()
         assert self.folded is not None
-        return FoldedCandidate(self.folded)
+        return TorchCandidate("folded torch", Runner(self.folded))
 
     def onnx(self, *, optimized: bool, setting: Setting | None = None, disabled: Sequence[str] = ()) -> OnnxCandidate:
         """The file in ONNX Runtime, after ``match``."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from bnfold.gate.candidates import Candidate, Setting, coarser
 from bnfold.gate.evidence import SLACK, Draws, compare, seen_error, specials, unit_roundoff
@@ -17,36 +17,18 @@ from bnfold.gate.findings import first_line
 from bnfold.gate.judge import Case, Judge
 from bnfold.gate.values import as_tensor, batched, numbers, to_numpy
 from bnfold.graph.capture import Captured, tensor_inputs
-from bnfold.graph.interpret import Runner
 from bnfold.graph.names import number_names
 from bnfold.runtime.runner import Raised, UserRunner
 from bnfold.runtime.runtime import FLOAT32, Arithmetic, Device, Provider
 
 
-class EagerCandidate:
-    """A module run by torch as its users run it."""
+@dataclass(frozen=True)
+class TorchCandidate:
+    """What torch runs: a module as its users do, or the folded program in its own dtypes."""
 
-    coarser = 1.0
-
-    def __init__(self, name: str, captured: Captured) -> None:
-        self.name, self._captured = name, captured
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """As ``Candidate.run``."""
-        return self._captured.run_eager(tuple(flat))
-
-
-class FoldedCandidate:
-    """The folded program in its own dtypes."""
-
-    name, coarser = "folded torch", 1.0
-
-    def __init__(self, program: ExportedProgram) -> None:
-        self._runner = Runner(program)
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """As ``Candidate.run``."""
-        return self._runner(flat)
+    name: str
+    run: Callable[[Any], list[Any]]
+    coarser: float = 1.0
 
 
 class RunnerCandidate:
