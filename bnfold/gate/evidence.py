@@ -319,16 +319,14 @@ def seen_error(given: Tensor, truth: Tensor) -> Tensor:
 
 def specials(given: Tensor, truth: Tensor) -> str | None:
     """How the places and kinds of NaN and the infinities differ, in words; None where they are the same."""
-    bad = ~given.isfinite() & truth.isfinite()
-    if bool(bad.any()):
-        return f"{int(bad.sum())} of {bad.numel()} elements are NaN or infinite where the truth is finite"
-    lost = given.isfinite() & ~truth.isfinite()
-    if bool(lost.any()):
-        return f"{int(lost.sum())} of {lost.numel()} elements are finite where the truth is NaN or infinite"
-    other = (given.isnan() != truth.isnan()) | (given.isposinf() != truth.isposinf())
-    if bool(other.any()):
-        return f"{int(other.sum())} of {other.numel()} elements are another kind of NaN or infinity than the truth"
-    return None
+    apart = (
+        (~given.isfinite() & truth.isfinite(), "NaN or infinite where the truth is finite"),
+        (given.isfinite() & ~truth.isfinite(), "finite where the truth is NaN or infinite"),
+        ((given.isnan() != truth.isnan()) | (given.isposinf() != truth.isposinf()),
+         "another kind of NaN or infinity than the truth"),
+    )  # fmt: skip
+    found = ((int(where.sum()), words) for where, words in apart)
+    return next((f"{count} of {given.numel()} elements are {words}" for count, words in found if count), None)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ how a deployed file is read; only where the file returns more than the model the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bnfold.errors import InputError
+from bnfold.gate.values import to_numpy
 from bnfold.graph.capture import Captured, input_shapes
 from bnfold.graph.names import number_names
 from bnfold.runtime.runtime import Session, ValueInfo
@@ -51,7 +52,7 @@ class _Input:
     shape: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype}[{', '.join('?' if not isinstance(n, int) else str(n) for n in self.shape)}]"
+        return f"{self.name} {self.dtype}[{', '.join(str(n) if isinstance(n, int) else '?' for n in self.shape)}]"
 
 
 def match(captured: Captured, session: Session, *, strict: bool = False, widened: bool = False) -> Match:
@@ -71,21 +72,17 @@ def match(captured: Captured, session: Session, *, strict: bool = False, widened
     if strict and taken <= {mine.name for mine in ours}:
         return Match(tuple((mine.index, mine.name) for mine in ours if mine.name in taken))
     pairs = _pair(ours, list(session.inputs))
-    notes: list[str] = []
     pinned: dict[str, int] = {}
     for mine, theirs in pairs:
-        fixed = _pins(mine, theirs)
-        assert fixed is not None
-        for symbol, size in fixed.items():
+        for symbol, size in (_pins(mine, theirs) or {}).items():
             if pinned.setdefault(symbol, size) != size:
                 listed = "; ".join(f"{_words(b)} for '{a.name}'" for a, b in pairs)
                 raise InputError(f"the file fixes sizes that the model needs to be equal: {listed}", hint=_ALIKE)
-    notes += _size_notes(captured, pinned)
-    unused = [mine.name for mine in ours if mine not in [a for a, _ in pairs]]
-    if unused:
+    sizes = [f"{captured.dims.get(symbol, symbol)} {size}" for symbol, size in pinned.items()]
+    notes = [f"the file is fixed at {', '.join(sizes)}, and judged at no other size"] if sizes else []
+    if unused := [mine.name for mine in ours if mine not in [a for a, _ in pairs]]:
         notes.append(f"the file does not take the model's {', '.join(unused)}")
-    renamed = [f"{mine.name} as '{theirs.name}'" for mine, theirs in pairs if mine.name != theirs.name]
-    if renamed:
+    if renamed := [f"{mine.name} as '{theirs.name}'" for mine, theirs in pairs if mine.name != theirs.name]:
         notes.append(f"the file takes {', '.join(renamed)}")
     cast = [f"{a.name} as {b.dtype}, the model as {a.dtype}" for a, b in pairs if a.dtype != b.dtype]
     if cast and not widened:
@@ -95,21 +92,13 @@ def match(captured: Captured, session: Session, *, strict: bool = False, widened
 
 
 def _inputs(captured: Captured) -> list[_Input]:
-    indices = {name: captured.names.index(name) for name in input_shapes(captured)}
     found = []
     for name, shape in input_shapes(captured).items():
-        dtype = captured.flat[indices[name]].dtype
+        index = captured.names.index(name)
+        dtype = captured.flat[index].dtype
         if dtype.is_complex:  # ONNX has pairs of reals
             dtype, shape = dtype.to_real(), (*shape, 2)
-        found.append(_Input(indices[name], name, _numpy(dtype), shape))
-    return found
-
-
-def _numpy(dtype: torch.dtype) -> np.dtype[Any]:
-    import ml_dtypes
-
-    name = str(dtype).removeprefix("torch.")
-    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+        found.append(_Input(index, name, to_numpy(torch.empty(0, dtype=dtype)).dtype, shape))
     return found
 
 
@@ -122,22 +111,23 @@ def _pair(ours: list[_Input], theirs: list[ValueInfo]) -> list[tuple[_Input, Val
             _check(mine, found[mine.index])
     left = [mine for mine in ours if mine.index not in found]
     free = [value for value in theirs if value.name not in {value.name for value in found.values()}]
+    both = f"(the file: {_listed(map(_words, theirs))}; the model: {_listed(map(str, ours))})"
     if len(free) > len(left):
         what = f"the file's inputs do not match the model's: it takes {len(theirs)}, the model {len(ours)}"
-        raise InputError(f"{what} ({_both(ours, theirs)})", hint=_ALIKE)
+        raise InputError(f"{what} {both}", hint=_ALIKE)
     while alone := _alone(left, free):
         mine, value = alone
         found[mine.index] = value
         left.remove(mine)
         free.remove(value)
-    if len(free) == len(left) and all(_fits(mine, value) for mine, value in zip(left, free)):
+    if len(free) == len(left) and all(map(_fits, left, free)):
         found |= {mine.index: value for mine, value in zip(left, free)}
     elif free:
-        fitting = [mine for mine in left if _fits(mine, free[0])]
         if len(left) == len(free) == 1:
             _check(left[0], free[0])
-        what = f"'{free[0].name}' fits {'more than one of' if fitting else 'none of'} the model's inputs"
-        raise InputError(f"the file's input {what} ({_both(ours, theirs)})", hint=_ALIKE)
+        many = "more than one" if any(_fits(mine, free[0]) for mine in left) else "none"
+        what = f"the file's input '{free[0].name}' fits {many} of the model's inputs"
+        raise InputError(f"{what} {both}", hint=_ALIKE)
     return [(mine, found[mine.index]) for mine in ours if mine.index in found]
 
 
@@ -212,11 +202,6 @@ def _pins(mine: _Input, theirs: ValueInfo) -> dict[str, int] | None:
     return pins
 
 
-def _size_notes(captured: Captured, pinned: Mapping[str, int]) -> list[str]:
-    sizes = [f"{captured.dims.get(symbol, symbol)} {size}" for symbol, size in pinned.items()]
-    return [f"the file is fixed at {', '.join(sizes)}, and judged at no other size"] if sizes else []
-
-
 def _outputs(captured: Captured, session: Session) -> tuple[tuple[str, ...] | None, list[str]]:
     ours, theirs = number_names(captured.program), [value.name for value in session.outputs]
     if len(theirs) <= len(ours):
@@ -231,8 +216,8 @@ def _outputs(captured: Captured, session: Session) -> tuple[tuple[str, ...] | No
     ]
 
 
-def _both(ours: Sequence[_Input], theirs: Sequence[ValueInfo]) -> str:
-    return f"the file: {'; '.join(map(_words, theirs)) or 'none'}; the model: {'; '.join(map(str, ours)) or 'none'}"
+def _listed(words: Iterable[str]) -> str:
+    return "; ".join(words) or "none"
 
 
 def _words(value: ValueInfo) -> str:

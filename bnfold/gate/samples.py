@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +56,10 @@ class Batch:
 
 
 def batches(
-    program: ExportedProgram,
-    names: Sequence[str],
-    example: Sequence[Any],
-    *,
-    samples: int = 16,
-    seed: int = 0,
-    data: Mapping[str, Rows] | None = None,
-    sizes: Sizes | None = None,
-    pinned: Mapping[str, int] | None = None,
-    runs: int = 1,
-    affordable: int = 0,
-    dear: bool = False,
-) -> list[Batch]:
+    program: ExportedProgram, names: Sequence[str], example: Sequence[Any], *, samples: int = 16, seed: int = 0,
+    data: Mapping[str, Rows] | None = None, sizes: Sizes | None = None, pinned: Mapping[str, int] | None = None,
+    runs: int = 1, affordable: int = 0, dear: bool = False,
+) -> list[Batch]:  # fmt: skip
     """Batches of inputs for the program's user inputs ``names``, at least ``samples`` samples in all.
 
     Args:
@@ -86,75 +77,65 @@ def batches(
         affordable: how many samples are made in any case where they can be one batch.
         dear: few samples, because each takes long.
     """
-    inputs = [n for n in program.graph.nodes if n.name in set(names) and _is_tensor(n)]
-    shapes = {n.name: n.meta["val"].shape for n in inputs}
-    limits = {n.name: index_limits(n) for n in inputs if not n.meta["val"].is_floating_point()}
-    symbols = _symbols(shapes)
-    batch = next((s for shape in shapes.values() for s in shape[:1] if isinstance(s, torch.SymInt)), None)
-    batch_symbol = batch.node.expr if batch is not None and batch.node.expr.is_symbol else None
-    generator = torch.Generator().manual_seed(seed)
-    made: list[Batch] = []
-    offset = 0
-    known = sizes or Sizes()
-    limit = known.ranges.get(str(batch_symbol))
-    leads = {symbol: known.alike.get(str(symbol), str(symbol)) for symbol in symbols}
-    others = list(_other_sizes({s: n for s, n in symbols.items() if leads[s] == str(s)}, batch_symbol, known))
-    only: dict[Any, int] = {}
+    inputs = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in set(names)}
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    limits = {n.name: index_limits(n) for n in program.graph.nodes
+              if n.name in inputs and not inputs[n.name].is_floating_point()}  # fmt: skip
+    first = next((s for value in inputs.values() for s in value.shape[:1] if isinstance(s, torch.SymInt)), None)
+    batch = str(first.node.expr) if first is not None and first.node.expr.is_symbol else None
+    symbols, known = _symbols(value.shape for value in inputs.values()), sizes or Sizes()
+    leads = {symbol: known.alike.get(symbol, symbol) for symbol in symbols}
+    others = list(_other_sizes({s: n for s, n in symbols.items() if leads[s] == s}, batch, known))
+    only = {leads[symbol]: size for symbol, size in (pinned or {}).items() if symbol in leads}
     if pinned:
-        leaders = {str(symbol): symbol for symbol in symbols}
-        only = {leaders[leads[symbol]]: pinned[str(symbol)] for symbol in symbols if str(symbol) in pinned}
         others = [dict(each) for each in dict.fromkeys(tuple({**each, **only}.items()) for each in others)]
-    known_batch, pinned_batch = batch_symbol is not None, only.get(batch_symbol)
-    samples = max(samples, MIN_SAMPLES, affordable if known_batch and pinned_batch is None else 0)
-    plan = _plan(samples, limit, pinned_batch, known=known_batch, dear=dear)
+    pinned_batch = only.get(batch or "")
+    samples = max(samples, MIN_SAMPLES, affordable if batch is not None and pinned_batch is None else 0)
+    plan = _plan(samples, known.ranges.get(batch or ""), pinned_batch, known=batch is not None, dear=dear)
     # Many samples at once have the example's sizes, so that none are many of the largest.
     small = sum(count <= MIN_SAMPLES for count, _ in plan)
     plan += [(plan[0][0], ("ordinary",))] * max(len(others) - small, runs - len(plan))
-    sizes_in_turn = itertools.cycle(others)
+    sizes_in_turn, generator = itertools.cycle(others), torch.Generator().manual_seed(seed)
+    made: list[Batch] = []
+    offset = 0
     for i, (count, kinds) in enumerate(plan):
         provoking = kinds != ("ordinary",)
         taken = next(sizes_in_turn) if count <= MIN_SAMPLES else others[0]
-        chosen = {**taken, **({batch_symbol: count} if batch_symbol is not None else {})}
-        by_name = {str(symbol): size for symbol, size in chosen.items()}
-        now = {symbol: by_name[lead] for symbol, lead in leads.items() if lead in by_name}
-        scale_at = 0 if data is None else offset
-        flat = []
+        chosen = {**taken, **({batch: count} if batch is not None else {})}
+        now = {symbol: chosen[lead] for symbol, lead in leads.items() if lead in chosen}
+        flat: list[Any] = []
         for name, leaf in zip(names, example):
-            if name not in shapes or not isinstance(leaf, Tensor):
+            if name not in inputs or not isinstance(leaf, Tensor):
                 flat.append(leaf)
-            elif data is not None and name in data and not (provoking and leaf.is_floating_point()):
-                rows = _rows(data[name], leaf, offset, count, batch_symbol is not None)
-                flat.append(_resized(rows, [_size(s, now) for s in shapes[name]]))
-            else:
-                shape = [_size(s, now) for s in shapes[name]]
-                batched = batch_symbol is not None and bool(shape) and shape[0] == count
-                legal = [(_size(rows, now), shift) for rows, shift in limits.get(name, ())]
-                made_now = draw(shape, leaf, generator, scale_at if batched else None, i, legal)
-                flat.append(provoke(made_now, leaf, kinds, generator, batched=batched) if provoking else made_now)
+                continue
+            shape = [_size(size, now) for size in inputs[name].shape]
+            if data is not None and name in data and not (provoking and leaf.is_floating_point()):
+                flat.append(_resized(_rows(data[name], leaf, offset, count, batch is not None), shape))
+                continue
+            batched = batch is not None and bool(shape) and shape[0] == count
+            legal = [(_size(rows, now), shift) for rows, shift in limits.get(name, ())]
+            drawn = draw(shape, leaf, generator, (0 if data is None else offset) if batched else None, i, legal)
+            flat.append(provoke(drawn, leaf, kinds, generator, batched=batched) if provoking else drawn)
         offset += 0 if provoking else count
-        words = ", ".join(f"{symbol}={size}" for symbol, size in chosen.items() if symbol != batch_symbol)
-        origin = f"{kinds[0]} inputs" if len(kinds) == 1 and provoking else "mixed inputs" if provoking else ""
-        made.append(Batch(tuple(flat), count if batch_symbol is not None else 0, words, origin))
+        words = ", ".join(f"{symbol}={size}" for symbol, size in chosen.items() if symbol != batch)
+        origin = f"{kinds[0] if len(kinds) == 1 else 'mixed'} inputs" if provoking else ""
+        made.append(Batch(tuple(flat), count if batch is not None else 0, words, origin))
     return made
 
 
-def _is_tensor(node: torch.fx.Node) -> bool:
-    return node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
-
-
-def _symbols(shapes: Mapping[str, Sequence[Any]]) -> dict[Any, int]:
+def _symbols(shapes: Iterable[Sequence[Any]]) -> dict[str, int]:
     """Every symbol in the shapes with its size in the example; ``8*h`` in a shape makes ``h`` one of them."""
     import sympy  # takes long, and no file has symbols of its
 
-    found: dict[Any, int] = {}
-    sizes = [size for shape in shapes.values() for size in shape if isinstance(size, torch.SymInt)]
+    found: dict[str, int] = {}
+    sizes = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
     for size in sorted(sizes, key=lambda size: not size.node.expr.is_symbol):
         symbols = size.node.expr.free_symbols
         if len(symbols) == 1 and size.node.has_hint():
             (symbol,) = symbols
             solved = sympy.solve(size.node.expr - int(size.node.hint), symbol)
             if len(solved) == 1 and solved[0].is_Integer:
-                found.setdefault(symbol, int(solved[0]))
+                found.setdefault(str(symbol), int(solved[0]))
     return found
 
 
@@ -203,9 +184,14 @@ def _is_image(values: Tensor) -> bool:
     return values.ndim in (4, 5) and (values.shape[1] in (1, 3, 4) or values.shape[-1] in (1, 3, 4))
 
 
+def _one_each(values: Tensor) -> Tensor:
+    """The first value of every channel."""
+    return values[tuple(slice(None) if axis < 2 else slice(0, 1) for axis in range(values.ndim))]
+
+
 def _bytes(values: Tensor, generator: torch.Generator) -> Tensor:
     """Whole numbers up to 255, the same all over a channel; of what is no image, up to 1."""
-    channel = values[tuple(slice(None) if axis < 2 else slice(0, 1) for axis in range(values.ndim))]
+    channel = _one_each(values)
     top = 255.0 if _is_image(values) else 1.0
     numbers = (_random(channel, generator) * top).round() if top > 1 else _random(channel, generator)
     numbers = torch.where(torch.arange(numbers.numel()).reshape(numbers.shape) == 0, top, numbers)
@@ -227,9 +213,7 @@ _KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "ordinary": lambda values, generator: values,
     "binary": lambda values, generator: (_random(values, generator) > 0.5).to(values.dtype),
     "unit": lambda values, generator: _random(values, generator).to(values.dtype),
-    "channel": lambda values, generator: values[
-        tuple(slice(None) if axis < 2 else slice(0, 1) for axis in range(values.ndim))
-    ].expand(values.shape).contiguous(),
+    "channel": lambda values, generator: _one_each(values).expand(values.shape).contiguous(),
     "bytes": _bytes,
     "sparse": _sparse,
     "faint": lambda values, generator: (_sparse(values, generator) * 0.05).clamp(max=0.25),
@@ -237,30 +221,30 @@ _KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }  # fmt: skip
 
 
-def _other_sizes(symbols: Mapping[Any, int], batch: Any, known: Sizes) -> Iterator[dict[Any, int]]:
+def _other_sizes(symbols: Mapping[str, int], batch: str | None, known: Sizes) -> Iterator[dict[str, int]]:
     """Sizes of everything but the batch: the example's, and others that the program takes."""
-    others = {s: n for s, n in symbols.items() if s != batch}
+    others = {symbol: n for symbol, n in symbols.items() if symbol != batch}
     yield dict(others)
-    beside = {str(batch): symbols[batch]} if batch in symbols else {}
+    beside = {symbol: n for symbol, n in symbols.items() if symbol == batch}
 
-    def taken(wanted: Mapping[Any, float]) -> Iterator[dict[Any, int]]:
-        found: dict[Any, int] = {}
-        for symbol, size in wanted.items():
-            low, high = known.ranges.get(str(symbol), (1, None))
-            near = known.near(str(symbol), max(int(size), low) if high is None else min(max(int(size), low), high))
+    def taken(wanted: Iterable[float]) -> Iterator[dict[str, int]]:
+        found: dict[str, int] = {}
+        for symbol, size in zip(others, wanted):
+            low, high = known.ranges.get(symbol, (1, None))
+            near = known.near(symbol, max(int(size), low) if high is None else min(max(int(size), low), high))
             found[symbol] = others[symbol] if near is None else near
-        if found and known.takes({**beside, **{str(symbol): size for symbol, size in found.items()}}):
+        if found and known.takes({**beside, **found}):
             yield found
 
     # No multiple of anything, with other remainders: padding to a multiple, strides and unrolled loops show there.
-    yield from taken({symbol: n + 1 + 2 * (i % 2) for i, (symbol, n) in enumerate(others.items())})
-    yield from taken({symbol: _prime(n + 3 + 10 * (i % 2)) for i, (symbol, n) in enumerate(others.items())})
+    yield from taken(n + 1 + 2 * (i % 2) for i, n in enumerate(others.values()))
+    yield from taken(_prime(n + 3 + 10 * (i % 2)) for i, n in enumerate(others.values()))
     for turn in range(len(FACTORS)):
         factors = (FACTORS[turn], FACTORS[turn - 1]) if turn else (FACTORS[0], FACTORS[0])
-        yield from taken({symbol: n * factors[i % 2] for i, (symbol, n) in enumerate(others.items())})
-    declared = [symbol for symbol in others if known.ranges.get(str(symbol), (1, None))[1] is not None]
+        yield from taken(n * factors[i % 2] for i, n in enumerate(others.values()))
+    declared = [symbol for symbol in others if known.ranges.get(symbol, (1, None))[1] is not None]
     for end in (0, FAR) if declared else ():
-        yield from taken({**others, **{symbol: others[symbol] * end for symbol in declared}})
+        yield from taken(n * end if symbol in declared else n for symbol, n in others.items())
 
 
 def _prime(least: int) -> int:
@@ -268,10 +252,13 @@ def _prime(least: int) -> int:
     return next(n for n in itertools.count(max(least, 2)) if all(n % d for d in range(2, math.isqrt(n) + 1)))
 
 
-def _size(size: Any, sizes: Mapping[Any, int]) -> int:
+def _size(size: Any, sizes: Mapping[str, int]) -> int:
+    if isinstance(size, int):
+        return size
     import sympy
 
-    return size if isinstance(size, int) else int(sympy.sympify(size.node.expr).subs(sizes))
+    found = sympy.sympify(size.node.expr)
+    return int(found.subs({symbol: sizes[str(symbol)] for symbol in found.free_symbols if str(symbol) in sizes}))
 
 
 def _rows(rows: Rows, leaf: Tensor, offset: int, count: int, batched: bool) -> Tensor:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -119,10 +119,10 @@ def open_arrays(path: Path) -> dict[str, Rows]:
     require_file(path)
     try:
         with path.open("rb") as file:
-            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):
-                raise ValueError("it is neither .npz nor .npy")
-            archived = file.seek(0) == 0 and file.read(2) == b"PK"
-        if not archived:
+            begins = file.read(6)
+        if not begins.startswith((b"PK", b"\x93NUMPY")):
+            raise ValueError("it is neither .npz nor .npy")
+        if not begins.startswith(b"PK"):
             return {"": _header(path, None, path.stat().st_size)}
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
@@ -135,9 +135,8 @@ def in_order(rows: Rows, size: int) -> Generator[np.ndarray]:
     """All of ``rows``, ``size`` at a time."""
     if isinstance(rows, Stored):
         yield from rows.in_order(size)
-        return
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+    else:
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _header(path: Path, member: str | None, size: int) -> Rows:
@@ -146,27 +145,22 @@ def _header(path: Path, member: str | None, size: int) -> Rows:
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
             raise ValueError(f"version {version} of the format")
-        shape, fortran, dtype = _described(read, file)
+        try:
+            shape, fortran, dtype = read(file)
+        except Exception as error:  # the header is parsed as Python, which raises anything
+            raise ValueError("its header is damaged") from error
         offset = file.tell()
         if any(size < 0 for size in shape):
             raise ValueError(f"a shape of {shape}")
         if dtype.hasobject:
             hint = "Save arrays of numbers with numpy.savez; bnfold unpickles nothing from a data file"
             raise InputError("the file holds Python objects, no plain arrays", where=str(path), hint=hint)
-        if offset + math.prod(shape) * dtype.itemsize != size:
-            raise ValueError(f"{size} bytes instead of {offset + math.prod(shape) * dtype.itemsize}")
+        if (whole := offset + math.prod(shape) * dtype.itemsize) != size:
+            raise ValueError(f"{size} bytes instead of {whole}")
         if fortran and len(shape) > 1:  # its rows are scattered all over the file, so it is read as a whole
             flat = np.frombuffer(bytearray(file.read()), dtype)
             return np.ascontiguousarray(flat.reshape(shape, order="F"), dtype.newbyteorder("="))
     return Stored(path, member, shape, dtype, offset)
-
-
-def _described(read: Callable[[IO[bytes]], Any], file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    try:
-        found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(file)
-        return found
-    except Exception as error:  # the header is parsed as Python, which raises anything
-        raise ValueError("its header is damaged") from error
 
 
 @contextlib.contextmanager
