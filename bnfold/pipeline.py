@@ -36,7 +36,7 @@ from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import Run, compared, expect, fold_captured, judging, model_facts, opset, refuse_nonfinite, traced
 from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scheme, measure
-from bnfold.statistics.diagnose import captured_failure, examine, worst_first
+from bnfold.statistics.diagnose import examine
 from bnfold.statistics.schemes import Spread
 
 
@@ -239,7 +239,7 @@ def inspect(
         return plan_file(model, options)
     model = model if isinstance(model, ExportedProgram) else unwrapped(model)
     run = Run(model, args, kwargs, dynamic_shapes, options)
-    planned, captured, missing = None, None, list[Any]()
+    planned, captured, failure = None, None, None
     try:
         run = run.with_inputs()
     except (CaptureError, InputError) as error:
@@ -250,13 +250,13 @@ def inspect(
             folded, _, _ = planning.prepare()
             planned, captured = planning.report("plan", folded), folded.captured
         except CaptureError as error:
-            missing.append(captured_failure(error))
+            failure = error
     with run.clock("health"):
-        found = examine(model, run.args, run.kwargs, captured=captured, data=options.data, progress=options.progress)
-    return Diagnosis(
-        model_facts(options, model), found.norms, worst_first((*found.findings, *missing)), planned,
-        found.samples, (*run.notes, *found.notes),
-    )  # fmt: skip
+        found = examine(
+            model, run.args, run.kwargs, captured=captured, failure=failure, data=options.data,
+            progress=options.progress,
+        )  # fmt: skip
+    return replace(found, source=model_facts(options, model), plan=planned, notes=(*run.notes, *found.notes))
 
 
 @public

@@ -19,8 +19,8 @@ import difflib
 import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from bnfold.errors import InputError, UsageError
 from bnfold.graph.copies import copied, eval_copy
 from bnfold.report import CalibratedLayer
 from bnfold.report.progress import Progress, silent
-from bnfold.statistics.batches import Batches, rereadable
+from bnfold.statistics.batches import Batch, Batches, rereadable
 from bnfold.statistics.batchnorms import (
     EPS,
     STATISTICS,
@@ -139,7 +139,7 @@ class Scratch:
     owner: Mapping[str, str]  #: those and all that share their statistics, each with the one it goes by.
     targets: Mapping[str, Sequence[nn.Module]]  #: the modules that go by one, by its name.
     like: Mapping[str, Tensor]  #: of those that had no statistics, a tensor of the dtype and device for them.
-    before: Mapping[str, tuple[Tensor, Tensor] | None]  #: the statistics that were there.
+    before: Mapping[str, tuple[Tensor, ...]]  #: the statistics that were there.
 
     @classmethod
     def of(cls, model: nn.Module, only: str | Sequence[str] | None) -> Scratch:
@@ -148,19 +148,19 @@ class Scratch:
         Raises:
             InputError, CaptureError, UsageError: see ``calibrate``.
         """
-        asked = chosen(model, only)
-        owner = _owners(model, asked)
+        asked, owner = _asked(model, only)
         scratch = eval_copy(model)
         modules = dict(scratch.named_modules())
         targets: dict[str, list[nn.Module]] = {}
         for name, first in owner.items():
             targets.setdefault(first, []).append(modules[name])
-        before = {name: _statistics(norms[0]) for name, norms in targets.items()}
-        like: dict[str, Tensor] = {}
+        before, like = dict[str, tuple[Tensor, ...]](), dict[str, Tensor]()
         for name, (norm, *_) in targets.items():
             if lacks_statistics(norm):
                 like[name] = statistics_like(norm, scratch)
                 keep_statistics(norm, like[name])
+            else:
+                before[name] = tuple(getattr(norm, each).detach().double().flatten().clone() for each in STATISTICS)
         return cls(scratch, asked, owner, targets, like, before)
 
     def observe(self, turn: Pass, read: Read, progress: Progress) -> Seen:
@@ -187,9 +187,8 @@ def measure(
     if scheme not in ("sequential", "one-pass"):
         raise UsageError(f"there is no scheme {scheme!r}", hint="There are 'sequential' and 'one-pass'")
     why = "the sequential scheme reads them once per level of BatchNorms"
-    # One reading is all that one pass needs, so a generator will do.
-    read = (lambda: iter(batches)) if scheme == "one-pass" and isinstance(batches, Iterator) else None
-    read = read or rereadable(batches, why)
+    once = scheme == "one-pass" and isinstance(batches, Iterator)  # one reading is all that it needs
+    read = (lambda: iter(cast("Iterator[Batch]", batches))) if once else rereadable(batches, why)
     scratch = Scratch.of(model, only)
     passes = {"sequential": sequential, "one-pass": one_pass}[scheme]
     plan, moments, first = passes(spread or (lambda turn: [scratch.observe(turn, read, progress)]))
@@ -199,7 +198,7 @@ def measure(
     owner, targets = scratch.owner, scratch.targets
     turns = {site.module: turn for turn, wave in enumerate(plan.waves, 1) for site in wave}
     layers = tuple(
-        _layer(name, targets[name][0], moments[name], plan.calls(name), turns[name], scratch.before[name])
+        _layer(name, targets[name][0], moments[name], plan.calls(name), turns[name], scratch.before.get(name))
         for name in sorted(moments, key=turns.__getitem__)
     )
     unreached = tuple(name for name in scratch.asked if owner[name] not in moments)
@@ -208,38 +207,20 @@ def measure(
     return Measured(every, layers, len(plan.waves), first.batches, unreached, plan.circular, gained, first.rows)
 
 
-def chosen(model: nn.Module, only: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the BatchNorms to measure, in the model's order.
-
-    Raises:
-        InputError: the model has none.
-        UsageError: a pattern fits none.
-    """
-    norms = _measurable(model)
+def _asked(model: nn.Module, only: str | Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of the BatchNorms to measure, and of all that share their statistics, each with the one it goes by."""
+    instance_norm = nn.modules.instancenorm._InstanceNorm
+    norms = {name: norm for name, norm in batch_norms(model).items() if not isinstance(norm, instance_norm)}
     if not norms:
         raise InputError("the model has no BatchNorm", hint="There is nothing to calibrate")
-    if only is None:
-        return tuple(norms)
-    patterns = (only,) if isinstance(only, str) else tuple(only)
+    patterns = ("*",) if only is None else (only,) if isinstance(only, str) else tuple(only)
     for pattern in patterns:
         if not fnmatch.filter(norms, pattern):
             near = difflib.get_close_matches(pattern, norms, n=3, cutoff=0.4) or list(norms)[:3]
             raise UsageError(f"no BatchNorm is called {pattern!r}", where="only", hint=f"There are {', '.join(near)}")
-    return tuple(name for name in norms if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def _measurable(model: nn.Module) -> dict[str, nn.Module]:
-    instance_norm = nn.modules.instancenorm._InstanceNorm
-    return {name: norm for name, norm in batch_norms(model).items() if not isinstance(norm, instance_norm)}
-
-
-def _owners(model: nn.Module, asked: Sequence[str]) -> dict[str, str]:
-    """The BatchNorms that ``asked`` are about and those that share their statistics, each with the one they go by."""
-    norms = _measurable(model)
+    asked = tuple(name for name in norms if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
     first = sharers(norms)
-    known: dict[str, str] = {}
-    for name in asked:
-        known.setdefault(first[name], name)
+    known = {first[name]: name for name in reversed(asked)}
     owner = {name: known[first[name]] for name in norms if first[name] in known}
     for name in owner:
         if isinstance(norms[name], torch.jit.ScriptModule):
@@ -247,27 +228,18 @@ def _owners(model: nn.Module, asked: Sequence[str]) -> dict[str, str]:
         if why := without_numbers(norms[name]):
             hint = "Calibrate a model with real weights, or leave this layer out (only=, --only)"
             raise InputError(f"layer '{name}' is {why}", hint=hint)
-    return owner
+    return asked, owner
 
 
 def _layer(
-    name: str, norm: nn.Module, new: Moments, calls: int, turn: int, before: tuple[Tensor, Tensor] | None
+    name: str, norm: nn.Module, new: Moments, calls: int, turn: int, before: tuple[Tensor, ...] | None
 ) -> CalibratedLayer:
-    channels = len(new.mean)
+    layer = CalibratedLayer(name, len(new.mean), new.count, calls, turn, before is not None)
     if before is None:
-        return CalibratedLayer(name, channels, new.count, calls, turn, had_statistics=False)
+        return layer
     mean, variance = before
     eps = EPS if (known := eps_of(norm)) is None else known
     wide = (new.variance + eps).abs()
-    moved = float(((mean - new.mean).abs() / wide.sqrt()).max())
     ratio = (variance + eps) / wide
-    return CalibratedLayer(
-        name, channels, new.count, calls, turn, True, moved, float(torch.maximum(ratio, 1 / ratio).max())
-    )  # fmt: skip
-
-
-def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    if lacks_statistics(norm):
-        return None
-    mean, variance = (getattr(norm, name).detach().double().flatten().clone() for name in STATISTICS)
-    return mean, variance
+    moved = float(((mean - new.mean).abs() / wide.sqrt()).max())
+    return replace(layer, moved=moved, stretched=float(torch.maximum(ratio, 1 / ratio).max()))

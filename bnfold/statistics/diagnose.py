@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bnfold.errors import BnfoldError
+from bnfold.errors import CaptureError
 from bnfold.gate.data import load_data, select, stored_batches
 from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.copies import eval_copy
 from bnfold.graph.interpret import Runner
-from bnfold.report import FINDINGS, Finding, NormHealth
+from bnfold.report import FINDINGS, Diagnosis, Finding
 from bnfold.report.progress import Progress, silent
 from bnfold.statistics.batches import call, data_batches
 from bnfold.statistics.batchnorms import (
@@ -39,31 +39,23 @@ BATCH = 32
 _SEVERITIES = ("error", "warning", "note")
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What was found: every BatchNorm, what is wrong, how many samples were looked at, and what could not be."""
-
-    norms: tuple[NormHealth, ...]
-    findings: tuple[Finding, ...]
-    samples: int = 0
-    notes: tuple[str, ...] = ()
-
-
 def examine(
     model: nn.Module | ExportedProgram,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     captured: Captured | None = None,
+    failure: CaptureError | None = None,
     data: Path | str | Mapping[str, Any] | None = None,
     progress: Progress = silent,
-) -> Examined:
-    """Examines every BatchNorm; ``model`` is not touched.
+) -> Diagnosis:
+    """Examines every BatchNorm, without a source or a fold plan; ``model`` is not touched.
 
     Args:
         model: a module in any mode, or a program, of which only the graph's normalisations can be known.
         args: positional example inputs, to see which layers are called; None leaves that out.
         captured: the captured model, for what belongs to no module (``torch.nn.functional.batch_norm``).
+        failure: why there is none, which is a finding.
         data: samples to compare running statistics with, as for ``load_data``.
         progress: told how many samples are done.
 
@@ -71,7 +63,6 @@ def examine(
         InputError: the data cannot be read, or the model fails on it.
     """
     notes: list[str] = []
-    program = captured.program if captured is not None else None
     in_graph = [] if captured is None else program_layers(captured.program, captured.masters)
     if isinstance(model, ExportedProgram):
         layers = in_graph
@@ -80,7 +71,7 @@ def examine(
         layers = _joined(model, module_layers(model, calls), in_graph)
         whys = {name: without_numbers(norm) for name, norm in _norms(model).items()}
         notes += [f"layer '{name}' is {why}: it was not looked at" for name, why in whys.items() if why]
-    found = findings(layers)
+    found = findings(layers) + ([] if failure is None else [Finding("not-captured", ("",), str(failure))])
     samples = 0
     if data is not None and any(layer.shapeless for layer in layers):
         notes.append("a model with lazy layers cannot be run yet: nothing was compared with the data")
@@ -88,14 +79,14 @@ def examine(
         sampled: dict[Layer, Sampled] = {}
         if isinstance(model, nn.Module):
             samples = _feed_module(model, data, [layer for layer in layers if not layer.inputs], sampled, progress)
-        if captured is not None and program is not None:
+        if captured is not None:
             of_graph = [layer for layer in layers if layer.inputs]
             samples = _feed_program(captured, data, of_graph, sampled, progress) if of_graph else samples
         layers, far = _compared(layers, sampled)
         found += far
         if samples <= FREEDOM:
             notes.append(f"{samples} of {FREEDOM + 1} samples at least: too few to call any statistics far")
-    return Examined(tuple(layer.health for layer in layers), worst_first(found), samples, tuple(notes))
+    return Diagnosis({}, tuple(layer.health for layer in layers), worst_first(found), None, samples, tuple(notes))
 
 
 def worst_first(found: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -236,8 +227,3 @@ def _compared(layers: list[Layer], sampled: Mapping[Layer, Sampled]) -> tuple[li
             )
             found += channel_findings("statistics-far", layer, far, words)
     return result, found
-
-
-def captured_failure(error: BnfoldError) -> Finding:
-    """The finding that there is no fold plan, with the reason."""
-    return Finding("not-captured", ("",), str(error))
