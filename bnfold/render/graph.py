@@ -39,9 +39,8 @@ LOOKS: dict[Fate | Literal["wrong"], tuple[str, str, str, str]] = {
 def legend(graph: Sequence[Operator], wrong: Collection[str] = ()) -> str:
     """The signs and lines of a picture of this graph in words."""
     there = {_look(operator, wrong) for operator in graph}
-    return "; ".join(
-        f"{sign} {line}: {words}" for fate, (sign, _, line, words) in LOOKS.items() if sign and fate in there
-    )
+    looks = [look for fate, look in LOOKS.items() if fate in there]
+    return "; ".join(f"{sign} {line}: {words}" for sign, _, line, words in looks if sign)
 
 
 def picture(graph: Sequence[Operator], wrong: Collection[str] = ()) -> str | None:
@@ -90,23 +89,14 @@ def _each(graph: Sequence[Operator], wrong: Collection[str]) -> Iterator[str]:
     """A node per operator, a box per module that has several."""
     above = {operator.module.rpartition(".")[0] for operator in graph}  # what such a module does itself is in its box
     homes = [o.module if o.module in above else o.module.rpartition(".")[0] for o in graph]
-    counts = Counter(homes)
-    yield from _head()
-    for number, home in enumerate(dict.fromkeys(homes)):
-        boxed = home and counts[home] > 1
-        if boxed:
-            yield f"subgraph cluster_{number} {{ label={_quoted(home)}; tooltip={_quoted(home)};"
-        for i, operator in enumerate(graph):
-            if homes[i] == home:
-                sign, colour, style, words = LOOKS[_look(operator, wrong)]
-                own = operator.module[len(home) + 1 :] if boxed else operator.module
-                lines = [f"{sign} {operator.kind}".strip(), *([own] if own and own != operator.kind else [])]
-                yield _node(i, lines, colour, style, f"{operator.module or operator.kind}: {words}", operator.kind)
-        if boxed:
-            yield "}"
-    for i, operator in enumerate(graph):
-        yield from (f"n{j} -> n{i};" for j in operator.reads)
-    yield "}"
+    boxed = {home for home, count in Counter(homes).items() if home and count > 1}
+    nodes = []
+    for i, (operator, home) in enumerate(zip(graph, homes)):
+        sign, colour, style, words = LOOKS[_look(operator, wrong)]
+        own = operator.module[len(home) + 1 :] if home in boxed else operator.module
+        lines = [f"{sign} {operator.kind}".strip(), *([own] if own and own != operator.kind else [])]
+        nodes.append(_node(i, lines, colour, style, f"{operator.module or operator.kind}: {words}", operator.kind))
+    return _drawn(nodes, homes, boxed, ((j, i) for i, operator in enumerate(graph) for j in operator.reads))
 
 
 def _boxes(graph: Sequence[Operator], wrong: Collection[str]) -> Iterator[str]:
@@ -116,28 +106,19 @@ def _boxes(graph: Sequence[Operator], wrong: Collection[str]) -> Iterator[str]:
         (found for depth in depths if len(set(found := [_at(o, depth) for o in graph])) <= BOXES),
         [operator.kind if operator.kind in ("input", "output") else "" for operator in graph],
     )
-    names = list(dict.fromkeys(homes))
+    place = {name: i for i, name in enumerate(dict.fromkeys(homes))}
     ends = {home for home, operator in zip(homes, graph) if operator.kind in ("input", "output")}
-    parents = {name: name.rpartition(".")[0] for name in names}
-    yield from _head()
-    for number, parent in enumerate(dict.fromkeys(parents.values())):
-        if parent:
-            yield f"subgraph cluster_{number} {{ label={_quoted(parent)}; tooltip={_quoted(parent)};"
-        for i, name in enumerate(names):
-            if parents[name] == parent:
-                fates = Counter(_look(operator, wrong) for operator, home in zip(graph, homes) if home == name)
-                _, colour, style, _ = LOOKS[next(fate for fate in LOOKS if fates[fate])]
-                told = [f"{LOOKS[fate][0]} {count} {fate}" for fate, count in fates.items() if fate != "kept"]
-                own = name[len(parent) + 1 :] if parent else name
-                outside = name in ends
-                lines = [own or "the model", *([] if outside else [plural(sum(fates.values()), "operator")]), *told]
-                yield _node(i, lines, colour, style, name or "the model", name)
-        if parent:
-            yield "}"
-    place = {name: i for i, name in enumerate(names)}
+    parents = [name.rpartition(".")[0] for name in place]
+    nodes = []
+    for (name, i), parent in zip(place.items(), parents):
+        fates = Counter(_look(operator, wrong) for operator, home in zip(graph, homes) if home == name)
+        _, colour, style, _ = LOOKS[next(fate for fate in LOOKS if fates[fate])]
+        told = [f"{LOOKS[fate][0]} {count} {fate}" for fate, count in fates.items() if fate != "kept"]
+        own = name[len(parent) + 1 :] if parent else name
+        lines = [own or "the model", *([] if name in ends else [plural(sum(fates.values()), "operator")]), *told]
+        nodes.append(_node(i, lines, colour, style, name or "the model", name))
     edges = {(place[homes[j]], place[homes[i]]) for i, operator in enumerate(graph) for j in operator.reads}
-    yield from (f"n{j} -> n{i};" for j, i in sorted(edges) if i != j)
-    yield "}"
+    return _drawn(nodes, parents, {*parents} - {""}, (edge for edge in sorted(edges) if edge[0] != edge[1]))
 
 
 def _at(operator: Operator, depth: int) -> str:
@@ -145,12 +126,21 @@ def _at(operator: Operator, depth: int) -> str:
     return ".".join(operator.module.split(".")[:depth]) or operator.kind
 
 
-def _head() -> Iterator[str]:
+def _drawn(
+    nodes: Sequence[str], homes: Sequence[str], boxed: Collection[str], edges: Iterable[tuple[int, int]]
+) -> Iterator[str]:
+    """Nodes by their homes, some of which are boxes, and the lines from one to the other."""
     yield "digraph { bgcolor=transparent; nodesep=0.15; ranksep=0.22; labeljust=l; margin=0.05;"
     yield f'fontname="Courier,monospace"; fontsize=11; color="{_LINE}"; fontcolor="{_MUTED}"; pad=0.05;'
     yield f'node [shape=box, fontname="Courier,monospace", fontsize=11, fontcolor="{_INK}", height=0.1];'
     yield 'node [margin="0.08,0.04"];'
     yield f'edge [color="{_MUTED}", arrowsize=0.5, penwidth=0.8];'
+    for number, home in enumerate(dict.fromkeys(homes)):
+        box = f"subgraph cluster_{number} {{ label={_quoted(home)}; tooltip={_quoted(home)};"
+        inside = [node for node, its in zip(nodes, homes) if its == home]
+        yield from [box, *inside, "}"] if home in boxed else inside
+    yield from (f"n{j} -> n{i};" for j, i in edges)
+    yield "}"
 
 
 def _node(number: int, lines: Sequence[str], colour: str, style: str, told: str, kind: str) -> str:
