@@ -49,8 +49,7 @@ def _named(size: Any, dims: Mapping[str, str]) -> int | str:
 def renamed(options: Options, captured: Captured) -> dict[str, Any]:
     """The names that the user wants in the file, as ``lower`` takes them.
 
-    Raises:
-        UsageError: too many or too few, one twice, or one that another of the model's has.
+    UsageError where they are too many or too few, one is there twice, or is that of another of the model's.
     """
     found: dict[str, Any] = {}
     for option, own in (

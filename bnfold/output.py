@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def file_metadata(options: Options, ledger: Ledger) -> dict[str, str]:
-    """What the file says about where it comes from, and what was folded in it.
-
-    Raises:
-        UsageError: the user's own entries have a key of bnfold's.
-    """
+    """What the file says of where it comes from, and what was folded; UsageError where a key is bnfold's own."""
     gone, total = ledger.count()
     made = ["folded", *(["merged"] if options.merge else []), *(["equalised"] if options.equalize else [])]
     found = {

@@ -137,11 +137,7 @@ class Job:
             yield progress
 
     def ask(self, command: Callable[[Any, Any, dict[str, Any]], Report], destination: str | None = None) -> int:
-        """Runs a function of the pipeline, given that, the model and what else it takes; the exit code.
-
-        Args:
-            destination: as for ``finish``.
-        """
+        """Runs a function of the pipeline, given that, the model and what else it takes; see ``finish``."""
         with self.working() as progress:
             from bnfold import pipeline
 
@@ -290,11 +286,9 @@ def _debugging() -> bool:
 
 
 def _with_arguments(job: Job, report: _Report, *, shared: bool = False) -> _Report:
-    """The report, knowing what the command line was given where it goes on to propose commands.
+    """The report of a verdict that is no pass, knowing what the command line was given, to propose commands.
 
-    Args:
-        report: any; changed is that of a verdict that is no pass.
-        shared: others will read it: paths outside of the working directory are file names alone.
+    ``shared``: others will read it, and paths outside of the working directory are file names alone.
     """
     from bnfold.report import CheckReport, ExportReport
 

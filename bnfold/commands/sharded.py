@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def shards_of(job: Job) -> list[str]:
     """The files that ``--data`` names; none where it is one of this machine, and no worker is asked for.
 
-    Raises:
-        InputError: there is no such file.
-        UsageError: there are workers and no data.
+    InputError where there is no such file, UsageError where there are workers and no data.
     """
     from bnfold.fleet.places import is_url, matching
 

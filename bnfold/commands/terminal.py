@@ -32,12 +32,7 @@ def fail(message: str, code: int, prefix: str = "error: ") -> int:
 def write(text: str, stream: Any, *, must: bool = True) -> None:
     """Writes at once. A reader that has left (``| head``) is no failure: the verdict stays what it is.
 
-    Args:
-        stream: where to; None where there is none.
-        must: whether it is a failure if nothing can be written, for another reason.
-
-    Raises:
-        ResourceError: it is, and nothing could.
+    ResourceError where nothing can be written for another reason, and something ``must``.
     """
     if stream is None:
         return

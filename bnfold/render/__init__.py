@@ -9,11 +9,7 @@ from bnfold.report import Bisection, Report
 
 
 def document(report: Report, suffix: str) -> str:
-    """The report as JSON, HTML or JUnit XML for ``.json``, ``.html``, ``.xml``; a bisection is JSON alone.
-
-    Raises:
-        ProviderError: ``.html`` without matplotlib.
-    """
+    """The report as JSON, HTML (ProviderError without matplotlib) or JUnit, by the suffix; a bisection as JSON."""
     if suffix == ".html" and not isinstance(report, Bisection):
         from bnfold.render.html import page
 

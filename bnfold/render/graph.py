@@ -44,12 +44,7 @@ def legend(graph: Sequence[Operator], wrong: Collection[str] = ()) -> str:
 
 
 def picture(graph: Sequence[Operator], wrong: Collection[str] = ()) -> str | None:
-    """An SVG element; None where dot is not installed, fails or takes too long.
-
-    Args:
-        graph: every operator, in order.
-        wrong: modules whose folds are.
-    """
+    """An SVG element, folds of ``wrong`` modules marked; None without dot, or where it fails or takes too long."""
     dot = shutil.which("dot")
     if dot is None or not graph:
         return None

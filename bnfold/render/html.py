@@ -50,11 +50,7 @@ class Content:
 
 
 def page(report: Report) -> str:
-    """The report as an HTML document.
-
-    Raises:
-        ProviderError: matplotlib is not installed.
-    """
+    """The report as an HTML document; ProviderError where matplotlib is not installed."""
     require_matplotlib()
     import jinja2
 

@@ -260,11 +260,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """The ledger that ``to_json`` wrote.
-
-        Raises:
-            ValueError: the text is not one.
-        """
+        """The ledger that ``to_json`` wrote; ValueError where the text is none."""
         try:
             found = json.loads(text)
             ledger: Ledger = revived(cls, {"entries": found["entries"], **found})

@@ -65,8 +65,7 @@ def plain(value: Any) -> Any:
 def revived(hint: Any, value: Any) -> Any:
     """What ``plain`` has made ``value`` of, given its type; what was derived is derived anew.
 
-    Raises:
-        TypeError, KeyError, AttributeError: it was made of something else.
+    TypeError, KeyError or AttributeError where it was made of something else.
     """
     parts = get_args(hint)
     if isinstance(hint, type) and is_dataclass(hint):

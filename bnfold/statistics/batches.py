@@ -24,11 +24,7 @@ Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
 
 def rereadable(batches: Batches, why: str) -> Callable[[], Iterator[Batch]]:
-    """A function that begins ``batches`` anew at every call.
-
-    Raises:
-        UsageError: they can be read only once.
-    """
+    """A function that begins ``batches`` anew at every call; UsageError where they can be read only once."""
     if callable(batches):
         return lambda: iter(batches())
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
@@ -41,11 +37,7 @@ def rereadable(batches: Batches, why: str) -> Callable[[], Iterator[Batch]]:
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Calls a model with one batch.
-
-    Raises:
-        InputError: the model fails on it.
-    """
+    """Calls a model with one batch; InputError where it fails on it."""
     args: tuple[Any, ...] = (batch,) if isinstance(batch, Tensor) else ()
     kwargs = dict(batch) if isinstance(batch, Mapping) else {}
     if isinstance(batch, (tuple, list)):

@@ -102,11 +102,9 @@ def lacks_statistics(module: nn.Module) -> bool:
 
 
 def keep_statistics(module: nn.Module, like: Tensor) -> None:
-    """Gives a BatchNorm that has none running statistics of mean 0 and variance 1, in place.
+    """Gives a BatchNorm of ``track_running_stats=False`` mean 0 and variance 1, as if built with True, in place.
 
-    Args:
-        module: of ``track_running_stats=False``; afterwards as if built with True.
-        like: of the dtype and on the device that they are to have.
+    ``like`` is of the dtype and on the device that they are to have.
     """
     channels = int(module.num_features)  # type: ignore[arg-type]
     module.register_buffer("running_mean", torch.zeros(channels, dtype=like.dtype, device=like.device))
@@ -207,8 +205,7 @@ class Layer:
 def module_layers(model: nn.Module, calls: Mapping[str, int] | None) -> list[Layer]:
     """The BatchNorms of an eager module, without those that cannot be reckoned with (``without_numbers``).
 
-    Args:
-        calls: how often an example run calls each; None where nothing ran.
+    ``calls`` says how often an example run calls each; None where nothing ran.
     """
     found = []
     norms = batch_norms(model)

@@ -110,11 +110,7 @@ class Measured:
     rows: int = 0
 
     def written(self, model: nn.Module) -> nn.Module:
-        """A deep copy of ``model`` with them.
-
-        Raises:
-            CaptureError: it cannot be copied.
-        """
+        """A deep copy of ``model`` with them; CaptureError where it cannot be copied."""
         duplicate = copied(model)
         self.write(duplicate)
         return duplicate
@@ -143,11 +139,7 @@ class Scratch:
 
     @classmethod
     def of(cls, model: nn.Module, only: str | Sequence[str] | None) -> Scratch:
-        """A copy of ``model``, and what ``only`` names of it.
-
-        Raises:
-            InputError, CaptureError, UsageError: see ``calibrate``.
-        """
+        """A copy of ``model``, and what ``only`` names of it; raises what ``calibrate`` does."""
         asked, owner = _asked(model, only)
         scratch = eval_copy(model)
         modules = dict(scratch.named_modules())

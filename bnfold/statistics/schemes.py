@@ -87,11 +87,7 @@ Spread = Callable[[Pass], Iterable[Seen]]
 
 
 def sequential(spread: Spread) -> Found:
-    """Measures every BatchNorm behind measured ones.
-
-    Raises:
-        InputError: see ``calibrate``.
-    """
+    """Measures every BatchNorm behind measured ones; raises what ``calibrate`` does, as all of these do."""
     seen = first = _whole(spread(Pass("first")))
     plan = schedule(first.before)
     stops = not first.told and set(first.times.values()) <= {first.batches}
@@ -109,11 +105,7 @@ def sequential(spread: Spread) -> Found:
 
 
 def one_pass(spread: Spread) -> Found:
-    """Measures every BatchNorm behind the batch's own statistics.
-
-    Raises:
-        InputError: see ``calibrate``.
-    """
+    """Measures every BatchNorm behind the batch's own statistics."""
     seen = _whole(spread(Pass("one-pass")))
     found = {site.module: moments for site, moments in seen.moments.items()}
     for name, moments in found.items():
@@ -143,11 +135,7 @@ def _check_calls(first: Seen, seen: Seen, sites: Iterable[Site]) -> None:
 
 
 def observe(model: nn.Module, targets: Targets, read: Read, turn: Pass, progress: Progress) -> Seen:
-    """Runs the model on every batch, with the statistics that are known, and measures what is wanted.
-
-    Raises:
-        InputError: the model fails on a batch, or the input of a BatchNorm cannot be measured.
-    """
+    """Runs the model on every batch, with the statistics that are known, and measures what is wanted."""
     for name, moments in turn.known.items():
         for norm in targets[name]:
             write(norm, moments)
@@ -234,11 +222,7 @@ def _check_count(name: str, moments: Moments) -> None:
 
 
 def write(norm: nn.Module, moments: Moments) -> None:
-    """Gives a BatchNorm new running statistics, in place and in the dtype that it stores them in.
-
-    Raises:
-        InputError: that dtype cannot hold them.
-    """
+    """Gives a BatchNorm new running statistics, in place; InputError where the dtype of its own cannot hold them."""
     for name, new in zip(STATISTICS, (moments.mean, moments.variance)):
         stored: Tensor = getattr(norm, name)
         rounded = new.to(stored)

@@ -51,11 +51,8 @@ class Schedule:
 def schedule(before: Mapping[Site, Iterable[Site]]) -> Schedule:
     """In which passes the inputs at the sites can be measured.
 
-    Args:
-        before: for every site those that it waits for, in the order of the calls; of one run, or of several together.
-
-    Raises:
-        InputError: two layers are called in one order in one run and in the other order in another.
+    ``before``: for every site those that it waits for, in the order of the calls; of one run, or of several together.
+    InputError where two layers are called in one order in one run and in the other order in another.
     """
     reach: dict[str, set[str]] = {site.module: set() for site in before}
     for site, sources in before.items():
