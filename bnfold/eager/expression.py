@@ -45,8 +45,7 @@ def express(
 ) -> Expression | Conflicts:
     """The fold that edited ``graph`` as a class expresses it; else the edits that it cannot express, and why.
 
-    Args:
-        held: modules that must stay, by name, and why.
+    ``held``: modules that must stay, by name, and why.
     """
     return _Attempt(blueprint, graph, journal, held or {}).run()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bnfold.errors import BnfoldError, ProviderError
 from bnfold.fleet.places import fetched
@@ -181,15 +181,6 @@ _made: dict[str, Callable[[Path, Any], Any]] = {}
 _lock = threading.Lock()
 
 
-@dataclass(frozen=True)
-class _Task(Generic[_Question]):
-    run: str
-    folder: str
-    make: Make
-    shard: str
-    question: _Question
-
-
 @contextmanager
 def asking(
     shards: Sequence[str], make: Make, where: Where, progress: Callable[[int, int], None]
@@ -213,7 +204,7 @@ def asking(
             client = stack.enter_context(connected(where, tasks=len(shards)))
 
         def ask(question: _Question) -> list[_Answer]:
-            tasks = [_Task(run, folder, make, shard, question) for shard in shards]
+            tasks = [(run, folder, make, shard, question) for shard in shards]
             answers = spread(client, _answer, tasks) if client else enumerate(map(_answer, tasks))
             found: dict[int, Any] = {}
             for i, answer in answers:
@@ -226,17 +217,18 @@ def asking(
         yield ask
 
 
-def _answer(task: _Task[Any]) -> Any:
+def _answer(task: tuple[str, str, Make, str, Any]) -> Any:
+    run, folder, make, shard, question = task
     with _lock, _one_thread():
-        os.chdir(task.folder)
-        if task.run not in _made:
+        os.chdir(folder)
+        if run not in _made:
             _made.clear()  # a worker keeps the model of one run
-            _made[task.run] = task.make()
+            _made[run] = make()
         try:
-            with fetched(task.shard) as path:
-                return _made[task.run](path, task.question)
+            with fetched(shard) as path:
+                return _made[run](path, question)
         except BnfoldError as error:
-            error.where = error.where or task.shard
+            error.where = error.where or shard
             raise
 
 

@@ -43,14 +43,9 @@ _SYSTEM = ("/dev/", "/etc/", "/proc/", "/sys/", "/usr/lib", "/usr/share/")
 
 @dataclass(frozen=True)
 class Command:
-    """What is to be run.
+    """What is to be run: ``words`` of the command line, after ``bnfold``, in ``folder``.
 
-    Attributes:
-        words: of the command line, after ``bnfold``.
-        folder: where it runs.
-        hidden: folders of which no file counts as read.
-        timeout: seconds.
-        memory: bytes; None for no limit.
+    ``hidden`` are folders of which no file counts as read; ``timeout`` is in seconds, ``memory`` in bytes.
     """
 
     words: tuple[str, ...]

@@ -49,16 +49,9 @@ class ListError(UsageError):
 
 @dataclass(frozen=True)
 class Row:
-    """One model: its source, its options, and what only a fleet has.
+    """One model: its source, its options for ``export`` by name, and what only a fleet has, which ``OWN`` describes.
 
-    Attributes:
-        name: of its files.
-        source: as for ``export``.
-        options: of ``export``, by name.
-        timeout: seconds; None for the fleet's.
-        memory: bytes; None for the worker's.
-        resources: that a worker must have.
-        bench: whether to measure latency as well.
+    None stands for the fleet's timeout, in seconds, and for the worker's memory, in bytes.
     """
 
     name: str

@@ -48,11 +48,9 @@ class Order:
     """One model, and where: a worker needs no more.
 
     Attributes:
-        row: the model.
         folder: of the list of models, in which it is exported.
         out: where results go.
-        timeout: seconds, for a row that says nothing else.
-        memory: bytes, likewise; None for the worker's own limit.
+        timeout, memory: seconds and bytes, for a row that says nothing else; None for the worker's own limit.
         anew: export again what failed in an earlier run.
     """
 
@@ -278,10 +276,8 @@ def run(
 
     Args:
         source: what the list of them is called.
-        folder: in which every export runs.
+        folder, timeout, anew: as for ``Order``.
         out: a folder, or a URL of one.
-        timeout: seconds for a model that says nothing else.
-        anew: export again what failed in an earlier run.
 
     Raises:
         ProviderError: there are no workers.

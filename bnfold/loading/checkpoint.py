@@ -178,23 +178,21 @@ def sha256(path: Path) -> str:
     return sha256_of(path)
 
 
-def unpickle(path: Path, kind: Kind, *, unsafe: bool = False, mmap: bool = True) -> Any:
+def unpickle(path: Path, kind: Kind, *, unsafe: bool = False) -> Any:
     """What ``torch.save`` put into a file, with its tensors on the CPU.
 
     Args:
         path: a file of kind ``TORCH`` or ``LEGACY``.
-        unsafe: let the pickle import and call anything.
-        mmap: leave an archive's tensors on the disk until they are read.
+        unsafe: let the pickle import and call anything; else an archive's tensors stay on the disk until they are read.
 
     Raises:
         InputError: damaged, or the file asks for code and ``unsafe`` is off.
     """
     if kind is Kind.TORCH:
         verify_archive(path)
-    mmap = mmap and kind is Kind.TORCH and not unsafe
     try:
         if not unsafe:
-            return inert.load(path, mmap=mmap)
+            return inert.load(path, mmap=kind is Kind.TORCH)
         return torch.load(path, map_location="cpu", weights_only=False)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))

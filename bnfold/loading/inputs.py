@@ -46,12 +46,7 @@ def model_inputs(
     *,
     seed: int = 0,
 ) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
-    """Example inputs of a loaded source: those that the user specified, else the source's own, if it has any.
-
-    Args:
-        args: the source's own positional example inputs.
-        kwargs: the source's own keyword example inputs.
-        ranges: of the dynamic dimensions in ``specs``.
+    """Example inputs of a loaded source: those that the user specified, else its own ``args`` and ``kwargs``, if any.
 
     Returns:
         ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
@@ -84,9 +79,8 @@ def specs_of_arrays(arrays: Mapping[str, Any]) -> list[InputSpec]:
 def specs_for(model: nn.Module, found: Sequence[InputSpec], *, extra: bool) -> list[InputSpec]:
     """Those of ``found`` that ``model`` takes, each by the name of a parameter or, where none has its name, in order.
 
-    Args:
-        model: what takes them; floating-point inputs get the dtype of its weights.
-        extra: there may be more than inputs, such as labels: what has no parameter's name is left out.
+    Floating-point inputs get the dtype of its weights. ``extra``: there may be more than inputs, such as labels, and
+    what has no parameter's name is left out.
     """
     parameters = list(signature(model).parameters)
     if extra and not (len(found) == 1 and found[0].name not in parameters):
@@ -226,10 +220,7 @@ def assumed(model: nn.Module) -> InputSpec | None:
 
     Channels are those of the first layer, the size of an image is the first of ``_EDGES`` with which the model runs.
     It must hand out a row per sample, each of that sample alone, and must not take features in another shape as well:
-    then they are flattened from something else.
-
-    Args:
-        model: not touched; a copy runs, in eval mode.
+    then they are flattened from something else. What runs is a copy, in eval mode.
 
     Raises:
         CaptureError: the model cannot be copied.

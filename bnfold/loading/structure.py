@@ -19,7 +19,6 @@ from bnfold.errors import InputError
 from bnfold.files import there
 from bnfold.graph.copies import copied
 from bnfold.report import Change, Ledger
-from bnfold.statistics.batchnorms import keep_statistics, lacks_statistics, statistics_like
 
 #: Every note's name begins so, and no other tool's does.
 PREFIX = "bnfold."
@@ -227,6 +226,8 @@ def switch_on(model: nn.Module, path: Path) -> None:
 
 def gain_statistics(model: nn.Module, norm: nn.Module) -> None:
     """Gives a module of ``model`` room for running statistics, where it is a BatchNorm that has none."""
+    from bnfold.statistics.batchnorms import keep_statistics, lacks_statistics, statistics_like  # with it comes onnx
+
     if lacks_statistics(norm):
         keep_statistics(norm, statistics_like(norm, model))
 

@@ -210,12 +210,8 @@ def apart(path: Path, *, large: int | None = None) -> bytes | None:
 def filled(content: bytes, sizes: Mapping[int, int], raw: Callable[[int], bytes]) -> Iterator[bytes]:
     """The content of a model with bytes in place of what some initializers say of theirs, piece by piece.
 
-    As protobuf would write it, but for one initializer in memory at a time.
-
-    Args:
-        content: the model without those bytes.
-        sizes: how many they are, by the index of the initializer.
-        raw: the bytes themselves.
+    As protobuf would write it, but for one initializer in memory at a time. ``sizes``: how many bytes they are, by the
+    index of the initializer; ``raw``: the bytes themselves.
     """
     for top in _fields(content, 0, len(content)):
         if top.number != _GRAPH:

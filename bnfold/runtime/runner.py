@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -237,19 +237,17 @@ def serve() -> None:
             given = pickle.load(source)
         except EOFError:
             return
+        answer: tuple[bool, Any]
         try:
             if function is None:
                 function = _load(*given)
-                _answer(out, True, takes_path(function))
+                answer = True, takes_path(function)
             else:
-                _answer(out, True, arrays(function(*given)))
+                answer = True, arrays(function(*given))
         except BaseException as error:
-            _answer(out, False, _words(error))
-
-
-def _answer(out: IO[bytes], good: bool, what: Any) -> None:
-    pickle.dump((good, what), out, protocol=pickle.HIGHEST_PROTOCOL)
-    out.flush()
+            answer = False, _words(error)
+        pickle.dump(answer, out, protocol=pickle.HIGHEST_PROTOCOL)
+        out.flush()
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:

@@ -117,15 +117,12 @@ def measure(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[Latency, ...]:
-    """Runs all contestants in turn, ``rounds`` times, in random order within a round.
+    """A result for each contestant, all of which run in turn, ``rounds`` times, in random order within a round.
 
     Args:
         contestants: the first is what the ratios refer to.
         rounds: turns of each that count; the interval holds what it says from 6 on.
         warmup: calls of each, at least one, before the first round.
-
-    Returns:
-        A result for each, in the order given.
     """
     for contestant in contestants:
         for _ in range(max(warmup, 1)):
