@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfold.eager.blueprint import Blueprint
-from bnfold.eager.expression import Conflicts, Expression, express
+from bnfold.eager.expression import Attempt, Conflicts, Expression
 from bnfold.errors import FoldError, InputError
 from bnfold.gate.findings import Findings
 from bnfold.gate.gate import LIMIT
@@ -90,7 +90,7 @@ def _expressible(captured: Captured) -> tuple[Graph, Ledger, Expression]:
         graph.materialise()
         folder = Folder(graph, excluded)
         ledger = folder.run()
-        found = express(blueprint, graph, folder.journal(), held)
+        found = Attempt(blueprint, graph, folder.journal(), held).run()
         if not isinstance(found, Expression):
             if found.keys() <= excluded.keys():  # whichever way they go
                 found = {(site, way): refusal for (site, _), refusal in found.items() for way in DIRECTIONS}

@@ -40,18 +40,8 @@ class Expression:
     tensors: dict[str, Tensor]
 
 
-def express(
-    blueprint: Blueprint, graph: Graph, journal: Sequence[Edit], held: Mapping[str, str] | None = None
-) -> Expression | Conflicts:
-    """The fold that edited ``graph`` as a class expresses it; else the edits that it cannot express, and why.
-
-    ``held``: modules that must stay, by name, and why.
-    """
-    return _Attempt(blueprint, graph, journal, held or {}).run()
-
-
-class _Attempt:
-    """One fold put to the class."""
+class Attempt:
+    """A fold, whose ``journal`` says how it edited ``graph``, put to a class; ``held``: what must stay, and why."""
 
     def __init__(self, blueprint: Blueprint, graph: Graph, journal: Sequence[Edit], held: Mapping[str, str]) -> None:
         self._class, self._graph, self._journal, self._held = blueprint, graph, journal, held
@@ -69,6 +59,7 @@ class _Attempt:
         self._tensors: dict[str, Tensor] = {}
 
     def run(self) -> Expression | Conflicts:
+        """The fold as the class expresses it; else the edits that it cannot express, and why."""
         known = self._class.values
         for edit in self._journal:
             for value in edit.adds:

@@ -169,67 +169,47 @@ def _run(command: Command) -> Ended:
         paths = [Path(folder, name) for name in ("stderr", "reads")]
         for path in paths:
             path.touch()
-        child = _Child(command, paths)
-        how, peak = child.watch(command)
+        how, code, peak = _watched(_started(command, paths), command)
         said, read = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
         reads = _digests(read.splitlines(), (*command.hidden, folder), wall)
-    return Ended(how, child.code, said[-4000:], time.monotonic() - began, peak, reads)
+    return Ended(how, code, said[-4000:], time.monotonic() - began, peak, reads)
 
 
-class _Child:
+def _started(command: Command, paths: Sequence[Path]) -> psutil.Process:
     """The process of one command."""
+    given = asdict(command), [str(path) for path in paths]
+    if not FORKS:
+        script = f"from bnfold.fleet import nursery; nursery.obey(*{given!r})"
+        return psutil.Popen([sys.executable, "-P", "-c", script], stdin=subprocess.DEVNULL)
+    pid = os.fork()
+    if not pid:
+        obey(*given)
+    return psutil.Process(pid)
 
-    def __init__(self, command: Command, paths: Sequence[Path]) -> None:
-        self.code = 0
-        self._popen: subprocess.Popen[bytes] | None = None
-        if not FORKS:
-            script = f"from bnfold.fleet import nursery; nursery.obey({asdict(command)!r}, {list(map(str, paths))!r})"
-            self._popen = subprocess.Popen([sys.executable, "-P", "-c", script], stdin=subprocess.DEVNULL)
-        self.pid = self._popen.pid if self._popen else os.fork()
-        if not self.pid:
-            obey(asdict(command), list(map(str, paths)))
 
-    def watch(self, command: Command) -> tuple[Literal["exit", "time", "memory"], int]:
-        """Waits for the end, which comes at the limits if not before."""
-        end, peak = time.monotonic() + command.timeout, 0
-        while not self._ended():
-            peak = max(peak, used := self._memory())
-            over = command.memory is not None and used > command.memory
-            if over or time.monotonic() > end:
-                self._kill()
-                return "memory" if over else "time", peak
-            if select.select([0], [], [], _LOOK)[0]:  # nobody speaks before the answer: the other end is gone
-                self._kill()
-                os._exit(1)
-        return "exit", peak
-
-    def _ended(self) -> bool:
-        if self._popen is not None:
-            self.code = self._popen.poll() or 0
-            return self._popen.returncode is not None
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        self.code = os.waitstatus_to_exitcode(status) if pid else 0
-        return bool(pid)
-
-    def _family(self) -> list[psutil.Process]:
+def _watched(process: psutil.Process, command: Command) -> tuple[Literal["exit", "time", "memory"], int, int]:
+    """Waits for the end, which comes at the limits if not before: how, the exit code, and the most memory."""
+    how: Literal["exit", "time", "memory"] = "exit"
+    end, peak = time.monotonic() + command.timeout, 0
+    while True:
+        family, used = [process], 0
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            return [process, *process.children(recursive=True)]
-        return []
-
-    def _memory(self) -> int:
-        total = 0
-        for process in self._family():
+            family += process.children(recursive=True)
+        for each in family:
             with contextlib.suppress(psutil.Error):
-                total += process.memory_info().rss
-        return total
-
-    def _kill(self) -> None:
-        for process in self._family():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        while not self._ended():
-            time.sleep(0.01)
+                used += each.memory_info().rss
+        peak = max(peak, used)
+        over = command.memory is not None and used > command.memory
+        gone = select.select([0], [], [], 0)[0]  # nobody speaks before the answer: the other end is gone
+        if gone or (how == "exit" and (over or time.monotonic() > end)):
+            how = "memory" if over else "time"
+            for each in family:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+        if gone:
+            os._exit(1)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            return how, int(process.wait(_LOOK)), peak
 
 
 def obey(command: dict[str, Any], paths: Sequence[str]) -> None:
