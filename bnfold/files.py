@@ -21,12 +21,8 @@ def there(path: str | os.PathLike[str]) -> bool:
 def require_file(path: str | os.PathLike[str], *, hint: str | None = None) -> None:
     """Refuses what is no regular file before it is opened: a pipe that nobody writes to would be waited for.
 
-    Args:
-        path: symbolic links are followed.
-        hint: the way out where there is no such file.
-
-    Raises:
-        InputError: there is no such file, it cannot be looked at, or it is a folder, a pipe or a device.
+    InputError, with ``hint`` where there is no such file; it cannot be looked at, or is a folder, a pipe or a device.
+    Symbolic links are followed.
     """
     where = os.fspath(path)
     try:
@@ -43,6 +39,6 @@ def require_file(path: str | os.PathLike[str], *, hint: str | None = None) -> No
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hex. Raises OSError: it cannot be read."""
+    """The SHA-256 of a file's bytes, in hex; OSError where it cannot be read."""
     with Path(path).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

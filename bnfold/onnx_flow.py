@@ -164,9 +164,8 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
 def check_file(path: Path | None, source: OnnxFile | str | Path, options: Options, *, whole: bool) -> CheckReport:
     """Judges one file against another; ``whole``: on all the data at once.
 
-    Raises:
-        UsageError: there is no file to judge, or an option does not apply to one.
-        InputError: a file is not what it claims to be, or runs on none of the inputs made for it.
+    UsageError where there is no file to judge, or an option does not apply to one; InputError where a file is not what
+    it claims to be, or runs on none of the inputs made for it.
     """
     if path is None or not whole:
         raise UsageError("a file is compared with a file, on data of one part")
@@ -185,9 +184,7 @@ def check_file(path: Path | None, source: OnnxFile | str | Path, options: Option
 def bisect_file(path: Path, source: OnnxFile | str | Path, options: Options) -> Bisection:
     """The first value of a file that is off from another file that it claims to equal.
 
-    Raises:
-        UsageError: an option does not apply to a file.
-        InputError: a file is not what it claims to be, they have other inputs or outputs, or run on none made for them.
+    UsageError and InputError as for ``check_file``, and where they have other inputs or outputs.
     """
     source = read_onnx(source)
     _refuse(options)

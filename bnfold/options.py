@@ -220,8 +220,7 @@ _OF_TORCH = {
 def asked(options: Options | None, more: Mapping[str, Any]) -> Options:
     """The options of a call: ``options``, with what was given by name in place.
 
-    Raises:
-        UsageError: there is no such option; the message has the nearest, or what stands for torch.onnx's.
+    UsageError where there is no such option, with the nearest, or what stands for torch.onnx's.
     """
     more = dict(more)
     if "opset_version" in more:  # torch.onnx's own word

@@ -118,8 +118,7 @@ class Run:
     def with_inputs(self) -> Run:
         """With example inputs: those given, else as the run's ONNX file says, its data, or the model's first layer.
 
-        Raises:
-            InputError: the file's inputs are more than the model's, or nothing says what the model takes.
+        InputError where the file's inputs are more than the model's, or nothing says what the model takes.
         """
         if self.args is not None or self.kwargs or isinstance(self.model, ExportedProgram):
             return self
@@ -258,11 +257,7 @@ def _operators(program: ExportedProgram) -> int:
 def read_data(
     data: Any, captured: Captured, progress: Progress = silent
 ) -> tuple[dict[str, Rows] | None, Labels | None]:
-    """Samples by input name and what is known about them, read once and found fit for the model.
-
-    Raises:
-        InputError: the data are damaged, or do not fit the model's inputs or outputs.
-    """
+    """Samples by input name and what is known about them, read once; InputError where they do not fit the model."""
     if data is None:
         return None, None
     shapes = input_shapes(captured)

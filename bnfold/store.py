@@ -160,8 +160,7 @@ class Staging:
     def seal_data(self, file: str) -> tuple[str, str]:
         """Give a finished external data file its content-derived name, within the staging folder.
 
-        Returns:
-            The new name, to be written as ``location`` into the ONNX file, and the full SHA-256 in hex.
+        That name, to be written as ``location`` into the ONNX file, and the full SHA-256 in hex.
         """
         digest = sha256_of(self.folder / file)
         name = f"{self.path.stem}.{digest[:16]}.data"
@@ -284,10 +283,9 @@ def _sweep(parent: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder; None where the file system cannot. The kernel releases the lock of a process that dies.
+    """Lock a folder; None where the file system cannot, BlockingIOError where another run holds it.
 
-    Raises:
-        BlockingIOError: another run holds it.
+    The kernel releases the lock of a process that dies.
     """
     if sys.platform == "win32":
         return None

@@ -45,8 +45,7 @@ def user_code(what: str, where: str) -> Iterator[None]:
 def unended() -> Iterator[None]:
     """Fails a run where the model's code would end it: ``sys.exit()`` in a forward is no verdict, whatever it says.
 
-    Raises:
-        CaptureError: an exception that is none of Python's errors came out, an interruption excepted.
+    CaptureError where an exception that is none of Python's errors came out, an interruption excepted.
     """
     try:
         yield

@@ -45,14 +45,11 @@ class SchedulerGoneError(ProviderError):
 
 @contextmanager
 def connected(where: Where, *, tasks: int, gpus: bool = False) -> Iterator[Client]:
-    """A client of the workers.
+    """A client of the workers; ProviderError where distributed is not installed, or no scheduler or worker is there.
 
     Args:
         tasks: how many there will be; more workers than that are not started.
         gpus: whether some need a GPU: of this machine's, each worker is then given one while there are any.
-
-    Raises:
-        ProviderError: distributed is not installed, or there is no scheduler or no worker there.
     """
     try:
         import dask
@@ -119,10 +116,8 @@ def spread(
 ) -> Iterator[tuple[int, _Result | BnfoldError]]:
     """What ``function`` makes of every item, each with the item's index, in the order in which they end.
 
-    A worker that dies under an item costs a retry; after ``DEATHS`` of them the result is an error.
-
-    Raises:
-        SchedulerGoneError: the scheduler went away.
+    A worker that dies under an item costs a retry; after ``DEATHS`` of them the result is an error. SchedulerGoneError
+    where the scheduler went away.
     """
     from distributed import as_completed
 
@@ -187,14 +182,13 @@ def asking(
 ) -> Iterator[Callable[[_Question], list[_Answer]]]:
     """A function that asks every shard, and gives the answers in their order.
 
+    It raises the BnfoldError of a shard that cannot be read, or that fails on what it is asked.
+
     Args:
         shards: paths, or URLs for fsspec.
         make: is called once in every process, in this one's folder, and so must be known by name there.
         where: the workers; without a scheduler and a number of them, this process.
         progress: is told how many shards have answered, and of how many.
-
-    Raises:
-        BnfoldError: a shard cannot be read, or what it was asked fails on it.
     """
     run, folder = uuid.uuid4().hex, str(Path.cwd())
     with ExitStack() as stack:

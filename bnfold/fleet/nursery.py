@@ -88,7 +88,7 @@ class Nursery:
         self.pid = self._process.pid
 
     def run(self, command: Command) -> Ended:
-        """Runs a command to its end. Raises ProviderError: the process has died."""
+        """Runs a command to its end; ProviderError where the process has died."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(asdict(command)) + "\n")

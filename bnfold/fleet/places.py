@@ -21,9 +21,7 @@ def is_url(text: str) -> bool:
 def file_system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it.
 
-    Raises:
-        ProviderError: the package that opens it is not installed.
-        InputError: there is no such kind of URL.
+    InputError where there is no such kind of URL, ProviderError where the package that opens it is not installed.
     """
     import fsspec
 
@@ -38,12 +36,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def fetched(place: str) -> Iterator[Path]:
-    """A file as one of this machine, under its own name.
-
-    Raises:
-        InputError: it cannot be read.
-        ProviderError: the package that opens it is not installed.
-    """
+    """A file as one of this machine, under its own name; InputError where it cannot be read."""
     if not is_url(place):
         yield Path(place)
         return
@@ -80,7 +73,7 @@ class Folder:
         return f"{self._root}/{name}"
 
     def make(self) -> None:
-        """Makes the folder, and that of the records. Raises ResourceError: it cannot be made."""
+        """Makes the folder, and that of the records; ResourceError where it cannot be made."""
         try:
             if not self.remote:
                 Path(self / ".fleet").mkdir(parents=True, exist_ok=True)
@@ -100,7 +93,7 @@ class Folder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file. Raises ResourceError: it cannot be written."""
+        """Writes a file; ResourceError where it cannot be written."""
         if not self.remote:
             with atomic(Path(self / name)) as staged:
                 staged.write_bytes(content)
@@ -111,7 +104,7 @@ class Folder:
             self.put(staged, name)
 
     def put(self, file: Path, name: str) -> None:
-        """Copies a file to a remote folder. Raises ResourceError: it cannot be written."""
+        """Copies a file to a remote folder; ResourceError where it cannot be written."""
         try:
             self._system.put_file(str(file), self / name)
         except Exception as error:

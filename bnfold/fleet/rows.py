@@ -78,7 +78,7 @@ class Row:
 
 
 def size_of(text: str) -> int:
-    """Bytes of ``"2 GB"`` or ``"512MiB"``. Raises UsageError: it is no size."""
+    """Bytes of ``"2 GB"`` or ``"512MiB"``; UsageError where it is no size."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text)
     if found is None:
         raise UsageError(f"{text!r} is no size", hint="Write it as '2 GB' or '512 MiB'")
@@ -87,12 +87,7 @@ def size_of(text: str) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The models of a list.
-
-    Raises:
-        InputError: the file cannot be read.
-        ListError: it is no TOML, or not what the schema says.
-    """
+    """The models of a list; InputError where it cannot be read, ListError where it is not what the schema says."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -70,11 +70,7 @@ _GIVE_PYTORCH = "Give the PyTorch model that this file was made from"
 
 
 def identify(path: Path) -> Kind:
-    """The kind of a file, from its first bytes and its members.
-
-    Raises:
-        InputError: missing, a folder, empty, unreadable, or not one of the four kinds (the message says what it is).
-    """
+    """The kind of a file, from its first bytes and its members; InputError where it is none, which says what it is."""
     if there(path) and path.is_dir():
         what = "a TensorFlow SavedModel" if (path / "saved_model.pb").exists() else "a folder, not a file"
         raise InputError(f"this is {what}", where=str(path), hint=_GIVE_PYTORCH)
@@ -146,12 +142,8 @@ def _members(path: Path) -> list[str]:
 def verify_archive(path: Path, *, inflated: int = 0) -> None:
     """Compare the checksum of every member, having refused what would inflate: torch does neither.
 
-    Args:
-        inflated: what its compressed members may inflate to, in bytes; only TorchScript has any, its code.
-
-    Raises:
-        InputError: compressed members, members that claim more bytes than the file has, a duplicate name, or a
-            checksum that differs.
+    InputError where they differ, members are compressed to more than ``inflated`` bytes (only TorchScript has any, its
+    code) or claim more bytes than the file has, or two have one name.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -179,14 +171,9 @@ def sha256(path: Path) -> str:
 
 
 def unpickle(path: Path, kind: Kind, *, unsafe: bool = False) -> Any:
-    """What ``torch.save`` put into a file, with its tensors on the CPU.
+    """What ``torch.save`` put into a file of kind ``TORCH`` or ``LEGACY``, with its tensors on the CPU.
 
-    Args:
-        path: a file of kind ``TORCH`` or ``LEGACY``.
-        unsafe: let the pickle import and call anything; else an archive's tensors stay on the disk until they are read.
-
-    Raises:
-        InputError: damaged, or the file asks for code and ``unsafe`` is off.
+    InputError where it is damaged, or asks for code and ``unsafe`` does not let the pickle import and call anything.
     """
     if kind is Kind.TORCH:
         verify_archive(path)
@@ -227,8 +214,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 def read(path: Path, *, unsafe: bool = False) -> Any:
     """What a file of weights holds, or all the files that an index of shards names.
 
-    Raises:
-        InputError: see ``identify`` and ``unpickle``; a shard is missing, or lacks what the index says that it has.
+    InputError as for ``identify`` and ``unpickle``, and where a shard lacks what the index says that it has.
     """
     if path.name.endswith(INDEX):
         return _read_shards(path, unsafe)
@@ -255,11 +241,7 @@ _IN_FOLDERS = (*(f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}"), "mod
 
 
 def resolve(path: Path) -> Path:
-    """The file that a folder of weights stands for; of a file, itself.
-
-    Raises:
-        InputError: there is none in the folder, or several.
-    """
+    """The file that a folder of weights stands for, InputError where there is not one; of a file, itself."""
     if not there(path) or not path.is_dir():
         return path
     found = [path / name for name in _IN_FOLDERS if (path / name).exists()][:1]
@@ -285,11 +267,7 @@ def _read_shards(index: Path, unsafe: bool) -> dict[str, Any]:
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """The file of every key that an index names, beside it.
-
-    Raises:
-        InputError: it is no index, or names a file outside of its folder.
-    """
+    """The file of every key that an index names, beside it; InputError where it is no index, or names others."""
     require_file(index)
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

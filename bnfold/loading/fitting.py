@@ -108,7 +108,7 @@ def _select(content: Any, expected: Shapes, path: Path, request: Request) -> Sta
 
 
 def descend(content: Any, key: str, path: Path) -> Any:
-    """The entry of a checkpoint that a key names, with dots for nested ones. Raises InputError: there is none."""
+    """The entry of a checkpoint that a key names, with dots for nested ones; InputError where there is none."""
     if isinstance(content, Mapping):
         if key in content:
             return content[key]

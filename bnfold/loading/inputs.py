@@ -48,12 +48,8 @@ def model_inputs(
 ) -> tuple[tuple[Any, ...] | None, dict[str, Any], Any]:
     """Example inputs of a loaded source: those that the user specified, else its own ``args`` and ``kwargs``, if any.
 
-    Returns:
-        ``args``, ``kwargs`` and ``dynamic_shapes``, the last None for the default of a dynamic batch.
-
-    Raises:
-        InputError: see ``example``.
-        UsageError: ranges without specifications, or specifications for a program, whose inputs are fixed.
+    The third is ``dynamic_shapes``, None for the default of a dynamic batch. InputError as for ``example``; UsageError
+    for ranges without specifications, and for specifications of a program, whose inputs are fixed.
     """
     if specs:
         if isinstance(model, torch.export.ExportedProgram):
@@ -220,10 +216,7 @@ def assumed(model: nn.Module) -> InputSpec | None:
 
     Channels are those of the first layer, the size of an image is the first of ``_EDGES`` with which the model runs.
     It must hand out a row per sample, each of that sample alone, and must not take features in another shape as well:
-    then they are flattened from something else. What runs is a copy, in eval mode.
-
-    Raises:
-        CaptureError: the model cannot be copied.
+    then they are flattened from something else. What runs is a copy, in eval mode; CaptureError where there is none.
     """
     spec = _likely(model)
     if spec is None or len(spec.dims) not in (2, 4):

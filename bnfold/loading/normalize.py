@@ -46,7 +46,7 @@ class Normalization:
 
     @classmethod
     def parse(cls, text: str) -> Normalization:
-        """``"0.5,0.5,0.5/0.25"`` -> the means and the standard deviations. Raises UsageError: the text is not that."""
+        """``"0.5,0.5,0.5/0.25"`` -> the means and the standard deviations; UsageError where the text is not that."""
         mean, slash, std = text.partition("/")
         try:
             if not slash:

@@ -49,8 +49,7 @@ class OnnxFile:
     def raw(self, tensor: onnx.TensorProto) -> bytes | None:
         """The bytes of an initializer of a copy, wherever they are; None where it has numbers in place of bytes.
 
-        Raises:
-            InputError: the file that they are in cannot be read.
+        InputError where the file that they are in cannot be read.
         """
         if not onnx.external_data_helper.uses_external_data(tensor):
             held: bytes = tensor.raw_data

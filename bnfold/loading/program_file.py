@@ -26,11 +26,8 @@ from bnfold.loading import checkpoint
 def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedProgram:
     """Read what ``torch.export.save`` wrote.
 
-    Args:
-        unsafe: allow what can run any code: pickled objects, compiled libraries, Python in shapes and guards.
-
-    Raises:
-        InputError: damaged, written by another torch, or holding code and ``unsafe`` is off.
+    ``unsafe`` allows what can run any code: pickled objects, compiled libraries, Python in shapes and guards.
+    InputError where the file is damaged, written by another torch, or holds such and ``unsafe`` is off.
     """
     checkpoint.verify_archive(path)
     try:
@@ -48,11 +45,7 @@ def load_program(path: Path, *, unsafe: bool = False) -> torch.export.ExportedPr
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write ``program`` for ``torch.export.load``, without the stack traces, which show paths and lines of source.
-
-    Raises:
-        OSError: the disk did not take it.
-    """
+    """Write ``program`` for ``torch.export.load``, without the stack traces, which show paths and lines of source."""
     graph = copy_graph(program.graph)
     for node in graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -149,9 +142,8 @@ CODE_BYTES = 64 << 20
 def load_script(path: Path) -> torch.jit.ScriptModule:
     """Read what ``torch.jit.save`` wrote. Its ``forward`` is compiled, looked through, and not run.
 
-    Raises:
-        InputError: damaged, written by a newer torch, or holding code that loading it would run; or its ``forward``
-            holds an operator that is not allowed.
+    InputError where it is damaged, written by a newer torch, or holds code that loading it would run, or its
+    ``forward`` an operator that is not allowed.
     """
     checkpoint.verify_archive(path, inflated=CODE_BYTES)
     with zipfile.ZipFile(path) as archive:

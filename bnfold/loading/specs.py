@@ -71,9 +71,7 @@ def parse_input(text: str) -> InputSpec:
 def dtype_name(dtype: object, known: Sequence[str] = DTYPES[:4], *, where: str = "dtype") -> str:
     """``"float16"``, ``"torch.float16"`` or ``torch.float16`` -> ``"float16"``.
 
-    Raises:
-        UsageError: it is none of the ``known`` ones, by default the floating-point dtypes; the message shows the
-            nearest.
+    UsageError with the nearest where it is none of the ``known`` ones, by default the floating-point dtypes.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in known:
@@ -105,8 +103,7 @@ def _size(digits: str, where: str) -> int:
 def parse_dynamic(text: str) -> tuple[str, int, int | None]:
     """``"N=1..64"`` -> ``("N", 1, 64)``; ``"N=1.."`` and ``"N"`` -> ``("N", 1, None)``.
 
-    Raises:
-        UsageError: the text is no range, or the range holds fewer than two sizes.
+    UsageError where the text is no range, or the range holds fewer than two sizes.
     """
     match = re.fullmatch(r"\s*([^\W\d]\w*)\s*(?:=\s*([0-9]+)\s*\.\.\s*([0-9]+)?)?\s*", text)
     if match is None or keyword.iskeyword(match[1]):
@@ -120,11 +117,7 @@ def parse_dynamic(text: str) -> tuple[str, int, int | None]:
 
 
 def parse_factory_arg(text: str) -> tuple[str, Any]:
-    """``"width=32"`` -> ``("width", 32)``: a Python literal, else the text itself.
-
-    Raises:
-        UsageError: there is no name, or no "=".
-    """
+    """``"width=32"`` -> ``("width", 32)``: a Python literal, else the text; UsageError without a name or a "="."""
     name, equals, value = text.partition("=")
     name, value = name.strip(), value.strip()
     if not equals or not name.isidentifier():

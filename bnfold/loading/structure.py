@@ -60,11 +60,8 @@ def prepare(model: nn.Module, ledger: Ledger | str | Path) -> nn.Module:
 def save_written(module: nn.Module, ledger: Ledger, path: Path, notes: Mapping[str, str] | None = None) -> None:
     """Writes the state dict of a model that a fold was written into, with the ledger that ``prepare`` needs.
 
-    Args:
-        notes: of the file that the model's weights came from. They say how it was built before this fold, and stay.
-
-    Raises:
-        InputError: the state dict holds something that is no tensor.
+    ``notes`` of the file that the model's weights came from say how it was built before this fold, and stay. InputError
+    as for ``save_weights``.
     """
     notes = dict(notes or {})
     save_weights(module.state_dict(), path, {**notes, _names(len(_names_in(notes)) + 1)[-1]: ledger.to_json()})
@@ -73,8 +70,7 @@ def save_written(module: nn.Module, ledger: Ledger, path: Path, notes: Mapping[s
 def stored_ledgers(path: Path) -> tuple[Ledger, ...]:
     """The ledgers in a .safetensors file, one for each time that its model was folded, in that order.
 
-    Raises:
-        InputError: there is one, and it cannot be read.
+    InputError where there is one that cannot be read.
     """
     notes = read_notes(path)
     try:
@@ -107,11 +103,8 @@ def restructure(
 ) -> None:
     """Makes ``changes`` in ``model`` itself.
 
-    Args:
-        dress: the module that takes the place of an old one, of the old one and the new one; by default the new one.
-
-    Raises:
-        InputError: the model has no such module, or is not built as the changes expect; it may then be half changed.
+    ``dress`` makes of an old module and the new one what takes the old one's place, by default the new one. InputError
+    where the model has no such module, or is not built as the changes expect; it may then be half changed.
     """
     owners = [(change, _module(model, change)) for change in changes]
     # The innermost first, so that a child that takes its parent's place is the changed one.
@@ -162,15 +155,10 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """Writes a state dict, each tensor whole.
+    """Writes a state dict, each tensor whole, with ``notes``: texts by name (without the prefix) for ``read_notes``.
 
     Tensors that share memory are written once each, so that ``load_state_dict(strict=True)`` finds every key.
-
-    Args:
-        notes: texts by name (without the prefix) for ``read_notes``.
-
-    Raises:
-        InputError: an entry is no tensor, which safetensors cannot hold.
+    InputError where an entry is no tensor, which safetensors cannot hold.
     """
     from safetensors.torch import save
 
@@ -202,14 +190,9 @@ def read_notes(path: Path) -> dict[str, str]:
 def save_calibrated(
     model: nn.Module, path: Path, gained: Iterable[str], notes: Mapping[str, str] | None = None
 ) -> None:
-    """Writes all weights and buffers of ``model``.
+    """Writes all weights and buffers of ``model``, of which the BatchNorms ``gained`` had no statistics before.
 
-    Args:
-        gained: the BatchNorms which had no running statistics before.
-        notes: of the file that the model's weights came from. They say how it was built before, and stay.
-
-    Raises:
-        InputError: the state dict holds something that is no tensor.
+    ``notes`` as for ``save_written``, InputError as for ``save_weights``.
     """
     notes = notes or {}
     names = list(dict.fromkeys((*_named(notes), *gained)))

@@ -36,12 +36,8 @@ _PRODUCTS, _LARGE = 144, 2.0**17
 def arithmetic(device: Device, *, deployed: bool = False, double: bool = False) -> Arithmetic:
     """What ``device`` computes float32 models in, measured, or float64 ones; the plain CPU computes them as they are.
 
-    Args:
-        deployed: as the runtime's own defaults have it, without the options that the provider's row adds.
-        double: ask with a float64 model.
-
-    Raises:
-        BnfoldError: the probe cannot be run there.
+    ``deployed``: as the runtime's own defaults have it, without the options that the provider's row adds; ``double``:
+    ask with a float64 model. BnfoldError where the probe cannot be run there.
     """
     if device.is_cpu:
         return FLOAT64 if double else FLOAT32

@@ -96,10 +96,7 @@ def is_optional(node: onnx.NodeProto, opsets: Mapping[str, int], at: int, *, res
 def shortened(model: Path | bytes, *, light: bool) -> bytes | None:
     """The content of a file, or content, without empty names behind all others; None where it has none.
 
-    ``light``: of a large file without the weights in it too.
-
-    Raises:
-        InputError: as for ``read_model``.
+    ``light``: of a large file without the weights in it too. InputError as for ``read_model``.
     """
     found = _structure(model)
     if found is None or not _shorten(found):

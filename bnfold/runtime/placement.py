@@ -21,14 +21,9 @@ def placement(
     model: str | os.PathLike[str] | bytes, feeds: Mapping[str, Array], *, device: Device | str = "cpu",
     optimized: bool = True, beside: Path | None = None,
 ) -> Placement:  # fmt: skip
-    """Runs the model once with ONNX Runtime's profiler on, and counts its nodes by provider.
+    """Runs the model once on ``feeds`` with ONNX Runtime's profiler on, and counts its nodes by provider.
 
-    Args:
-        model, device, optimized, beside: as for ``runtime.open_session``.
-        feeds: an array for each input, by name.
-
-    Raises:
-        BnfoldError: the model cannot be opened or run.
+    All else, and the BnfoldError where the model cannot be opened or run, as for ``runtime.open_session``.
     """
     with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
         session = open_session(

@@ -131,11 +131,7 @@ def _called(function: Callable[..., Any]) -> Callable[..., Answer]:
 
 
 def arrays(answer: Any) -> Answer:
-    """What a runner returned, as arrays of numbers of its own; a single array is a list of one.
-
-    Raises:
-        TypeError: it is something else.
-    """
+    """What a runner returned, as arrays of its own, a single one as a list; TypeError where it is something else."""
     if isinstance(answer, Mapping):
         return {str(name): _array(value, f"output '{name}'") for name, value in answer.items()}
     if isinstance(answer, Sequence) and not isinstance(answer, str | bytes):

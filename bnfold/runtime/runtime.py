@@ -90,9 +90,8 @@ PROVIDERS: tuple[Provider, ...] = (
 def find(name: str) -> Provider:
     """The provider that ``name`` stands for: a row's, ONNX Runtime's own, or that without its ending, in any case.
 
-    Raises:
-        UsageError: there is none of that name.
-        ProviderError: onnxruntime is needed to know, and cannot be imported.
+    UsageError where there is none of that name; ProviderError where onnxruntime is needed to know and cannot be
+    imported.
     """
     wanted = name.lower().removesuffix("executionprovider")
     for row in PROVIDERS:
@@ -190,8 +189,7 @@ def cuda_problem() -> str | None:
 def problem(device: Device) -> str | None:
     """Why ONNX Runtime cannot use a device here, in one line, or None when a probe really ran there. Found out once.
 
-    Raises:
-        UsageError: the provider does not know one of the device's options.
+    UsageError where the provider does not know one of the device's options.
     """
     row = device.provider
     try:
@@ -227,19 +225,14 @@ def cpu_problem() -> str | None:
 
 
 def listed_providers() -> list[str]:
-    """The providers this onnxruntime was built with, which says nothing about what works here.
-
-    Raises:
-        ProviderError: onnxruntime cannot be imported.
-    """
+    """The providers this onnxruntime was built with, which says nothing about what works here."""
     return list(onnxruntime().get_available_providers())
 
 
 def probe(device: Device, *, bfloat16: bool = False) -> str | None:
     """Run one operator that needs the device's libraries to be really there; None when it came out right.
 
-    Raises:
-        BnfoldError: it did not run on the device.
+    BnfoldError where it did not run on the device.
     """
     import ml_dtypes
 

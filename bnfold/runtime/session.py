@@ -184,7 +184,7 @@ def model_of(text: str, *, opset: int = 18, **weights: Array) -> bytes:
 
 @functools.cache
 def onnxruntime() -> ModuleType:
-    """The package, silenced. Raises ProviderError: it cannot be imported."""
+    """The package, silenced; ProviderError where it cannot be imported."""
     try:
         import onnxruntime as ort
 

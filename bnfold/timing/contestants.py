@@ -55,13 +55,12 @@ def onnx_contestants(
 ) -> list[Contestant]:
     """Files in ONNX Runtime as it is deployed: all optimisations on, threads that spin while it runs, TF32 on CUDA.
 
+    BnfoldError where a file cannot be opened there, or does not run on its feeds.
+
     Args:
         feeds: what each file is run on; bound once on the session's device, so that a GPU is not timed with its bus.
         threads: for the operators of one call; None leaves the choice to ONNX Runtime.
         memory: find each file's memory, in a process of its own.
-
-    Raises:
-        BnfoldError: a file cannot be opened there, or does not run on its feeds.
     """
     loads: list[list[float]] = [[] for _ in paths]
     sessions: list[Session | None] = [None] * len(paths)
@@ -95,10 +94,8 @@ def torch_contestant(
 ) -> Contestant:
     """A torch module in eval mode, without gradients; what is run is a copy where the caller's would have to change.
 
-    Raises:
-        InputError: the module does not run on these arguments.
-        ProviderError: torch has no CUDA where CUDA is asked for.
-        CaptureError: the module cannot be copied.
+    InputError where it does not run on these arguments, CaptureError where it cannot be copied, ProviderError where
+    torch has no CUDA and CUDA is asked for.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -140,13 +137,11 @@ def sized_inputs(
 ) -> list[Sized]:
     """The inputs of a file, each with the shape to run it on.
 
+    InputError where a size is unknown, or not the file's.
+
     Args:
         batch: the size of a dynamic first axis, and of every axis of that name; 1 by default.
         shapes: whole shapes by input, for other dynamic sizes.
-
-    Raises:
-        BnfoldError: the file cannot be opened.
-        InputError: a size is unknown, or not the file's.
     """
     values, given, where = _inputs(path), dict(shapes or {}), os.fspath(path)
     if unknown := [name for name in given if name not in {value.name for value in values}]:
@@ -203,9 +198,7 @@ def matched_feeds(
 ) -> dict[str, Array]:
     """The arrays of the ``first`` file for another one: by name, else by position; cast where its precision differs.
 
-    Raises:
-        BnfoldError: the file cannot be opened.
-        InputError: it takes something else than the first.
+    InputError where it takes something else than the first.
     """
     values, names = _inputs(path), list(feeds)
     if {value.name for value in values} == set(feeds):
@@ -229,15 +222,12 @@ def torch_arguments(
     feeds: Mapping[str, Array],
     where: str,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arrays as the arguments of a torch module.
+    """The arrays as the arguments of a torch module; InputError where they have no place in its inputs.
 
     Args:
         model: takes floating-point inputs of its first parameter's dtype.
         args: the module's positional example inputs, if there are any: the arrays take their tensors' places in order.
         feeds: arrays by name: those of ``forward`` where there are no example inputs, else in its order.
-
-    Raises:
-        InputError: the arrays have no place in the module's inputs.
     """
     import torch
     from torch.utils import _pytree as pytree
