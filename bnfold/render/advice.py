@@ -21,9 +21,9 @@ def judged(output: OutputResult, check: CheckReport) -> str:
     return check.verdict if check.verdict != "fail" or problem_of(output, check) else "pass"
 
 
-def site_is_right(site: SiteResult, check: CheckReport) -> bool:
+def site_verdict(site: SiteResult, check: CheckReport) -> str:
     """Whether a fold site is within both limits."""
-    return site.ratio <= check.limit and site.channel_ratio <= check.site_limit
+    return "pass" if site.ratio <= check.limit and site.channel_ratio <= check.site_limit else "fail"
 
 
 def problem_of(output: OutputResult, check: CheckReport) -> str | None:
@@ -95,7 +95,7 @@ def next_steps(report: ExportReport | CheckReport) -> list[tuple[str, str]]:
 def _accuracy_alone(check: CheckReport) -> bool:
     """Whether every value is right and only what was counted on the data is worse: no module is at fault then."""
     numbers = [o.ratio <= check.limit for o in check.outputs]
-    numbers += [site_is_right(site, check) for site in check.sites]
+    numbers += [site_verdict(site, check) == "pass" for site in check.sites]
     worse = check.accuracy is not None and check.accuracy.far_flips > 0
     worse |= check.baseline is not None and bool(check.baseline.regressed)
     return check.verdict == "fail" and worse and all(numbers) and not any(e.verdict == "fail" for e in check.engines)

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from bnfold.render import words
 from bnfold.render.plots import latency_plot, require_matplotlib
-from bnfold.render.printed import COLUMNS, outcomes, severities
+from bnfold.render.printed import cells, outcomes, severities
 from bnfold.render.sections import (
     Link,
     Section,
@@ -144,12 +144,12 @@ def _health(report: Diagnosis) -> Iterator[Section]:
             ("reasons", [(code, *FINDINGS[code][1:]) for code in codes]),
         )  # fmt: skip
     if report.norms:
-        columns = {head: [cell(norm) for norm in report.norms] for head, cell in COLUMNS.items() if head != "off data"}
-        same = {head: cells[0] for head, cells in columns.items() if head != "module" and len(set(cells)) == 1}
-        same = same if everyone else {}
+        every = [cells(norm) for norm in report.norms]
+        columns = {head: [each[head] for each in every] for head in every[0] if head != "off data"}
+        alike = [head for head, column in columns.items() if everyone and head != "module" and len(set(column)) == 1]
+        same = {head: columns.pop(head)[0] for head in alike}
         text = f"The same for all: {', '.join(f'{head} {cell}' for head, cell in same.items())}." if same else ""
-        shown = {head: cells for head, cells in columns.items() if head not in same}
-        listed = Table("All of them", [*shown], [*zip(*shown.values())])
+        listed = Table("All of them", [*columns], [*zip(*columns.values())])
         yield section("layers", "BatchNorms", ("text", text), ("table", listed))
     pictured = [(n.module, astuple(n.scale), astuple(n.shift)) for n in report.norms if n.scale and n.shift]
     if pictured:

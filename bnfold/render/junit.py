@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import starmap
 
 from bnfold.render import words
-from bnfold.render.advice import judged, next_steps, problem_of, site_is_right
+from bnfold.render.advice import judged, next_steps, problem_of, site_verdict
 from bnfold.report import (
     FINDINGS,
     CalibrationReport,
@@ -69,23 +69,20 @@ def _judged(root: ET.Element, report: ExportReport | CheckReport) -> None:
 
 
 def _checked(root: ET.Element, check: CheckReport, advice: str) -> None:
-    for candidate in dict.fromkeys(o.candidate for o in check.outputs):
-        cases = []
-        for o in (o for o in check.outputs if o.candidate == candidate):
-            numbers = f"error {words.error(o.error)}, noise {words.error(o.noise)}"
-            verdict = judged(o, check)
-            what = f"output '{o.output}', {candidate}: {_ratio(o.ratio, check.limit)}; {numbers}"
-            why = problem_of(o, check) if verdict != "pass" and o.ratio <= check.limit else None
-            cases.append(_case(o.output, verdict, why or what, (why or what) + advice))
-        _suite(root, f"outputs: {candidate}", cases)
-    for candidate in dict.fromkeys(s.candidate for s in check.sites):
-        cases = []
-        for s in (s for s in check.sites if s.candidate == candidate):
-            whole = s.ratio <= check.limit  # what is left is its worst element
-            ratio = _ratio(s.channel_ratio, check.site_limit) if whole else _ratio(s.ratio, check.limit)
-            what, good = f"fold of '{s.module or s.value}', {candidate}: {ratio}", site_is_right(s, check)
-            cases.append(_case(f"{s.module} ({s.value})", "pass" if good else "fail", what, what + advice))
-        _suite(root, f"fold sites: {candidate}", cases)
+    suites: dict[str, list[ET.Element]] = {}
+    for o in check.outputs:
+        verdict, numbers = judged(o, check), f"error {words.error(o.error)}, noise {words.error(o.noise)}"
+        what = f"output '{o.output}', {o.candidate}: {_ratio(o.ratio, check.limit)}; {numbers}"
+        why = (problem_of(o, check) if verdict != "pass" and o.ratio <= check.limit else None) or what
+        suites.setdefault(f"outputs: {o.candidate}", []).append(_case(o.output, verdict, why, why + advice))
+    for s in check.sites:
+        whole = s.ratio <= check.limit  # what is left is its worst element
+        ratio = _ratio(s.channel_ratio, check.site_limit) if whole else _ratio(s.ratio, check.limit)
+        what, verdict = f"fold of '{s.module or s.value}', {s.candidate}: {ratio}", site_verdict(s, check)
+        case = _case(f"{s.module} ({s.value})", verdict, what, what + advice)
+        suites.setdefault(f"fold sites: {s.candidate}", []).append(case)
+    for name, cases in suites.items():
+        _suite(root, name, cases)
     if check.accuracy is not None:
         far = check.accuracy.far_flips
         what = f"{words.plural(far, 'class')} changed that the noise does not explain"

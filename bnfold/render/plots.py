@@ -11,13 +11,13 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import ProviderError, printable
-from bnfold.render.advice import site_is_right
+from bnfold.render.advice import site_verdict
 from bnfold.report import CheckReport, LatencyReport, LayerRange
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def site_plot(check: CheckReport) -> str:
         worst[site.value] = max(worst.get(site.value, 0.0), _sized(max(site.ratio, site.channel_ratio)))
     rows = _standing_out(list(worst), [worst[value] for value in worst])
     names = {site.value: site.module for site in check.sites}
-    wrong = {site.value for site in check.sites if not site_is_right(site, check)}
+    wrong = {site.value for site in check.sites if site_verdict(site, check) == "fail"}
     marks = dict(zip(dict.fromkeys(site.candidate for site in check.sites), ("o", "s", "D", "^")))
     finite = [ratio for ratio in worst.values() if ratio < math.inf]
     low, high = 0.05, 2 * max([*finite, check.site_limit])
@@ -334,16 +334,11 @@ def _short(names: Sequence[str], letters: int, between: str = ".") -> list[str]:
 
 
 def _fitting(parts: list[str], letters: int, between: str) -> str:
-    for found in _abbreviations(parts, between):
+    for i in range(max(len(parts), 1)):
+        found = between.join([*map(_initial, parts[:i]), *parts[i:]])
         if len(found) <= letters:
             return found
     return f"{found[: letters // 2 - 1]}…{found[-letters // 2 :]}"
-
-
-def _abbreviations(parts: list[str], between: str) -> Iterator[str]:
-    yield between.join(parts)
-    for i in range(1, len(parts)):
-        yield between.join([*map(_initial, parts[:i]), *parts[i:]])
 
 
 def _initial(part: str) -> str:

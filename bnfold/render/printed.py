@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from bnfold.render.page import STYLES, Page
 from bnfold.render.reports import check_report, export_report, fold_plan, loaded
-from bnfold.render.words import SIGNS, count, number, plural, seconds, size
+from bnfold.render.words import SIGNS, count, known, number, plural, seconds, size
 from bnfold.report import (
     FINDINGS,
     Bisection,
@@ -20,7 +20,6 @@ from bnfold.report import (
     ExportReport,
     Finding,
     FleetReport,
-    Latency,
     LatencyReport,
     ModelRow,
     NormHealth,
@@ -34,6 +33,11 @@ if TYPE_CHECKING:
 #: Rows of a table, and modules of one kind of finding, that are shown without --verbose.
 _SHOWN, _MODULES = 20, 5
 _STYLE = {"error": STYLES["problem"], "warning": STYLES["note"], "note": "dim"}
+#: The columns that a line can stand for, and its words.
+_WORDS = {
+    "kind": "{}", "channels": "{} channels", "eps": "eps {}", "momentum": "momentum {}", "affine": "affine: {}",
+    "mode": "mode: {}", "statistics": "statistics {}", "calls": "calls: {}",
+}  # fmt: skip
 
 
 def printed(report: Report, page: Page, *, verbose: bool = False, destination: str | None = None) -> None:
@@ -56,7 +60,13 @@ def printed(report: Report, page: Page, *, verbose: bool = False, destination: s
 def in_a_line(report: Report) -> str:
     """What is wrong in one line, for those who see nothing else; empty where there is no verdict."""
     if isinstance(report, Bisection):
-        return _found(report)
+        if (first := report.culprit) is not None:
+            place = f"module '{first.module}'" if first.module else f"value '{first.value}'"
+            return f"{place} is the first to leave the noise: {number(first.ratio)} times"
+        if report.optimizers:
+            return f"ONNX Runtime's optimisation {' with '.join(report.optimizers)} makes the file wrong"
+        worst = number(max(report.worst, report.optimized))
+        return f"the outputs are {worst} times the noise off, no single value is"
     check = report.check if isinstance(report, ExportReport) else report
     if not isinstance(check, CheckReport):
         return ""
@@ -101,39 +111,26 @@ def _bisection(report: Bisection, page: Page, *, verbose: bool) -> None:
         page.line("Verdict", Text("nothing leaves the noise", STYLES["pass"]))
 
 
-def _found(report: Bisection) -> str:
-    if report.culprit is not None:
-        place = f"module '{report.culprit.module}'" if report.culprit.module else f"value '{report.culprit.value}'"
-        return f"{place} is the first to leave the noise: {number(report.culprit.ratio)} times"
-    if report.optimizers:
-        return f"ONNX Runtime's optimisation {' with '.join(report.optimizers)} makes the file wrong"
-    return f"the outputs are {number(max(report.worst, report.optimized))} times the noise off, no single value is"
-
-
 def _latency(report: LatencyReport, page: Page) -> None:
     """A line per contestant, and under what conditions."""
     inputs = ", ".join(f"{name}:{written}" for name, written in report.inputs.items())
     threads = "as many threads as each chooses" if report.threads is None else f"threads: {report.threads}"
     page.line("Measured", inputs or "no inputs", threads, f"{report.rounds} rounds after {report.warmup} calls each")
-    known = dict(report.machine)
-    words = [known.pop("processor", ""), f"{known.pop('cores', '?')} cores", known.pop("system", "")]
-    known.pop("date", None)
-    page.line("", ", ".join([*words, *(f"{name} {version}" for name, version in known.items())]))
-    rows = [_contestant(latency, first=i == 0) for i, latency in enumerate(report.contestants)]
+    facts = dict(report.machine)
+    words = [facts.pop("processor", ""), f"{facts.pop('cores', '?')} cores", facts.pop("system", "")]
+    facts.pop("date", None)
+    page.line("", ", ".join([*words, *(f"{name} {version}" for name, version in facts.items())]))
+    rows = []
+    for each in report.contestants:
+        first, (low, high) = each is report.contestants[0], each.interval
+        ratio = f"{each.ratio:.3f}" if each.told_apart else "not told apart"
+        rows.append((
+            each.name, seconds(each.median), seconds(each.p95), "1" if first else f"{ratio} ({low:.3f} to {high:.3f})",
+            f"{each.speedup:.2f}x" if each.told_apart and not first else "",
+            known(each.load, seconds, ""), known(each.memory, size, ""), each.provider,
+        ))  # fmt: skip
     page.table(("latency", "median", "p95", "ratio (95 % interval)", "speed", "load", "memory", "on"), rows)
     page.notes(report.notes)
-
-
-def _contestant(latency: Latency, *, first: bool) -> tuple[str, ...]:
-    low, high = latency.interval
-    known = f"{latency.ratio:.3f} " if latency.told_apart else "not told apart "
-    ratio = f"{known}({low:.3f} to {high:.3f})"
-    return (
-        latency.name, seconds(latency.median), seconds(latency.p95),
-        "1" if first else ratio, f"{latency.speedup:.2f}x" if latency.told_apart and not first else "",
-        "" if latency.load is None else seconds(latency.load), "" if latency.memory is None else size(latency.memory),
-        latency.provider,
-    )  # fmt: skip
 
 
 def fleet_line(row: ModelRow, done: int, total: int) -> str:
@@ -221,56 +218,37 @@ def _norms(report: Diagnosis, page: Page, *, verbose: bool) -> None:
     rows = list(report.norms)
     if not verbose and len(rows) > _SHOWN:
         rows = sorted(rows, key=lambda norm: norm.module not in sick)[:_SHOWN]
-    columns = {title: [cell(norm) for norm in report.norms] for title, cell in COLUMNS.items()}
+    every = [cells(norm) for norm in report.norms]
     # What is the same for all is said once.
-    same = [title for title, cells in columns.items() if len(rows) > 1 and title in _WORDS and len(set(cells)) == 1]
+    same = {t: every[0][t] for t in _WORDS if len(rows) > 1 and len({each[t] for each in every}) == 1}
     if same:
-        page.line("", "all: " + ", ".join(_WORDS[title].format(columns[title][0]) for title in same))
-    shown = {title: cell for title, cell in COLUMNS.items() if title not in same}
-    if not report.samples:
-        shown.pop("off data")
-    page.table(list(shown), [[cell(norm) for cell in shown.values()] for norm in rows])
+        page.line("", "all: " + ", ".join(_WORDS[title].format(cell) for title, cell in same.items()))
+    shown = [title for title in every[0] if title not in same and (report.samples or title != "off data")]
+    page.table(shown, [[cells(norm)[title] for title in shown] for norm in rows])
     page.more(len(report.norms) - len(rows))
 
 
-def _name(norm: NormHealth) -> str:
-    return (f"in {norm.module}" if norm.functional else norm.module) or norm.layer
+def cells(norm: NormHealth) -> dict[str, str]:
+    """What is said of a BatchNorm, by the titles of the columns."""
+    seen = "running" if norm.batches_tracked is None else f"of {norm.batches_tracked} batches"
+    return {
+        "module": (f"in {norm.module}" if norm.functional else norm.module) or norm.layer,
+        "kind": norm.layer,
+        "channels": known(norm.channels, "{:g}".format, "?"),
+        "eps": known(norm.eps, "{:g}".format, "in its code"),
+        "momentum": known(norm.momentum, "{:g}".format, "none"),
+        "affine": "yes" if norm.affine else "no",
+        "mode": {True: "train", False: "eval", None: "none"}[norm.training],
+        "statistics": seen if norm.track_running_stats else "of the batch",
+        "calls": known(norm.calls, "{:g}".format, "?"),
+        "scale": known(norm.scale, _range, ""),
+        "shift": known(norm.shift, _range, ""),
+        "off data": known(norm.distance, lambda distance: number(distance.maximum), ""),
+    }
 
 
-def _known(value: float | None, unknown: str) -> str:
-    return unknown if value is None else f"{value:g}"
-
-
-def _statistics(norm: NormHealth) -> str:
-    if not norm.track_running_stats:
-        return "of the batch"
-    return "running" if norm.batches_tracked is None else f"of {norm.batches_tracked} batches"
-
-
-#: Title -> what stands in the column.
-COLUMNS: dict[str, Callable[[NormHealth], str]] = {
-    "module": _name,
-    "kind": lambda norm: norm.layer,
-    "channels": lambda norm: _known(norm.channels, "?"),
-    "eps": lambda norm: _known(norm.eps, "in its code"),
-    "momentum": lambda norm: _known(norm.momentum, "none"),
-    "affine": lambda norm: "yes" if norm.affine else "no",
-    "mode": lambda norm: {True: "train", False: "eval", None: "none"}[norm.training],
-    "statistics": _statistics,
-    "calls": lambda norm: _known(norm.calls, "?"),
-    "scale": lambda norm: _range(norm.scale),
-    "shift": lambda norm: _range(norm.shift),
-    "off data": lambda norm: "" if norm.distance is None else number(norm.distance.maximum),
-}
-#: The columns that a line can stand for, and its words.
-_WORDS = {
-    "kind": "{}", "channels": "{} channels", "eps": "eps {}", "momentum": "momentum {}", "affine": "affine: {}",
-    "mode": "mode: {}", "statistics": "statistics {}", "calls": "calls: {}",
-}  # fmt: skip
-
-
-def _range(spread: Spread | None) -> str:
-    return "" if spread is None else f"{number(spread.minimum)} to {number(spread.maximum)}"
+def _range(spread: Spread) -> str:
+    return f"{number(spread.minimum)} to {number(spread.maximum)}"
 
 
 def _finding(code: str, findings: tuple[Finding, ...], page: Page, *, verbose: bool) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from bnfold._version import __version__
 from bnfold.render import words
-from bnfold.render.advice import chance, int8_warnings, judged, next_steps, site_is_right
+from bnfold.render.advice import chance, int8_warnings, judged, next_steps, site_verdict
 from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
 from bnfold.render.plots import ROWS, NormRow, histogram_plot, norm_plot, site_plot, weight_plot
-from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, ExportReport, LayerRange, Ledger, Port
+from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, ExportReport, LayerRange, Port
 from bnfold.report.plain import versions
 
 #: What a check says in places of its own; whatever else a later version finds out has a section under its name.
@@ -184,7 +184,14 @@ def fold_sections(report: ExportReport) -> Iterator[Section]:
         ("text", "" if ledger.entries else "The model has no BatchNorm and no other per-channel affine."),
     )  # fmt: skip
     if ledger.left:
-        yield _left(ledger)
+        left = [(entry, refusal) for entry in ledger.left for refusal in entry.refusals]
+        rows = [(e.module or e.value, r.reason, r.blocker or "itself", r.operator, e.layer) for e, r in left]
+        heads = ("module", "reason", "blocked by", "operator", "kind")
+        caption = "Why each stays, a row per direction"
+        yield section(
+            "left", "What stays, and why", ("table", Table(caption, heads, [*dict.fromkeys(rows)], (0, 1, 2, 3))),
+            ("reasons", [(reason, *REASONS[reason]) for reason in dict.fromkeys(r.reason for _, r in left)]),
+        )  # fmt: skip
     if merges:
         heads = ("into", "kind", "layers", "operators fewer", "multiply-adds fewer")
         yield section("merges", "Merges", ("table", Table("Layers that became one", heads, merges, (0, 2))))
@@ -195,7 +202,7 @@ def graph_sections(report: ExportReport) -> Iterator[Section]:
     if not report.graph:
         return
     check, count = report.check, sum(operator.before for operator in report.graph)
-    wrong = {s.module for s in check.sites if s.module and not site_is_right(s, check)} if check else set[str]()
+    wrong = {s.module for s in check.sites if s.module and site_verdict(s, check) == "fail"} if check else set[str]()
     drawn = picture(report.graph, wrong)
     boxes = f" Of {count} operators, a box is a module; the page can be made larger." if count > OPERATORS else ""
     text = f"Each operator over its module's name; {legend(report.graph, wrong)}.{boxes}" if drawn else MISSING
@@ -206,28 +213,12 @@ def graph_sections(report: ExportReport) -> Iterator[Section]:
     )  # fmt: skip
 
 
-def _left(ledger: Ledger) -> Section:
-    rows = [
-        (entry.module or entry.value, refusal.reason, refusal.blocker or "itself", refusal.operator, entry.layer)
-        for entry in ledger.left
-        for refusal in entry.refusals
-    ]
-    reasons = dict.fromkeys(refusal.reason for entry in ledger.left for refusal in entry.refusals)
-    ways = [(reason, *REASONS[reason]) for reason in reasons]
-    return section(
-        "left", "What stays, and why",
-        ("table", Table("Why each stays, a row per direction", ("module", "reason", "blocked by", "operator", "kind"),
-                        list(dict.fromkeys(rows)), (0, 1, 2, 3))),
-        ("reasons", ways),
-    )  # fmt: skip
-
-
 def site_sections(check: CheckReport | None) -> Iterator[Section]:
     """The errors at the fold sites, where there are any."""
     if check is None or not check.sites:
         return
     rows = [
-        (s.module or s.value, words.verdict("pass" if site_is_right(s, check) else "fail"),
+        (s.module or s.value, words.verdict(site_verdict(s, check)),
          words.number(s.ratio), words.number(s.channel_ratio), s.candidate)
         for s in check.sites
     ]  # fmt: skip
@@ -322,10 +313,8 @@ def interface_section(interface: Sequence[Port]) -> Iterator[Section]:
     """What goes in and what comes out."""
     rows = [(port.name, port.role, port.dtype, ", ".join(map(str, port.shape)) or "a number") for port in interface]
     if rows:
-        heads = ("name", "", "dtype", "shape")
-        yield section(
-            "interface", "Inputs and outputs", ("table", Table("Words in a shape are dynamic sizes", heads, rows))
-        )
+        listed = Table("Words in a shape are dynamic sizes", ("name", "", "dtype", "shape"), rows)
+        yield section("interface", "Inputs and outputs", ("table", listed))
 
 
 def _capped(count: int) -> str:

@@ -58,9 +58,9 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def known(value: Any, said: Callable[[Any], str]) -> str:
-    """What ``said`` makes of a value; a dash where there is none."""
-    return "–" if value is None else said(value)
+def known(value: Any, said: Callable[[Any], str], unknown: str = "–") -> str:
+    """What ``said`` makes of a value; ``unknown`` where there is none."""
+    return unknown if value is None else said(value)
 
 
 def verdict(outcome: str) -> str:
