@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from bnfold.aten.normalisation import normalisation
 from bnfold.graph.graph import Graph, Node
@@ -23,6 +25,7 @@ from bnfold.onnx_ops.scaling import trains
 from bnfold.report import NormHealth, NormKind, Spread
 
 STATISTICS = ("running_mean", "running_var")
+_TENSORS = ("weight", "bias", *STATISTICS)
 #: torch's default, which the frozen BatchNorms that have no attribute for it use too.
 EPS = 1e-5
 
@@ -77,7 +80,7 @@ def is_unshaped(module: nn.Module) -> bool:
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """weight, bias, running_mean and running_var, as far as they are there."""
-    found = ((name, getattr(module, name, None)) for name in ("weight", "bias", *STATISTICS))
+    found = ((name, getattr(module, name, None)) for name in _TENSORS)
     return {name: value for name, value in found if isinstance(value, Tensor)}
 
 
@@ -125,13 +128,10 @@ def watching_inputs(
 ) -> Iterator[None]:
     """While it lasts, ``watch`` is called with the name and the input of every one of ``norms`` before it runs."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def entering(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch(name, norm, next(tensors_in([args, kwargs])))
+    def entering(name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch(name, norm, next(tensors_in([args, kwargs])))
 
-        return entering
-
-    handles = [norm.register_forward_pre_hook(hook(name), with_kwargs=True) for name, norm in norms]
+    handles = [norm.register_forward_pre_hook(partial(entering, name), with_kwargs=True) for name, norm in norms]
     try:
         yield
     finally:
@@ -141,17 +141,7 @@ def watching_inputs(
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-
-
-_SLOTS = ("weight", "bias", "running_mean", "running_var")
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +153,7 @@ class Layer:
     stored: Mapping[str, Tensor]
     inputs: tuple[str, ...] = ()  #: in a captured program, names of the values that it normalises, one per call.
     shapeless: bool = False  #: a lazy layer that has seen no input.
-    shared: tuple[str, ...] = field(default=())  #: other names that its statistics have.
+    shared: tuple[str, ...] = ()  #: other names that its statistics have.
     target: str = ""  #: in a captured program, the name of its running mean; "" where it has none of its own.
 
     @property
@@ -213,19 +203,17 @@ def module_layers(model: nn.Module, calls: Mapping[str, int] | None) -> list[Lay
     for name, norm in norms.items():
         if not is_unshaped(norm) and without_numbers(norm):
             continue
-        kind = norm_kind(norm)
+        kind, shapeless, own = norm_kind(norm), is_unshaped(norm), own_tensors(norm)
         assert kind is not None
-        shapeless = is_unshaped(norm)
-        stored = {} if shapeless else {key: value.detach().flatten() for key, value in own_tensors(norm).items()}
-        counter = getattr(norm, "num_batches_tracked", None)
-        momentum = getattr(norm, "momentum", None)
+        stored = {} if shapeless else {key: value.detach().flatten() for key, value in own.items()}
+        counter, momentum = (getattr(norm, each, None) for each in ("num_batches_tracked", "momentum"))
         health = NormHealth(
             module=name, layer=type(norm).__name__, kind=kind, functional=False, channels=channels_of(norm),
             eps=eps_of(norm), momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
-            affine="weight" in own_tensors(norm) or "bias" in own_tensors(norm),
+            affine="weight" in own or "bias" in own,
             track_running_stats=not lacks_statistics(norm), training=norm.training,
             batches_tracked=int(counter) if isinstance(counter, Tensor) and not shapeless else None,
-            calls=None if calls is None else calls.get(name, 0), dtype=_dtype(own_tensors(norm)),
+            calls=None if calls is None else calls.get(name, 0), dtype=_dtype(own),
         )  # fmt: skip
         shared = tuple(other for other in owner if other != name and owner[other] == owner.get(name))
         found.append(summed(Layer(health, stored, (), shapeless, shared)))
@@ -281,7 +269,7 @@ def file_layers(graph: OnnxGraph) -> list[Layer]:
         call = OnnxCall(graph, value)
         if call.operator != "BatchNormalization" or call.item not in (None, 0):
             continue
-        slots = dict(zip(_SLOTS, list(call.arguments)[1:5]))
+        slots = dict(zip(_TENSORS, list(call.arguments)[1:5]))
         if trains(call):
             slots = {name: slot for name, slot in slots.items() if not name.startswith("running")}
         constants = {name: call.constant(slot) for name, slot in slots.items() if call.is_constant(slot)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import graphlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,27 +125,23 @@ def trace(
     """
     marks, found, calls = _Marks(), dict[Site, frozenset[Site]](), dict[str, int]()
 
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
-            site = Site(name, calls.get(name, 0))
-            found[site] = marks.read(tensors_in([args, kwargs]))
-            if not found[site]:
-                free(site, module, next(tensors_in([args, kwargs])))
+    def entering(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        site = Site(name, calls.get(name, 0))
+        found[site] = marks.read(tensors_in([args, kwargs]))
+        if not found[site]:
+            free(site, module, next(tensors_in([args, kwargs])))
 
-        def leaving(module: nn.Module, args: Any, output: Any) -> None:
-            site = Site(name, calls.get(name, 0))
-            calls[name] = site.call + 1
-            for tensor in tensors_in(output):
-                marks.write(tensor, marks.read([tensor]) | found[site] | {site})
-
-        return entering, leaving
+    def leaving(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        site = Site(name, calls.get(name, 0))
+        calls[name] = site.call + 1
+        for tensor in tensors_in(output):
+            marks.write(tensor, marks.read([tensor]) | found[site] | {site})
 
     handles = []
     try:
         for name, module in modules:
-            entering, leaving = hooks(name)
-            handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving))
+            handles.append(module.register_forward_pre_hook(partial(entering, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(leaving, name)))
         with torch.no_grad(), marks, _Leaving(marks):
             run()
     finally:
