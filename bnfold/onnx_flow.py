@@ -30,8 +30,7 @@ from bnfold.runtime.model_file import apart, filled
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import compared, expect, judging, refuse_nonfinite, source_facts
 from bnfold.statistics.batchnorms import file_layers
-from bnfold.statistics.diagnose import worst_first
-from bnfold.statistics.findings import findings
+from bnfold.statistics.diagnose import findings
 
 #: Initializers of no more bytes stay in the file; others begin on a page of the file beside it, as memory maps want.
 SMALL, PAGE = 1024, 4096
@@ -158,7 +157,7 @@ def plan_file(source: OnnxFile | str | Path, options: Options) -> Diagnosis:
     with clock("health"):
         layers = file_layers(OnnxGraph(source.copied(), source.path.parent))
     health = tuple(layer.health for layer in layers)
-    return Diagnosis(_facts(source, options), health, worst_first(findings(layers)), plan, 0, ())
+    return Diagnosis(_facts(source, options), health, findings(layers), plan, 0, ())
 
 
 def check_file(path: Path | None, source: OnnxFile | str | Path, options: Options, *, whole: bool) -> CheckReport:

@@ -34,10 +34,9 @@ from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, 
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
 from bnfold.stages import Run, compared, expect, fold_captured, judging, model_facts, opset, refuse_nonfinite, traced
-from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scheme, measure
 from bnfold.statistics.diagnose import examine
-from bnfold.statistics.schemes import Spread
+from bnfold.statistics.schemes import Spread, data_batches
 
 
 @public

@@ -40,10 +40,9 @@ from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
 from bnfold.runtime.runtime import FORMATS, resolve_device
-from bnfold.statistics.batches import data_batches
 from bnfold.statistics.calibration import Scratch
 from bnfold.statistics.ranges import layer_ranges, norm_ranges
-from bnfold.statistics.schemes import Pass, Seen
+from bnfold.statistics.schemes import Pass, Seen, data_batches
 
 
 def expect(options: Options) -> None:

@@ -28,7 +28,7 @@ from bnfold import pipeline, render
 from bnfold._version import __version__
 from bnfold.cli import cli
 from bnfold.errors import EXIT_CODES
-from bnfold.render.advice import next_steps
+from bnfold.render.words import next_steps
 from bnfold.report import REASONS, CheckReport, Entry, ExportReport, FileReport, Ledger, OutputResult, Refusal
 
 torch.set_num_threads(1)

@@ -28,7 +28,7 @@ from bnfold import pipeline, stages
 from bnfold.cli import cli
 from bnfold.options import OptionFields, Options, asked
 from bnfold.render import document
-from bnfold.render.advice import next_steps
+from bnfold.render.words import next_steps
 from bnfold.report import Accuracy
 from bnfold.timing import bench
 

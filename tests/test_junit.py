@@ -89,7 +89,7 @@ def test_a_failure_says_ratio_limit_and_what_to_run_next() -> None:
 
 def test_the_next_command_is_one_of_the_program() -> None:
     from bnfold.cli import cli
-    from bnfold.render.advice import next_steps
+    from bnfold.render.words import next_steps
 
     for report in reports().values():
         if isinstance(report, ExportReport | CheckReport):

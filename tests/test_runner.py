@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import InputError, UsageError
-from bnfold.render.advice import next_steps
+from bnfold.render.words import next_steps
 from bnfold.report import CheckReport
 from bnfold.runtime.runner import Crashed, NoAnswer, Raised, UserRunner, arrays, takes_path
 

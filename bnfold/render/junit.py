@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import starmap
 
 from bnfold.render import words
-from bnfold.render.advice import judged, next_steps, problem_of, site_verdict
+from bnfold.render.words import judged, next_steps, problem_of, site_verdict
 from bnfold.report import (
     FINDINGS,
     CalibrationReport,

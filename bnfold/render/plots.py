@@ -17,7 +17,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import ProviderError, printable
-from bnfold.render.advice import site_verdict
+from bnfold.render.words import site_verdict
 from bnfold.report import CheckReport, LatencyReport, LayerRange
 
 if TYPE_CHECKING:

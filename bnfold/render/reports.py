@@ -9,9 +9,8 @@ from typing import Any
 
 from rich.text import Text
 
-from bnfold.render.advice import chance, int8_warnings, judged, next_steps
 from bnfold.render.page import STYLES, Page
-from bnfold.render.words import OUTCOMES, count, error, number, plural, size
+from bnfold.render.words import OUTCOMES, chance, count, error, int8_warnings, judged, next_steps, number, plural, size
 from bnfold.report import REASONS, Accuracy, BaselineReport, CheckReport, ExportReport, Ledger, OutputResult, Port
 
 #: Rows of a table or outputs, problems, and flips (the first is the furthest from a tie) shown without --verbose.

@@ -12,9 +12,9 @@ from typing import Any
 
 from bnfold._version import __version__
 from bnfold.render import words
-from bnfold.render.advice import chance, int8_warnings, judged, next_steps, site_verdict
 from bnfold.render.graph import MISSING, OPERATORS, legend, operator_types, picture
 from bnfold.render.plots import ROWS, NormRow, histogram_plot, norm_plot, site_plot, weight_plot
+from bnfold.render.words import chance, int8_warnings, judged, next_steps, site_verdict
 from bnfold.report import REASONS, CalibrationReport, CheckReport, Diagnosis, ExportReport, LayerRange, Port
 from bnfold.report.plain import versions
 

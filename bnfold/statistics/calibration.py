@@ -29,7 +29,6 @@ from bnfold.errors import InputError, UsageError
 from bnfold.graph.copies import copied, eval_copy
 from bnfold.report import CalibratedLayer
 from bnfold.report.progress import Progress, silent
-from bnfold.statistics.batches import Batch, Batches, rereadable
 from bnfold.statistics.batchnorms import (
     EPS,
     STATISTICS,
@@ -42,7 +41,19 @@ from bnfold.statistics.batchnorms import (
     without_numbers,
 )
 from bnfold.statistics.moments import Moments
-from bnfold.statistics.schemes import Pass, Read, Seen, Spread, observe, one_pass, sequential, write
+from bnfold.statistics.schemes import (
+    Batch,
+    Batches,
+    Pass,
+    Read,
+    Seen,
+    Spread,
+    observe,
+    one_pass,
+    rereadable,
+    sequential,
+    write,
+)
 from bnfold.user_code import unended
 
 Scheme = Literal["sequential", "one-pass"]
