@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from bnfold.errors import InputError
-from bnfold.gate.candidates import Candidate, OnnxCandidate
+from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.data import IGNORED, VOID, Labels, stored_batches
 from bnfold.gate.evidence import TINY, specials, unit_roundoff
 from bnfold.gate.findings import Findings, first_line
 from bnfold.gate.judge import Case, Judge
 from bnfold.gate.metrics import Classification, Errors, Facts, Part, Regression, Spread, rms
 from bnfold.gate.models import Model
+from bnfold.gate.outside import Candidate
 from bnfold.gate.samples import MIN_SAMPLES, Batch
 from bnfold.gate.stored import Rows, in_order
 from bnfold.gate.values import numbers
@@ -56,15 +57,8 @@ def judge_accuracy(
     close, and so are NaN and infinities that the unfolded model does not give. A sample that is further off than
     ``SAMPLE_FACTOR`` limits is a doubt.
 
-    Args:
-        judge: the runs that the gate has made, for the noise.
-        candidate: what is judged.
-        data: samples by input name.
-        labels: what is known about them, after ``data.assign``.
-        pinned: sizes that the file fixes, by symbol.
-        spread: goes through all the parts of the data, where ``data`` is the first of them.
-        follow: the model in float64, with what the candidate decides.
-        progress: is told how far it is.
+    The runs that the gate has made tell the noise. ``data`` are samples by input name, or the first of the parts that
+    ``spread`` goes through; ``pinned`` are sizes that the file fixes, by symbol.
 
     Raises:
         InputError: the labels do not fit the output that they belong to.

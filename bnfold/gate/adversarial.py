@@ -46,8 +46,7 @@ class Found:
 
     Attributes:
         batches: inputs for the gate; none where no gradient reaches an input.
-        peak: the largest value inside of the model as a fraction of its dtype's range.
-        before: the same where the search began.
+        peak, before: the largest value inside of the model as a fraction of its dtype's range; where the search began.
         module: where that value arises.
         steps: of all searches together.
         notes: why a search found nothing, in words.
@@ -67,12 +66,9 @@ class Found:
 
 
 def search(captured: Captured, folded: ExportedProgram | None, batches: Sequence[Batch]) -> Found:
-    """Looks for inputs that overflow the model, or take ``folded`` away from it; the same ones every time.
+    """Looks for inputs that overflow the model, or take ``folded`` away from it, if it is known; always the same ones.
 
-    Args:
-        captured: the unfolded model.
-        folded: what claims to equal it; None where there is only a file.
-        batches: the gate's other inputs: where the searches start, and the range that they keep to.
+    ``batches`` are the gate's other inputs: where the searches start, and the range that they keep to.
     """
     start = _start(batches)
     box = {

@@ -31,7 +31,6 @@ from bnfold.gate.judge import Case, Judge, run_cases
 from bnfold.gate.models import Model
 from bnfold.gate.samples import MIN_SAMPLES
 from bnfold.gate.sites import compared
-from bnfold.gate.values import batched
 from bnfold.gate.witnesses import FileWitness
 from bnfold.graph.capture import Captured
 from bnfold.graph.functional import module_of
@@ -107,7 +106,7 @@ class Search:
         sessions.run_plain()
         sessions.run_deployed(pair.onnx(optimized=True))
         optimizers = sessions.guilty() or ()
-        file, *each = (judge.table.of(name, said=True) for name in (claim.name, PLAIN, DEPLOYED))
+        file, *each = (judge.of(name, said=True) for name in (claim.name, PLAIN, DEPLOYED))
         worst, optimized = (max(map(self._ratio, [*file, *rows]), default=math.inf) for rows in each)
         #: What values of the file stand for; of those that agree how far they are off, and the module of the last.
         self._meant, self._ratios = dict[str, Meaning](), dict[str, float]()
@@ -127,7 +126,7 @@ class Search:
 
     def _case(self) -> Case:
         """The one that is furthest off, or the largest of the first sizes."""
-        rows = self._judge.table.of(self._claim.name, said=True)
+        rows = self._judge.of(self._claim.name, said=True)
         ran = [case for case in self._judge.cases if case.claimed is not None]
 
         def misfit(case: Case) -> float:
@@ -295,7 +294,7 @@ class Search:
     def _against(self, value: Tensor, truth: Tensor, noise: Tensor, case: Case) -> float:
         noise = noise * 2**0.5  # the file's constants were rounded as well
         ratio, worst, *_ = compare(value, truth, noise, unit=self._judge.reference.coarsest,
-                                   batched=batched(case.batch, truth))  # fmt: skip
+                                   batched=case.batch.leads(truth))  # fmt: skip
         return self._ratio(Row("", "", "", ratio, worst))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,21 +34,6 @@ from bnfold.runtime.runtime import (
 
 #: What reports call a file as it is deployed, and without optimisations.
 DEPLOYED, PLAIN = "ONNX Runtime", "ONNX Runtime, optimisations off"
-
-
-class Candidate(Protocol):
-    """Something that runs and claims to equal the unfolded model."""
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-
-    @property
-    def coarser(self) -> float:
-        """How many times more coarsely than the model's own dtype it rounds; at least 1."""
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +84,8 @@ def coarser(found: Arithmetic, program: ExportedProgram) -> float:
 class OnnxCandidate:
     """A file run by ONNX Runtime. Opens its session on use; ``close`` frees it.
 
-    Args:
-        path: the file.
-        setting: where it runs.
-        inputs: flat input index and the file's name for it.
-        outputs: those of the file that are the model's; None for all as they are.
-        optimized, disabled: all of ONNX Runtime's optimisations but these, or none.
-        widen: its bfloat16 values are run in float32.
-        wider: lets it return float32 for half floats.
-        session: one that is open already.
+    ``outputs`` are those of the file that are the model's; ``widen`` runs its bfloat16 values in float32, ``wider``
+    lets it return float32 for half floats; ``disabled`` are optimisations to leave out.
     """
 
     def __init__(
@@ -155,7 +133,7 @@ class OnnxCandidate:
         self._session = self._watching = None
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
-        """As ``Candidate.run``."""
+        """Flat outputs for flat inputs."""
         return [as_tensor(value) for value in self.session.run(self.feeds(flat), self._outputs)]
 
     def also(self, flat: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], dict[str, Tensor]]:

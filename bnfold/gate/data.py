@@ -110,11 +110,7 @@ def examine(
 ) -> str:
     """Reads everything once.
 
-    Args:
-        data: samples by input name.
-        labels: what else is known about them.
-        dtypes: what the model takes, by input name.
-        progress: told how many bytes are done.
+    ``dtypes`` are what the model takes, by input name; ``progress`` is told how many bytes are done.
 
     Returns:
         SHA-256 of all arrays with their names, dtypes and shapes.
@@ -146,10 +142,8 @@ def examine(
 def assign(labels: Labels, outputs: Mapping[str, tuple[int | None, ...]]) -> Labels:
     """Finds the output that labels and targets belong to.
 
-    Args:
-        labels: as read.
-        outputs: shapes of the floating-point outputs by name, None for a dynamic size. Classes lie along axis 1, as in
-            ``torch.nn.functional.cross_entropy``, or along the last axis where only that fits.
+    ``outputs`` are shapes of the floating-point outputs by name, None for a dynamic size. Classes lie along axis 1, as
+    in ``torch.nn.functional.cross_entropy``, or along the last axis where only that fits.
 
     Raises:
         InputError: they fit none.
@@ -189,12 +183,8 @@ def stored_batches(
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
     """All rows of ``data`` in flat batches of ``size``, each with the number of its samples.
 
-    Args:
-        names: flat input names.
-        example: flat example inputs, for what ``data`` does not hold and for the dtypes.
-        data: samples by input name.
-        size: samples at a time.
-        fixed: fill the last batch up with repeated rows, for what takes no other size; the number does not count them.
+    The flat ``example`` inputs give the dtypes, and what ``data`` does not hold. ``fixed`` fills the last batch up with
+    repeated rows, for what takes no other size; the number does not count them.
     """
     streams = {name: in_order(rows, size) for name, rows in data.items()}
     with contextlib.ExitStack() as stack:

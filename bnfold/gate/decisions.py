@@ -39,11 +39,9 @@ class Place:
     """An operator that decides on values that depend on the inputs.
 
     Attributes:
-        node: name of the operator in the graph.
+        node, target, module: its name in the graph, the operator itself, and the module that it belongs to.
         value: name of the value that holds what it decided; the operator itself, or one of its several results.
-        target: the operator.
         rule: how it decides.
-        module: the module that it belongs to.
         outputs: positions of the model's outputs that depend on it.
         twin: the value of the first place that computes the very same; a file may hold one of them only.
     """
@@ -117,10 +115,7 @@ def _influence(program: ExportedProgram) -> dict[fx.Node, frozenset[int]]:
 def distance(turn: Turn, moved: Sequence[Sequence[Turn]], more: float = 0.0) -> float:
     """How far from a tie a decision is, in noises: up to ``NEAR`` it may fall either way.
 
-    Args:
-        turn: what was decided.
-        moved: the same decisions where constants were drawn.
-        more: noise besides.
+    ``moved`` are the same decisions where constants were drawn, ``more`` is noise besides.
     """
     noise, gap = math.hypot(near_noise(turn, moved)[0], more), as_tensor(turn.gap)
     return float(gap.max()) / max(noise, TINY) if gap.numel() else 0.0
@@ -141,14 +136,9 @@ def judge_turns(
     findings: Findings, witness: str, turns: Sequence[Turn], again: Callable[[int], Sequence[Turn]],
     theirs: Callable[[Turn], float] = lambda turn: 0.0,
 ) -> None:  # fmt: skip
-    """Says what the decisions are that were followed although float64 would decide otherwise.
+    """Says what the decisions are that were followed although float64 would decide otherwise: near-ties or problems.
 
-    Args:
-        findings: near-ties are noted in it, others are problems.
-        witness: who decided.
-        turns: all that were followed.
-        again: draws the reference's constants, by a seed.
-        theirs: what rounding a claim's constants does to what it compares there.
+    ``again`` draws the reference's constants, by a seed; ``theirs`` is what rounding a claim's does there.
     """
     turned = [turn for turn in turns if turn.different]
     moved = [again(seed) for seed in range(DRAWS)] if turned else []

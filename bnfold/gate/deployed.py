@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,7 +77,10 @@ class Sessions:
             return candidate.also(case.batch.flat, names) if names else (candidate.run(case.batch.flat), {})
 
         for case, (outputs, decided) in judge.answers(PLAIN, run):
-            self.plain[case.words], self.followed[case.words] = outputs, self._following(case, decided)
+            truth, mine = case.truth, case.claimed
+            if mine is not None and self.claim is not None:
+                truth = self.claim.after(case.batch, mine, decided)
+            self.plain[case.words], self.followed[case.words] = outputs, truth
         candidate.close()  # what operators are asked on is another session: there is one at a time
         ran = [case for case in judge.cases if case.words in self.plain]
         for case in ran:
@@ -89,7 +91,7 @@ class Sessions:
                 if clears and misfit > EXCUSE / 4:
                     self._lose(case)
                 rows = judged(plain=clears)
-            judge.table.rows += rows
+            judge.table += rows
         if ran and not self._asked:
             self._clears(candidate, min(ran, key=lambda case: case.batch.samples))
         candidate.close()
@@ -119,16 +121,6 @@ class Sessions:
                     f"{PLAIN}, output '{name}': error is {lost:.3g} times the model's own at {case.words}, though "
                     "every operator is right: the file adds and takes away what hides the digits of its values"
                 )
-
-    def _following(self, case: Case, decided: dict[str, Tensor]) -> Run:
-        """The file in float64, with the decisions of a run; the model where there is no such file."""
-        claimed = case.claimed
-        if claimed is None or self.claim is None:
-            return case.truth
-        both = [(x, decided[name]) for name, x in claimed.decided.items() if name in decided]
-        if all(torch.equal(own.to(x.dtype), x) for x, own in both if own.shape == x.shape):
-            return claimed
-        return self.claim.run(case.batch, follow={**claimed.decided, **decided})
 
     def _rows(
         self, case: Case, candidate: OnnxCandidate, outputs: Sequence[Any], truth: Run, *, plain: bool,
@@ -227,7 +219,7 @@ class Sessions:
         """Runs of nodes, with their operands and results as the runtime has them: so many elements at a time."""
         assert self.claim is not None
         shapes = case.claimed.shapes if case.claimed else self.claim.file.shapes(self.claim.feeds(case.batch))
-        weights, feeds = self.claim.weights(), candidate.feeds(case.batch.flat)
+        weights, feeds = self.claim.file.weights(), candidate.feeds(case.batch.flat)
         chunk: list[Any] = []
         held = 0
         nodes = list(self.claim.graph.node)
@@ -245,9 +237,10 @@ class Sessions:
             if self._exact and not all(map(identical, outputs, self.plain[case.words])):
                 raise InputError("its outputs are others when its values are asked for")
             made = {name: to_numpy(x) for name, x in values.items()}
-            given = ChainMap[str, Any](made, feeds, weights)  # type: ignore[arg-type]  # which is read alone
+            seen = inside.union(*map(outer_names, chunk))
+            stored = {name: weights[name].array() for name in seen if name in weights}
             del outputs, values
-            yield chunk, given, frozenset(n for n in inside if n in weights)
+            yield chunk, {**stored, **feeds, **made}, frozenset(n for n in inside if n in weights)
             chunk, held = [], 0
 
     # -- as it is deployed ---------------------------------------------------------------------------------------------
@@ -265,8 +258,8 @@ class Sessions:
             rows = self._rows(case, candidate, outputs, truth, plain=True)
             if case.claimed is not None and case.claimed.decided and self.judge.misfit(rows) > 1:
                 rows = self._decided(candidate, case, outputs, rows)
-            table.rows += rows
-        table.rows += seen.rows if seen is not None else []
+            table += rows
+        table += seen.rows if seen is not None else []
 
     def _decided(self, candidate: OnnxCandidate, case: Case, outputs: Sequence[Any], rows: list[Row]) -> list[Row]:
         """The rows after decisions that the session itself shows, where they explain what it returns."""
@@ -286,12 +279,12 @@ class Sessions:
     def guilty(self) -> tuple[str, ...] | None:
         """The optimisations that make a file wrong that is right without them, if one knows them; None: none does."""
         judge = self.judge
-        wrong = {row.case for row in judge.table.of(DEPLOYED, said=True) if not row.misfit(judge.limit) <= 1}
+        wrong = {row.case for row in judge.of(DEPLOYED, said=True) if not row.misfit(judge.limit) <= 1}
         wrong |= judge.failed.get(DEPLOYED, set())
         case = next((case for case in judge.cases if case.words in wrong), None)
         if case is None:
             return None
-        without = [row for row in judge.table.of(PLAIN, said=True) if row.case == case.words]
+        without = [row for row in judge.of(PLAIN, said=True) if row.case == case.words]
         if not all(row.misfit(judge.limit) <= 1 for row in without):
             return None
 

@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from bnfold.gate.judge import Judge
 from bnfold.gate.samples import Batch
-from bnfold.gate.values import batched
 from bnfold.graph.capture import Captured
 
 #: Inputs with their outputs.
@@ -18,7 +17,7 @@ Runs = Sequence[tuple[Batch, Sequence[Tensor]]]
 
 def prove_nothing(judge: Judge, captured: Captured, runs: Runs) -> None:
     """Says of a judgement why nothing follows from it, where that is so."""
-    findings, rows = judge.findings, [row for row in judge.table.rows if not row.inside]
+    findings, rows = judge.findings, [row for row in judge.table if not row.inside]
     compared = {row.witness for row in rows if row.shown}
     if not rows and not findings.problems:
         findings.problems.append("no output was compared")
@@ -53,7 +52,7 @@ def _says_nothing(runs: Runs) -> bool:
         first: dict[int, Tensor] = {}
         for batch, values in runs:
             for i, value in enumerate(values):
-                rows = value if batched(batch, value) else value[None]
+                rows = value if batch.leads(value) else value[None]
                 row = first.setdefault(i, rows[0]) if len(rows) else torch.empty(0)
                 if not value.is_floating_point() or row.shape != rows.shape[1:] or not bool((rows == row).all()):
                     return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -39,16 +39,12 @@ class Row:
 
     Attributes:
         case: which input, in words.
-        witness: what ran.
-        value: name of the output or of the value inside.
+        value: name of the output, or of the value ``inside``.
         ratio: RMS of error over noise, over all of the value or over the worst of its samples.
-        worst: the largest error over noise of any one element.
-        element: which one that is.
+        worst, element: the largest error over noise of any one element, and which that is.
         error, noise: medians over elements, relative to them.
         doublings: how many elements are off by at most their noise, by less than 2 times it, 4 times, and so on.
-        elements: how many there are.
-        samples: how many samples the input holds.
-        inside: whether it is a value inside, no output.
+        elements, samples: how many elements it has, and how many samples the input.
         finite: whether it has a finite element to compare, or none at all.
         shown: whether it is an output that has an element to compare.
         said: what is wrong with it that no number says; it is infinitely far off then.
@@ -76,34 +72,14 @@ class Row:
         return max(self.ratio / limit, self.worst / (ELEMENT * limit))
 
 
-@dataclass
-class Table:
-    """All that was seen. Verdicts, sites and reports are questions to it."""
-
-    rows: list[Row] = field(default_factory=list)
-
-    def of(self, witness: str, value: str | None = None, *, said: bool = False) -> list[Row]:
-        """The rows of a witness, of one output or of all; where it is asked for those too that no number says."""
-        rows = [row for row in self.rows if row.witness == witness and not row.inside and (said or not row.said)]
-        return rows if value is None else [row for row in rows if row.value == value]
-
-
 def compare(
-    given: Tensor,
-    truth: Tensor,
-    noise: Tensor,
-    *,
-    unit: float,
-    batched: bool = False,
-    coarser: float = 1.0,
-    draws: float = math.inf,
-    enough: float = 1.0,
-) -> tuple[float, float, tuple[int, ...], float, float, tuple[int, ...]]:
+    given: Tensor, truth: Tensor, noise: Tensor, *, unit: float, batched: bool = False, coarser: float = 1.0,
+    draws: float = math.inf, enough: float = 1.0,
+) -> tuple[float, float, tuple[int, ...], float, float, tuple[int, ...]]:  # fmt: skip
     """``ratio``, ``worst``, ``element``, ``error``, ``noise`` and ``doublings`` of a ``Row``.
 
     Args:
-        given: what a witness computed, of any floating-point dtype.
-        truth: what is right, float64.
+        given, truth: what a witness computed, of any floating-point dtype, and what is right, float64.
         noise: how far rounding moves every element, float64.
         unit: the unit roundoff of what the value is stored in.
         batched: axis 0 holds samples.
@@ -248,8 +224,7 @@ class Draws:
     Args:
         sources: what rounds constants, the reference first. Their noises add up as independent ones do.
         begun: draws of which the first source is the same.
-        unit: the unit roundoff of what the reference is stored in.
-        excuse: how many times what the first source does the others count for.
+        unit, excuse: the reference's unit roundoff; how many times what the first source does the others count for.
     """
 
     def __init__(

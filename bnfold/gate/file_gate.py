@@ -68,13 +68,9 @@ class Original(FileWitness):
 
 @dataclass
 class FileGate:
-    """One judgement. Build it, then ``judge``.
+    """One judgement: ``path`` against what it was made from. Build it, then ``judge``.
 
-    Args:
-        original: what the file was made from, or is compared with.
-        path: the file.
-        device: where the file is to run.
-        data: samples by input name, in place of made ones.
+    ``data`` are samples by input name, in place of made ones.
     """
 
     original: Path
@@ -120,7 +116,7 @@ class FileGate:
             judge.report(DEPLOYED)
         except BnfoldError as error:
             findings.problems.append(f"ONNX Runtime: {error}")
-        if not any(row.shown for row in judge.table.rows):
+        if not any(row.shown for row in judge.table):
             findings.doubts.append("no output has an element to compare")
         return judge.verdict(provider, [case.batch for case in cases])
 

@@ -14,9 +14,7 @@ class FileValue:
     """A value that a node of the file computes.
 
     Attributes:
-        name: its name in the file.
-        operator: operator type of the node.
-        node: name of the node, which may be empty.
+        operator, node: operator type and name of the node; that may be empty.
         module: the module that the node's metadata name.
         reads: the values that the node reads and that are computed themselves.
         depends: whether it depends on an input of the file.

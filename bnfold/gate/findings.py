@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 
 from bnfold.errors import BnfoldError
-from bnfold.gate.samples import Batch
 
 
 @dataclass
@@ -30,12 +29,6 @@ class Findings:
 def kind_of(text: str) -> str:
     """A text without its numbers, save for those in names."""
     return re.sub(r"(?<!\w)('[^']*')|(?<![\w.])\d[\d.e+-]*", lambda found: found[1] or "#", text)
-
-
-def words(batch: Batch) -> str:
-    """The sizes of a batch, for a message."""
-    size = f"batch {batch.size}" if batch.size else "the fixed batch"
-    return ", ".join(filter(None, (size, batch.sizes, batch.origin)))
 
 
 def first_line(error: BaseException) -> str:

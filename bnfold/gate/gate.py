@@ -30,7 +30,6 @@ from bnfold.gate.adversarial import Found, search
 from bnfold.gate.candidates import (
     DEPLOYED,
     PLAIN,
-    Candidate,
     OnnxCandidate,
     Setting,
     half_inside,
@@ -51,7 +50,7 @@ from bnfold.gate.judge import Judge, overflow, run_cases
 from bnfold.gate.matching import Match, match
 from bnfold.gate.metrics import Facts, Part, Spread
 from bnfold.gate.models import Model
-from bnfold.gate.outside import RunnerCandidate, TorchCandidate, judge_outside, judge_twice
+from bnfold.gate.outside import Candidate, RunnerCandidate, TorchCandidate, judge_capture, judge_outside, judge_twice
 from bnfold.gate.samples import MIN_SAMPLES, Batch, batches
 from bnfold.gate.screen import Screen
 from bnfold.gate.sites import judge_sites
@@ -222,8 +221,7 @@ class Gate:
             )  # fmt: skip
             judge.wild(claim.name)
         for case in () if stateful else cases:
-            noise = judge.drawn(case).noise
-            model.judge_capture(case.batch, case.own, case.truth, noise, findings, self.limit)
+            judge_capture(judge, case, model)
         self.progress("check", 1, 4)
         engines, placed = self._run_file(claim, screen)
         self.progress("check", 3, 4)
@@ -349,7 +347,7 @@ class Gate:
 
     def _engine(self, setting: Setting, name: str) -> Engine:
         """What the report says of an engine."""
-        ratios = [row.ratio for row in self._judged.table.of(name)]
+        ratios = [row.ratio for row in self._judged.of(name)]
         bad, unsure = (any(text.startswith(name) or "ONNX Runtime:" in text for text in texts) for texts in
                        (self.findings.problems, self.findings.doubts))  # fmt: skip
         return setting.result(max(ratios, default=math.inf), "fail" if bad else "inconclusive" if unsure else "pass")
@@ -399,4 +397,4 @@ class Gate:
         names, judge = tuple(batch.origin for batch in found.batches), self._judged
         if any(c.batch.origin in names and overflow(c.own, c.truth.outputs) is not None for c in judge.cases):
             return math.inf
-        return max((row.ratio for row in judge.table.rows if names and row.case.endswith(names)), default=0.0)
+        return max((row.ratio for row in judge.table if names and row.case.endswith(names)), default=0.0)

@@ -20,17 +20,16 @@ from bnfold.gate.evidence import (
     Draws,
     Row,
     Source,
-    Table,
     compare,
     seen_error,
     settled,
     specials,
     unit_roundoff,
 )
-from bnfold.gate.findings import Findings, first_line, kind_of, words
+from bnfold.gate.findings import Findings, first_line, kind_of
 from bnfold.gate.samples import Batch
 from bnfold.gate.screen import Screen
-from bnfold.gate.values import batched, numbers
+from bnfold.gate.values import numbers
 from bnfold.gate.witnesses import Witness
 from bnfold.report import CheckReport, OutputResult
 from bnfold.report.progress import Progress
@@ -58,7 +57,8 @@ class Judge:
     cases: list[Case]
     findings: Findings
     limit: float
-    table: Table = field(default_factory=Table)
+    #: All that was seen. Verdicts, sites and reports are questions to it.
+    table: list[Row] = field(default_factory=list)
     claimer: Witness | None = None
     #: Why a case could not be run in float64.
     unrun: dict[str, str] = field(default_factory=dict)
@@ -70,6 +70,11 @@ class Judge:
         for case in self.cases:  # what is said of a case is kept by its words
             count = told[case.words] = told.get(case.words, 0) + 1
             case.words += f" ({count})" if count > 1 else ""
+
+    def of(self, witness: str, value: str | None = None, *, said: bool = False) -> list[Row]:
+        """The rows of a witness, of one output or of all; where it is asked for those too that no number says."""
+        rows = [row for row in self.table if row.witness == witness and not row.inside and (said or not row.said)]
+        return rows if value is None else [row for row in rows if row.value == value]
 
     def misfit(self, rows: Iterable[Row]) -> float:
         """The largest: at most 1 where all is right, infinite where no number says how wrong it is."""
@@ -97,7 +102,7 @@ class Judge:
                     rows, truth = again, other
                 else:
                     case.draws = before
-            self.table.rows += rows
+            self.table += rows
             if failed:
                 self.findings.problems.append(
                     f"{claim.name}: its decisions at {case.words} cannot be followed: {failed}"
@@ -114,11 +119,8 @@ class Judge:
 
     def _following(self, case: Case, taken: Mapping[str, Tensor]) -> tuple[Run, str]:
         """The reference with somebody's decisions, and why not where they make no sense."""
-        mine = case.truth.decided
-        if all(x.shape == mine[n].shape and torch.equal(x.to(mine[n].dtype), mine[n]) for n, x in taken.items()):
-            return case.truth, ""
         try:
-            return self.reference.run(case.batch, follow={**mine, **taken}), ""
+            return self.reference.after(case.batch, case.truth, taken), ""
         except Exception as error:
             return case.truth, first_line(error)
 
@@ -198,7 +200,7 @@ class Judge:
                 if (problem := specials(value, true)) is not None:
                     say(name, problem, shown=shown)
                 unit = self.reference.units.get(name, unit_roundoff(own.dtype))
-                seen = compare(value, true, noise(i), unit=unit, batched=batched(case.batch, true), coarser=coarser,
+                seen = compare(value, true, noise(i), unit=unit, batched=case.batch.leads(true), coarser=coarser,
                                draws=draws)  # fmt: skip
                 count = int((true.isfinite() & value.isfinite()).sum())
                 row(name, *seen, elements=count, finite=bool(count) or not true.numel(), shown=shown)
@@ -224,15 +226,15 @@ class Judge:
         """Adds what speaks against a witness: one line per output and kind of fault, on all inputs together."""
         found, problems = self.findings, list[tuple[str, str]]()
         kinds: dict[tuple[str, str], list[Row]] = {}
-        for row in self.table.of(witness, said=True):  # sizes and counts differ from input to input, the cause does not
+        for row in self.of(witness, said=True):  # sizes and counts differ from input to input, the cause does not
             if row.said:
                 kinds.setdefault((row.value, kind_of(row.said)), []).append(row)
         for (output, _), (first, *others) in kinds.items():
             where = f"{witness}, output '{output}'" if output else witness
             more = f", and the like at {listed([row.case for row in others])}" if others else ""
             problems.append((output, f"{where}: {first.said} at {first.case}{more}"))
-        for output in dict.fromkeys(row.value for row in self.table.of(witness)):
-            rows = self.table.of(witness, output)
+        for output in dict.fromkeys(row.value for row in self.of(witness)):
+            rows = self.of(witness, output)
             off = [row for row in rows if not row.misfit(self.limit) <= 1]
             if off:
                 problems.append((output, f"{witness}, output '{output}': {self._words(off, len(rows))}"))
@@ -257,8 +259,8 @@ class Judge:
 
     def wild(self, witness: str) -> None:
         """Doubts outputs that rounding alone makes unsure."""
-        for output in dict.fromkeys(row.value for row in self.table.of(witness)):
-            rows = [row for row in self.table.of(witness, output) if row.elements]
+        for output in dict.fromkeys(row.value for row in self.of(witness)):
+            rows = [row for row in self.of(witness, output) if row.elements]
             noise = sorted(row.noise for row in rows)[len(rows) // 2] if rows else 0.0
             if noise > max(WILD, 32 * self.reference.units.get(output, 0.0)):
                 self.findings.doubts.append(
@@ -280,9 +282,9 @@ class Judge:
 
     def _results(self) -> Iterator[OutputResult]:
         """What the report says of every witness, output by output."""
-        for witness in dict.fromkeys(row.witness for row in self.table.rows):
-            for output in dict.fromkeys(row.value for row in self.table.of(witness)):
-                rows = self.table.of(witness, output)
+        for witness in dict.fromkeys(row.witness for row in self.table):
+            for output in dict.fromkeys(row.value for row in self.of(witness)):
+                rows = self.of(witness, output)
                 noise, error = (sorted(getattr(row, key) for row in rows)[len(rows) // 2] for key in ("noise", "error"))
                 ratio, worst = (max(getattr(row, key) for row in rows) for key in ("ratio", "worst"))
                 counts = tuple(map(sum, zip_longest(*(row.doublings for row in rows), fillvalue=0)))
@@ -349,7 +351,7 @@ def run_cases(
         except Exception as error:
             own, reason = error, first_line(error)
             if accept is None:
-                findings.notes.append(f"the original does not run at {words(batch)}: {reason}")
+                findings.notes.append(f"the original does not run at {batch.words}: {reason}")
         failed = ""
         if not isinstance(own, Exception) and truth is None:
             if screen is not None and screen.clears(batch, own, first=not cases):
@@ -366,10 +368,10 @@ def run_cases(
             continue
         over = overflow(own, truth.outputs)
         if over is not None and "adversarial" in batch.origin:
-            findings.problems.append(f"in its own dtype the model itself overflows at {words(batch)}: {over}")
+            findings.problems.append(f"in its own dtype the model itself overflows at {batch.words}: {over}")
         elif over is not None and (batch.origin or accept is None):
-            reason = f"the model itself overflows at {words(batch)}: not judged there"
+            reason = f"the model itself overflows at {batch.words}: not judged there"
             findings.notes.append(reason)
             continue
-        cases.append(Case(batch, truth, own, draws=screen.drawn.get(batch) if screen else None, words=words(batch)))
+        cases.append(Case(batch, truth, own, draws=screen.drawn.get(batch) if screen else None, words=batch.words))
     return cases, reason

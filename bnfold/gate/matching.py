@@ -58,11 +58,8 @@ class _Input:
 def match(captured: Captured, session: Session, *, strict: bool = False, widened: bool = False) -> Match:
     """How ``session``'s inputs and outputs belong to those of the captured model.
 
-    Args:
-        captured: the model.
-        session: of the file.
-        strict: the file is the model's own export, in which other names, sizes or dtypes are faults for the gate.
-        widened: the session computes in float32 what the file holds as bfloat16.
+    ``strict``: the file is the model's own export, in which other names, sizes or dtypes are faults for the gate;
+    ``widened``: the session computes in float32 what the file holds as bfloat16.
 
     Raises:
         InputError: they do not fit; the message lists both sides.

@@ -213,14 +213,11 @@ class Facts:
 
     Attributes:
         noise: the unfolded model's relative error, of every output that has samples along its first axis, by index.
-        classes: the axis of the classes, of the output that has some.
+        classes, logits: of the output that has classes their axis, and the noise of each.
         targets: the outputs that have targets.
         labelled: whether the samples have labels.
-        size: how many samples are run at once.
-        fixed: whether the batch has always as many samples.
-        batched: whether its size is a dynamic one.
+        size: how many samples are run at once: always as many (``fixed``), and whether that is dynamic (``batched``).
         limit: as the gate's.
-        logits: the noise of every class, of the output that has some.
         coarser: how many times more coarsely than the model the candidate rounds.
     """
 
@@ -241,11 +238,9 @@ class Part:
     """What some of the data has shown; ``ended`` where the candidate failed on it.
 
     Attributes:
-        samples: how many.
         errors, targets, classes: by index of the output.
         worst: by output, how far the sample is off that is furthest off, its index, and its error in noises.
         digest: SHA-256 of the data.
-        problems, doubts: what was found.
         unused: arrays of the data that are nothing to the model.
     """
 

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bnfold.evaluate.subject import Run
-from bnfold.gate.evidence import compare, seen_error, specials, unit_roundoff
-from bnfold.gate.findings import Findings, first_line, words
+from bnfold.gate.evidence import unit_roundoff
+from bnfold.gate.findings import Findings, first_line
 from bnfold.gate.samples import Batch
-from bnfold.gate.values import batched, numbers
+from bnfold.gate.values import numbers
 from bnfold.gate.witnesses import Program64
 from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner, coarsest_epsilon
 from bnfold.graph.names import number_names
 
-#: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
-#: not equal bit for bit, their noise is one draw.
-SAME = 4.0
 #: How many times louder than rounding constants are disturbed in float32.
 LOUDER = 256.0
 
 
 class Model(Program64):
-    """A captured model; ``judge_capture`` holds it against the eager one.
+    """A captured model.
 
     ``dear``: what rounding its constants does is found in its own dtype where that will do.
     """
@@ -34,7 +31,7 @@ class Model(Program64):
     def __init__(self, captured: Captured, *, dear: bool = False) -> None:
         super().__init__(captured.program, captured.masters)
         self.captured, self.outputs = captured, number_names(captured.program)
-        self._own = Runner(captured.program)
+        self.graph = Runner(captured.program)
         self._loud: Runner | None = None
         self.decisions = [place.value for place in self.places]
         held = [*captured.program.state_dict.values(), *captured.program.constants.values()]
@@ -52,17 +49,18 @@ class Model(Program64):
         self.louder = LOUDER if plain else 1.0
         self.units: dict[str, float] = {}
         self._first: tuple[Batch, list[Tensor], list[Tensor]] | None = None
+        #: How far the eager model was off its captured graph, in noises.
         self.capture_error = 0.0
 
     def own(self, batch: Batch) -> list[Tensor]:
         """As ``Witness.own``: by the eager model where there is one."""
-        found = numbers(self._own(batch.flat) if self.captured.eager is None else self.captured.run_eager(batch.flat))
+        found = numbers(self.graph(batch.flat) if self.captured.eager is None else self.captured.run_eager(batch.flat))
         self.units |= {n: unit_roundoff(x.dtype) for n, x in zip(self.outputs, found) if x.is_floating_point()}
         return found
 
     def loudly(self, batch: Batch, seed: int | None, keep: Collection[str] = ()) -> Run:
         """As ``Witness.loudly``."""
-        runner = self._own
+        runner = self.graph
         if seed is not None:
             if self._loud is None:
                 self._loud = Runner(self.program, jitter=True, louder=self.louder)
@@ -84,78 +82,20 @@ class Model(Program64):
     def accepts(self, batch: Batch, own: list[Tensor] | Exception, truth: Run | None, found: Findings) -> bool:
         """Whether the model runs on a batch, and its captured graph does too."""
         if isinstance(own, Exception):
-            found.notes.append(f"the unfolded model itself does not run at {words(batch)}: {first_line(own)}")
+            found.notes.append(f"the unfolded model itself does not run at {batch.words}: {first_line(own)}")
             return False
         if truth is None and self.captured.eager is not None:
             try:
-                self._own(batch.flat)
+                self.graph(batch.flat)
             except Exception as error:
                 found.problems.append(
-                    f"capture: the model runs at {words(batch)}, its captured graph does not ({first_line(error)}): "
+                    f"capture: the model runs at {batch.words}, its captured graph does not ({first_line(error)}): "
                     "fix that dimension (--static)"
                 )
                 return False
         if truth is not None and self._first is None:
             self._first = batch, own, [t.double() for t in truth.outputs]
         return True
-
-    def judge_capture(self, batch: Batch, eager: list[Tensor], truth: Run, noise: Callable[[int], Tensor],
-                      found: Findings, limit: float) -> None:  # fmt: skip
-        """Where the captured graph is another than the eager model: where that is off from the graph in float64 by more
-        than rounding explains, the graph in its own dtypes says whether it is right.
-        """
-        if self.captured.eager is None or self._like(eager, truth, noise, batch, limit):
-            return
-        try:
-            own = numbers(self._own(batch.flat))
-        except Exception as error:
-            found.problems.append(f"capture: its graph does not run at {words(batch)}: {first_line(error)}")
-            return
-        if problem := self._differs(batch, eager, own, truth, limit):
-            found.problems.append(f"capture: at {words(batch)} the model {problem}")
-
-    def _like(
-        self, eager: list[Tensor], truth: Run, noise: Callable[[int], Tensor], batch: Batch, limit: float
-    ) -> bool:
-        (outputs,) = self.captured.program.graph.output_node().args
-        values = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in outputs]
-        dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
-        if len(eager) != len(truth.outputs) or [x.dtype for x in eager] != dtypes:
-            return False
-
-        def like(i: int, theirs: Tensor, true: Tensor) -> bool:
-            if theirs.shape != true.shape or specials(theirs, true) is not None:
-                return False
-            if not theirs.is_floating_point():
-                return torch.equal(theirs, true.to(theirs.dtype))
-            drawn = noise(i)  # of the model after the file's decisions, which may make other shapes
-            return drawn.shape == true.shape and _apart(batch, theirs, true, drawn) <= SAME * limit
-
-        return all(like(i, *pair) for i, pair in enumerate(zip(eager, truth.outputs)))
-
-    def _differs(
-        self, batch: Batch, eager: list[Tensor], own: list[Tensor], truth: Run, limit: float
-    ) -> str | None:  # fmt: skip
-        if len(eager) != len(own):
-            return f"gives {len(eager)} outputs and its captured graph {len(own)}"
-        for theirs, mine, true in zip(eager, own, truth.outputs):
-            if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                what = f"{tuple(theirs.shape)} {theirs.dtype} and its captured graph {tuple(mine.shape)} {mine.dtype}"
-                return f"gives {what}"
-            if torch.equal(theirs, mine):
-                continue
-            if not theirs.is_floating_point():
-                return "gives other integers than its captured graph"
-            if differs := specials(theirs, mine):
-                return f"gives other NaNs or infinities than its captured graph: {differs}"
-            ratio = _apart(batch, theirs, mine.double(), seen_error(mine, true))
-            self.capture_error = max(self.capture_error, ratio)
-            if not ratio <= SAME * limit:
-                return (
-                    f"and its graph differ by {ratio:.3g} times the noise: its code depends on that size, so fix the "
-                    "dimension (--static)"
-                )
-        return None
 
     def keeps_state(self, found: Findings) -> bool:
         """Whether what ran in between changed what the model answers: then it keeps state, which no file does."""
@@ -178,11 +118,6 @@ class Model(Program64):
             "the state as an input and return it, or set it anew where forward begins"
         )
         return True
-
-
-def _apart(batch: Batch, theirs: Tensor, true: Tensor, noise: Tensor) -> float:
-    """How far the eager model is off, RMS in noises."""
-    return compare(theirs, true, noise, unit=unit_roundoff(theirs.dtype), batched=batched(batch, true))[0]
 
 
 def _same(before: Tensor, after: Tensor, truth: Tensor) -> bool:

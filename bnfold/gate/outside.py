@@ -9,22 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from bnfold.gate.candidates import Candidate, Setting, coarser
+from bnfold.evaluate.subject import Run
+from bnfold.gate.candidates import OnnxCandidate, Setting, coarser
 from bnfold.gate.evidence import SLACK, Draws, compare, seen_error, specials, unit_roundoff
 from bnfold.gate.findings import first_line
 from bnfold.gate.judge import Case, Judge
-from bnfold.gate.values import as_tensor, batched, numbers, to_numpy
+from bnfold.gate.models import Model
+from bnfold.gate.samples import Batch
+from bnfold.gate.values import as_tensor, numbers, to_numpy
 from bnfold.graph.capture import Captured, tensor_inputs
 from bnfold.graph.names import number_names
 from bnfold.runtime.runner import Raised, UserRunner
 from bnfold.runtime.runtime import FLOAT32, Arithmetic, Device, Provider
 
+#: How many limits the eager model and its captured graph may differ by, in the dtype that both run in: where they are
+#: not equal bit for bit, their noise is one draw.
+SAME = 4.0
+
 
 @dataclass(frozen=True)
 class TorchCandidate:
-    """What torch runs: a module as its users do, or the folded program in its own dtypes."""
+    """What torch runs: a module as its users do, or the folded program in its own dtypes.
+
+    ``run`` answers flat outputs for flat inputs; it rounds ``coarser`` times more coarsely than the model's own dtype.
+    """
 
     name: str
     run: Callable[[Any], list[Any]]
@@ -32,15 +42,10 @@ class TorchCandidate:
 
 
 class RunnerCandidate:
-    """The model as a user's own runner has it.
+    """The model as a user's own runner has it, of which ``path`` is the file to run, if any.
 
-    Args:
-        runner: what runs the model.
-        captured: the model.
-        inputs: flat input index and the name that the runner is given it under; by default the model's own names.
-        outputs: what the runner's outputs may be called; by default as the model's own are.
-        path: the file that it is to run, if any.
-        arithmetic: what it computes in; by default the model's own dtypes.
+    ``inputs`` are flat input index and the name that the runner is given it under, ``outputs`` what its own may be
+    called, ``arithmetic`` what it computes in: by default as the model has them.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class RunnerCandidate:
         self.setting = Setting(Device(Provider("runner", runner.name)), arithmetic or FLOAT32, self.coarser)
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
-        """As ``Candidate.run``; outputs go by name where there are names, else by position.
+        """As ``TorchCandidate.run``; outputs go by name where there are names, else by position.
 
         Numbers that crossed a wire as wider ones are the model's again.
 
@@ -82,6 +87,10 @@ class RunnerCandidate:
         return value.to(own) if wider or (neither and torch.equal(value.to(own).to(value.dtype), value)) else value
 
 
+#: Whatever runs and claims to equal the unfolded model.
+Candidate = OnnxCandidate | TorchCandidate | RunnerCandidate
+
+
 def judge_outside(judge: Judge, candidate: Candidate) -> None:
     """Every case, against float64: by what rounding the constants does, and by the model's own error."""
     for case, outputs in judge.answers(candidate.name, lambda case: candidate.run(case.batch.flat)):
@@ -92,7 +101,59 @@ def judge_outside(judge: Judge, candidate: Candidate) -> None:
 
         rows = partial(judge.rows, candidate.name, case, outputs, case.truth, noise, coarser=SLACK * candidate.coarser,
                        typed=True)  # fmt: skip
-        judge.table.rows += judge.sure(draws, rows)
+        judge.table += judge.sure(draws, rows)
+
+
+def judge_capture(judge: Judge, case: Case, model: Model) -> None:
+    """Where the captured graph is another than the eager model: where that is off from the graph in float64 by more
+    than rounding explains, the graph in its own dtypes says whether it is right.
+    """
+    batch, eager, truth, draws = case.batch, case.own, case.truth, judge.drawn(case)
+    (returned,) = model.program.graph.output_node().args
+    values = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in returned]
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
+
+    def noise(i: int) -> Tensor:
+        drawn = draws.noise(i)  # of the model after the file's decisions, which may make other shapes
+        return drawn if drawn.shape == eager[i].shape else torch.zeros(eager[i].shape, dtype=torch.float64)
+
+    if len(eager) == len(truth.outputs) and [x.dtype for x in eager] == dtypes:
+        rows = judge.rows("capture", case, eager, truth, noise)
+        if all(not row.said and row.ratio <= SAME * judge.limit for row in rows):
+            return
+    try:
+        own = numbers(model.graph(batch.flat))
+    except Exception as error:
+        judge.findings.problems.append(f"capture: its graph does not run at {batch.words}: {first_line(error)}")
+        return
+    if problem := _differs(batch, eager, own, truth, model, judge.limit):
+        judge.findings.problems.append(f"capture: at {batch.words} the model {problem}")
+
+
+def _differs(
+    batch: Batch, eager: list[Tensor], own: list[Tensor], truth: Run, model: Model, limit: float
+) -> str | None:
+    if len(eager) != len(own):
+        return f"gives {len(eager)} outputs and its captured graph {len(own)}"
+    for theirs, mine, true in zip(eager, own, truth.outputs):
+        if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            what = f"{tuple(theirs.shape)} {theirs.dtype} and its captured graph {tuple(mine.shape)} {mine.dtype}"
+            return f"gives {what}"
+        if torch.equal(theirs, mine):
+            continue
+        if not theirs.is_floating_point():
+            return "gives other integers than its captured graph"
+        if differs := specials(theirs, mine):
+            return f"gives other NaNs or infinities than its captured graph: {differs}"
+        ratio = compare(theirs, mine.double(), seen_error(mine, true), unit=unit_roundoff(mine.dtype),
+                        batched=batch.leads(mine))[0]  # fmt: skip
+        model.capture_error = max(model.capture_error, ratio)
+        if not ratio <= SAME * limit:
+            return (
+                f"and its graph differ by {ratio:.3g} times the noise: its code depends on that size, so fix the "
+                "dimension (--static)"
+            )
+    return None
 
 
 def judge_twice(judge: Judge, candidate: RunnerCandidate) -> None:
@@ -112,7 +173,7 @@ def judge_twice(judge: Judge, candidate: RunnerCandidate) -> None:
         elif one.shape == other.shape and own.is_floating_point() and specials(other, one) is None:
             noise = (own.double() - true).abs()
             ratio = compare(other, one.double(), noise, unit=unit_roundoff(own.dtype),
-                            batched=batched(case.batch, own), coarser=candidate.coarser)[0]  # fmt: skip
+                            batched=case.batch.leads(own), coarser=candidate.coarser)[0]  # fmt: skip
         worst = max(worst, ratio)
         if not ratio <= judge.limit:
             findings.problems.append(

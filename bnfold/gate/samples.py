@@ -54,6 +54,16 @@ class Batch:
         """How many samples it holds: one where there is no batch axis."""
         return self.size or 1
 
+    @property
+    def words(self) -> str:
+        """Its sizes, for a message."""
+        size = f"batch {self.size}" if self.size else "the fixed batch"
+        return ", ".join(filter(None, (size, self.sizes, self.origin)))
+
+    def leads(self, output: Tensor) -> bool:
+        """Whether axis 0 of an output is the batch."""
+        return self.size > 0 and output.ndim > 0 and output.shape[0] == self.size
+
 
 def batches(
     program: ExportedProgram, names: Sequence[str], example: Sequence[Any], *, samples: int = 16, seed: int = 0,
@@ -64,15 +74,11 @@ def batches(
 
     Args:
         program: a captured program; its placeholders say which sizes are symbolic.
-        names: flat input names.
-        example: flat example inputs; generated floats share their mean, spread and sign, integers lie between their
-            extremes or are any rows of the tables that they index, masks keep their pattern (``draw``).
-        samples: how many samples to make, at least ``MIN_SAMPLES``.
-        seed: of the generator.
+        names, example: of flat inputs. Generated floats share the example's mean, spread and sign, integers lie between
+            its extremes or are any rows of the tables that they index, masks keep its pattern (``draw``).
         data: real samples, by input name, in place of random ones: in order and over again, cropped or repeated along
             dynamic axes.
-        sizes: those that the program takes.
-        pinned: the only size to use, by symbol.
+        sizes, pinned: those that the program takes; the only one to use, by symbol.
         runs: how many batches to make at least.
         affordable: how many samples are made in any case where they can be one batch.
         dear: few samples, because each takes long.

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from bnfold.gate.candidates import OnnxCandidate
 from bnfold.gate.evidence import NEIGHBOURS, SLACK, Draws, Row, Source, compare, unit_roundoff
-from bnfold.gate.findings import words
 from bnfold.gate.models import Model
 from bnfold.gate.samples import Batch
-from bnfold.gate.values import batched, numbers
+from bnfold.gate.values import numbers
 
 #: How many times as far apart as on the first input the two may be in the RMS: over six nets it was 1.0 to 2.5 times,
 #: in a seventh 3.1. An element may be off as any other of a run in ONNX Runtime.
@@ -27,16 +26,11 @@ APART = 3.0
 class Screen:
     """Clears inputs, one after another.
 
-    Args:
-        model: one whose rounding is drawn in float32, and which decides nothing.
-        candidate: the file as it is deployed.
-        limit: as for ``Gate``.
+    The model is one whose rounding is drawn in float32, and which decides nothing; the candidate its file as deployed.
 
     Attributes:
-        outputs: what the candidate returned.
-        drawn: what rounding the model's constants does, where that is known.
-        rows: what was seen on inputs that were cleared.
-        cleared: these, with what the model answers.
+        outputs, drawn: what the candidate returned, and what rounding the model's constants does, where that is known.
+        rows, cleared: what was seen on inputs that were cleared; these, with what the model answers.
     """
 
     def __init__(self, model: Model, candidate: OnnxCandidate, limit: float) -> None:
@@ -83,11 +77,11 @@ class Screen:
             seen: Any = 0.0, 0.0
             if mine.is_floating_point():
                 seen = compare(
-                    value, mine.double(), draws.noise(i), unit=unit_roundoff(mine.dtype), batched=batched(batch, mine),
+                    value, mine.double(), draws.noise(i), unit=unit_roundoff(mine.dtype), batched=batch.leads(mine),
                     coarser=1.0 if first else SLACK * self._apart.get(name, 0.0), draws=draws.count,
                 )  # fmt: skip
             elif not torch.equal(value, mine):
                 return []
             elements = mine.numel() if mine.is_floating_point() else 0
-            rows.append(Row(words(batch), self._candidate.name, name, *seen, elements=elements, samples=batch.samples))
+            rows.append(Row(batch.words, self._candidate.name, name, *seen, elements=elements, samples=batch.samples))
         return rows

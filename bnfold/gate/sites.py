@@ -20,7 +20,6 @@ from bnfold.evaluate.subject import Run
 from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Row, Source, compare, settled, specials
 from bnfold.gate.findings import first_line
 from bnfold.gate.judge import Case, Judge, listed
-from bnfold.gate.values import batched
 from bnfold.gate.witnesses import Program64, Witness
 from bnfold.report import Ledger, SiteResult
 
@@ -70,7 +69,7 @@ def _judged(
     except Exception as error:
         judge.findings.problems.append(f"{claim.name}: fails when asked for the fold sites: {first_line(error)}")
         return []
-    judge.table.rows += rows.values()
+    judge.table += rows.values()
     for own, row in rows.items():
         module = modules[names[own]]
         results.append(SiteResult(claim.name, names[own], module, row.ratio, row.worst))
@@ -141,7 +140,7 @@ def compared(
         for i, (name, true) in enumerate(right.items()):
             if name in unsure:
                 put(name, *compare(given[name], true, draws.noise(i), unit=judge.reference.coarsest, enough=limit,
-                                   draws=draws.count, batched=batched(case.batch, true)),
+                                   draws=draws.count, batched=case.batch.leads(true)),
                     elements=true.numel())  # fmt: skip
         unsure = {name for name in unsure if not settled([rows[name]], limit, step, draws)}
         if not unsure:

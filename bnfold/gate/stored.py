@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -26,38 +26,11 @@ _WRITE = "Write it with numpy.savez(path, x=..., labels=...)"
 _DAMAGED = (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-class Rows(Protocol):
-    """What can be read row by row: an array, or one in a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Samples first."""
-
-    @property
-    def ndim(self) -> int:
-        """How many axes there are."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the rows."""
-
-    def __len__(self) -> int:
-        """How many rows there are."""
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        """The rows of a slice, or of an array of indices."""
-
-
 @dataclass(frozen=True)
 class Stored:
-    """An array in a file, of which only the rows asked for are in memory.
+    """An array in an .npy, or a ``member`` of an .npz, of which only the rows asked for are in memory.
 
-    Attributes:
-        path: of the .npy or the .npz.
-        member: its name in the .npz, None in an .npy.
-        shape: samples first.
-        stored: the dtype in the file, in the byte order of the file.
-        offset: where the first row begins.
+    ``stored`` is its dtype in the byte order of the file, ``offset`` where the first row begins.
     """
 
     path: Path
@@ -108,6 +81,10 @@ class Stored:
             raise EOFError("the file ends too early")
         rows = np.frombuffer(bytearray(content), self.stored).reshape(count, *self.shape[1:])
         return rows.astype(self.dtype, copy=False)
+
+
+#: What can be read row by row, samples first: an array, or one in a file.
+Rows = np.ndarray | Stored
 
 
 def open_arrays(path: Path) -> dict[str, Rows]:

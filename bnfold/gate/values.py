@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnfold.gate.samples import Batch
-
 
 def to_numpy(value: Any) -> Any:
     """The tensor as an array; bfloat16 as ``ml_dtypes.bfloat16``, complex numbers as pairs of reals like in ONNX."""
@@ -42,11 +40,6 @@ def numbers(values: Sequence[Any]) -> list[Tensor]:
     """The outputs that hold numbers: tensors, complex ones as pairs of reals, as ONNX has them, and bare numbers."""
     tensors = [torch.tensor(v) if isinstance(v, (int, float)) else v for v in values]
     return [torch.view_as_real(v) if v.is_complex() else v for v in tensors if isinstance(v, Tensor)]
-
-
-def batched(batch: Batch, output: Tensor) -> bool:
-    """Whether axis 0 of an output is the batch."""
-    return batch.size > 0 and output.ndim > 0 and output.shape[0] == batch.size
 
 
 def identical(one: Tensor, other: Tensor) -> bool:

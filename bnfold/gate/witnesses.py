@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ class Witness:
             Exception: whatever an operator raises.
         """
         raise NotImplementedError
+
+    def after(self, batch: Batch, known: Run, taken: Mapping[str, Any]) -> Run:
+        """A run after somebody's decisions; the one that is ``known``, by itself, where that decides as they do."""
+        mine = known.decided
+        both = [(mine[name], x) for name, x in taken.items() if name in mine and x.shape == mine[name].shape]
+        if all(torch.equal(x.to(own.dtype), own) for own, x in both):
+            return known
+        return self.run(batch, follow={**mine, **taken})
 
     def own(self, batch: Batch) -> list[Tensor]:
         """The outputs as it computes them in its own dtypes.
@@ -223,26 +231,3 @@ class FileWitness(Witness):
     def feeds(self, batch: Batch) -> dict[str, Any]:
         """What the file is given, as arrays."""
         return {name: to_numpy(batch.flat[index]) for index, name in self.inputs if name in self._taken}
-
-    def weights(self) -> Weights:
-        """Its constants, as they are stored; read one by one."""
-        return Weights(self.file)
-
-
-class Weights(Mapping[str, Any]):
-    """The constants of a file by name, each read when it is asked for; bfloat16 as ONNX Runtime on a CPU has it."""
-
-    def __init__(self, file: File64) -> None:
-        self._held = file.weights()
-
-    def __getitem__(self, name: str) -> Any:
-        return self._held[name].array()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._held  # without reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
