@@ -60,7 +60,7 @@ from bnfold.graph.capture import Captured
 from bnfold.graph.interpret import Runner
 from bnfold.graph.program import meanings
 from bnfold.graph.threads import torch_threads
-from bnfold.report import CheckReport, Engine, Ledger, Placement
+from bnfold.report import CheckReport, Engine, Ledger, Placement, SiteResult
 from bnfold.report.progress import Progress, silent
 from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runner import UserRunner
@@ -208,18 +208,7 @@ class Gate:
             )
         judge = self._judged = Judge(model, cases, findings, self.limit)
         claim = self._claim()
-        sites = []
-        if claim is not None:
-            self.progress("check", 0, 4)
-            judge.claim(claim, [own for name in meant if self._dear and (own := claim.called(name)) is not None])
-            sites = judge_sites(judge, self.ledger, meant, claim, self.folded)
-            first = next((s.module for s in sites if not s.ratio <= self.limit
-                          or not s.channel_ratio <= ELEMENT * self.limit), "")  # fmt: skip
-            judge.report(
-                claim.name, unread=self._unread(claim),
-                hint=f"; the first fold that is off is that of '{first}'" if first else "",
-            )  # fmt: skip
-            judge.wild(claim.name)
+        sites = self._judge_claim(claim, meant) if claim is not None else []
         for case in () if stateful else cases:
             judge_capture(judge, case, model)
         self.progress("check", 1, 4)
@@ -262,6 +251,19 @@ class Gate:
             return None
         claim.knows = self.folded is not None
         return claim
+
+    def _judge_claim(self, claim: FileWitness | Program64, meant: Mapping[str, Meaning]) -> list[SiteResult]:
+        """Outputs and fold sites; ``meant`` is what the values at these stand for."""
+        judge = self._judged
+        self.progress("check", 0, 4)
+        judge.claim(claim, [own for name in meant if self._dear and (own := claim.called(name)) is not None])
+        sites = judge_sites(judge, self.ledger, meant, claim, self.folded)
+        off = (s for s in sites if not s.ratio <= self.limit or not s.channel_ratio <= ELEMENT * self.limit)
+        first = next((site.module for site in off), "")
+        hint = f"; the first fold that is off is that of '{first}'" if first else ""
+        judge.report(claim.name, unread=self._unread(claim), hint=hint)
+        judge.wild(claim.name)
+        return sites
 
     def returned(self) -> list[tuple[str, str]]:
         """The values that the model returns, and what the file calls them; "" where their numbers differ."""
