@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -34,6 +35,8 @@ from bnfold.runtime.runtime import (
 
 #: What reports call a file as it is deployed, and without optimisations.
 DEPLOYED, PLAIN = "ONNX Runtime", "ONNX Runtime, optimisations off"
+#: Operators that compute with integers in place of floats, or convert to them.
+_INTEGERS = r"[Qq]uantizeLinear|QLinear|Integer$"
 
 
 @dataclass(frozen=True)
@@ -213,29 +216,34 @@ def needs_widening(model: onnx.ModelProto, device: Device) -> bool:
     return onnx.TensorProto.BFLOAT16 in held and not has_bfloat16(device)
 
 
-def refuse_training(model: onnx.ModelProto, where: str) -> None:
-    """Raises InputError where a file was written in training mode, which ONNX Runtime refuses without saying why."""
+def foreign(model: onnx.ModelProto, program: ExportedProgram, where: str) -> list[str]:
+    """What a user should know of a file that was not made from the program here and now.
+
+    Raises:
+        InputError: it was written in training mode, which ONNX Runtime refuses without saying why.
+    """
     for node in model.graph.node:
         mode = any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
         more = node.op_type == "BatchNormalization" and len([name for name in node.output if name]) > 1
         if node.op_type in ("BatchNormalization", "Dropout") and (mode or more):
+            said = "training_mode=1" if mode else "it returns the statistics of the batch"
             raise InputError(
-                f"the file's {node.op_type} '{node.name or node.output[0]}' is in training mode "
-                f"({'training_mode=1' if mode else 'it returns the statistics of the batch'})",
-                where=where,
+                f"the file's {node.op_type} '{node.name or node.output[0]}' is in training mode ({said})", where=where,
                 hint="Call model.eval() and write the file anew",
-            )
-
-
-def half_inside(model: onnx.ModelProto) -> bool:
-    """Whether a file computes in float16, whatever its inputs and outputs are."""
-    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
-
-
-def quantised_nodes(model: onnx.ModelProto) -> int:
-    """How many of a file's nodes compute with integers in place of floats, or convert to them."""
-    kinds = r"[Qq]uantizeLinear|QLinear|Integer$"
-    return sum(re.search(kinds, node.op_type) is not None for node in model.graph.node)
+            )  # fmt: skip
+    notes, half = [], onnx.TensorProto.FLOAT16
+    own = any(weight.dtype == torch.float16 for weight in program.state_dict.values())
+    if not own and any(tensor.data_type == half for tensor in model.graph.initializer):
+        notes.append(
+            "the file computes in float16 and the model does not: judge it against the model in that dtype "
+            "(--dtype float16, dtype=torch.float16)"
+        )
+    if count := sum(re.search(_INTEGERS, node.op_type) is not None for node in model.graph.node):
+        notes.append(
+            f"the file is quantised ({count} nodes): no such file equals a float model; what that costs is seen on "
+            "data (--data)"
+        )
+    return notes
 
 
 def widened(path: Path) -> bytes:

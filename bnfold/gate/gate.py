@@ -32,11 +32,9 @@ from bnfold.gate.candidates import (
     PLAIN,
     OnnxCandidate,
     Setting,
-    half_inside,
+    foreign,
     judge_device,
     needs_widening,
-    quantised_nodes,
-    refuse_training,
     settings,
 )
 from bnfold.gate.data import Labels
@@ -152,23 +150,11 @@ class Gate:
             notes.append(
                 "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
             )
-        if self.folded is None:
-            refuse_training(held, str(self.path))
+        more = foreign(held, self.captured.program, str(self.path)) if self.folded is None else []
         probe = self._probe = self.onnx(optimized=False).session
         self._outputs = [value.name for value in probe.outputs]
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
-        notes += self._matched.notes
-        weights = self.captured.program.state_dict.values()
-        if self.folded is None and half_inside(held) and not any(v.dtype == torch.float16 for v in weights):
-            notes.append(
-                "the file computes in float16 and the model does not: judge it against the model in that dtype "
-                "(--dtype float16, dtype=torch.float16)"
-            )
-        if self.folded is None and (nodes := quantised_nodes(held)):
-            notes.append(
-                f"the file is quantised ({nodes} nodes): no such file equals a float model; what that costs is "
-                "seen on data (--data)"
-            )
+        notes += [*self._matched.notes, *more]
         return self._matched.notes
 
     # -- the verdict ---------------------------------------------------------------------------------------------------
