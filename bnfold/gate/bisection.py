@@ -96,7 +96,7 @@ class Search:
         """
         self._file = FileGraph.read(self.path)
         self._ours = "bnfold.version" in self._file.metadata
-        self._values = {value.name: value for value in self._file.values}
+        self._values = self._file.values
         self._pair = pair = self._open()
         judge, claim = self._judge, self._claim = pair.judge, pair.claim
         judge.claim(claim)
@@ -224,15 +224,15 @@ class Search:
     def _culprit(self, name: str, partner: str | None, ratio: float, *, sure: bool = True) -> Culprit:
         value = self._values[name]
         module = self._module(value, partner)
-        before = max((self._ratios[each] for each in self._file.before(name, self._ratios)), default=0.0)
-        folds = tuple(self._folds(value, partner, module))
-        return Culprit(module, name, value.operator, value.node, ratio, before, folds, sure)
+        _, nearest = self._file.behind([name], self._ratios)
+        before, folds = max(map(self._ratios.__getitem__, nearest), default=0.0), self._folds(name, partner, module)
+        return Culprit(module, name, value.operator, value.node, ratio, before, tuple(folds), sure)
 
-    def _folds(self, value: FileValue, partner: str | None, module: str) -> Iterable[str]:
+    def _folds(self, name: str, partner: str | None, module: str) -> Iterable[str]:
         """What was folded or merged into a value, in words."""
 
         def here(own: bool, site: Iterable[tuple[str, str]]) -> bool:
-            return own or any(folded == value.name or captured == partner for folded, captured in site)
+            return own or any(folded == name or captured == partner for folded, captured in site)
 
         for entry in self.ledger.folded:
             if here(bool(module) and (module in entry.into or module == entry.module), entry.site):
@@ -264,15 +264,9 @@ class Search:
                 wrong[name] = self._against(value, *truth[hoped[0]], case) if hoped else math.inf
         if not wrong:
             return None
-        region: set[str] = set()
-        stack = list(wrong)
-        while stack:
-            name = stack.pop()
-            if name not in region and name not in self._ratios:
-                region.add(name)
-                stack += self._values[name].reads
+        region, _ = self._file.behind(wrong, self._ratios)
         # What is computed from no input is no place to be wrong in, and a size is no value.
-        moving = [v.name for v in self._file.values if v.name in region and v.name in given and v.depends]
+        moving = [name for name, value in self._values.items() if name in region and name in given and value.depends]
         first = next(iter([*moving, *wrong]))
         return self._culprit(first, partners.get(first), max(wrong.values()), sure=False)
 
@@ -354,7 +348,7 @@ class FileBisector(Search):
             raise InputError(findings.problems[0], where=str(self.path))
         reference, judge = gate.reference, Judge(gate.reference, gate.cases(), findings, self.limit)
         values = FileGraph.read(self.original).values
-        modules = {value.name: value.module or value.node or value.name for value in values}
+        modules = {name: value.module or value.node or name for name, value in values.items()}
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
         def elements(name: str, case: Case) -> int:
@@ -362,5 +356,5 @@ class FileBisector(Search):
                 shapes[case.words] = reference.file.shapes(reference.feeds(case.batch))
             return math.prod(shapes[case.words].get(name, (0,))) + 1  # none where it is no tensor
 
-        return Pair(judge, claim, gate.onnx, findings.notes, {value.name: value.operator for value in values},
+        return Pair(judge, claim, gate.onnx, findings.notes, {name: value.operator for name, value in values.items()},
                     {name: name for name in reference.outputs}, modules.__getitem__, elements)  # fmt: skip

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from bnfold.aten.deciding import Deciding, deciding
-from bnfold.evaluate.subject import Turn
+from bnfold.evaluate.subject import Run, Turn
 from bnfold.gate.evidence import TINY
 from bnfold.gate.findings import Findings
 from bnfold.gate.values import as_tensor
@@ -133,15 +133,15 @@ def near_noise(turn: Turn, moved: Sequence[Sequence[Turn]]) -> tuple[float, floa
 
 
 def judge_turns(
-    findings: Findings, witness: str, turns: Sequence[Turn], again: Callable[[int], Sequence[Turn]],
+    findings: Findings, witness: str, turns: Sequence[Turn], again: Callable[..., Run],
     theirs: Callable[[Turn], float] = lambda turn: 0.0,
 ) -> None:  # fmt: skip
     """Says what the decisions are that were followed although float64 would decide otherwise: near-ties or problems.
 
-    ``again`` draws the reference's constants, by a seed; ``theirs`` is what rounding a claim's does there.
+    ``again`` draws the reference's constants, by a ``seed``; ``theirs`` is what rounding a claim's does there.
     """
     turned = [turn for turn in turns if turn.different]
-    moved = [again(seed) for seed in range(DRAWS)] if turned else []
+    moved = [again(seed=seed).turns for seed in range(DRAWS)] if turned else []
     near, most = 0, 0.0
     for turn in turned:
         noise, scale = near_noise(turn, moved)

@@ -273,7 +273,7 @@ class Sessions:
         found = self._rows(case, candidate, outputs, truth, plain=True)
         if not self.judge.misfit(found) < self.judge.misfit(rows):
             return rows
-        judge_turns(self.judge.findings, candidate.name, truth.turns, lambda seed: again(seed=seed).turns)
+        judge_turns(self.judge.findings, candidate.name, truth.turns, again)
         return found
 
     def guilty(self) -> tuple[str, ...] | None:

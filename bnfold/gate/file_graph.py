@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ class FileValue:
         depends: whether it depends on an input of the file.
     """
 
-    name: str
     operator: str
     node: str
     module: str
@@ -30,10 +29,9 @@ class FileValue:
 
 @dataclass(frozen=True)
 class FileGraph:
-    """The values of a file in the order of its nodes, the names of its outputs and its metadata."""
+    """The values of a file by name, in the order of its nodes, and its metadata."""
 
-    values: tuple[FileValue, ...]
-    outputs: tuple[str, ...]
+    values: Mapping[str, FileValue]
     metadata: Mapping[str, str]
 
     @classmethod
@@ -45,7 +43,7 @@ class FileGraph:
         """
         model = read_model(path)
         made = {name for node in model.graph.node for name in node.output if name}
-        values: list[FileValue] = []
+        values: dict[str, FileValue] = {}
         moving = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
         for node in model.graph.node:
             module = next((entry.value for entry in node.metadata_props if entry.key == "module"), "")
@@ -53,22 +51,18 @@ class FileGraph:
             # A constant cast to an input's dtype is still one.
             depends = bool(moving & set(node.input[:1] if node.op_type == "CastLike" else node.input))
             moving |= set(node.output) if depends else set()
-            values += [FileValue(name, node.op_type, node.name, module, reads, depends) for name in node.output if name]
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
-        return cls(tuple(values), tuple(value.name for value in model.graph.output), metadata)
+            value = FileValue(node.op_type, node.name, module, reads, depends)
+            values |= {name: value for name in node.output if name}
+        return cls(values, {entry.key: entry.value for entry in model.metadata_props})
 
-    def before(self, name: str, known: Mapping[str, float]) -> Sequence[str]:
-        """The nearest values among ``known`` that a value is computed from."""
-        by_name = {value.name: value for value in self.values}
-        found: dict[str, None] = {}
-        seen, stack = {name}, list(by_name[name].reads)
+    def behind(self, names: Iterable[str], known: Collection[str]) -> tuple[set[str], set[str]]:
+        """What is computed on the way to values from the nearest that are ``known``, and these."""
+        region, nearest, stack = set[str](), set[str](), list(names)
         while stack:
-            each = stack.pop()
-            if each in seen:
-                continue
-            seen.add(each)
-            if each in known:
-                found[each] = None
-            else:
-                stack += by_name[each].reads
-        return list(found)
+            name = stack.pop()
+            if name in known:
+                nearest.add(name)
+            elif name not in region:
+                region.add(name)
+                stack += self.values[name].reads
+        return region, nearest

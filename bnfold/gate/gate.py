@@ -281,7 +281,7 @@ class Gate:
             taken = model.complete({name: decided[own] for name, own in names.items() if own in decided})
             again = partial(model.run, batch, follow=taken)
             run = again()
-            judge_turns(judge.findings, shown.name, run.turns, lambda seed: again(seed=seed).turns)
+            judge_turns(judge.findings, shown.name, run.turns, again)
             return run.outputs
 
         return follow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -107,8 +108,8 @@ class Judge:
                 self.findings.problems.append(
                     f"{claim.name}: its decisions at {case.words} cannot be followed: {failed}"
                 )
-            redrawn, theirs = _again(self.reference, case, taken), _compares(claim, case)
-            judge_turns(self.findings, claim.name, truth.turns, redrawn, theirs)
+            redrawn = partial(self.reference.run, case.batch, follow={**case.truth.decided, **taken})
+            judge_turns(self.findings, claim.name, truth.turns, redrawn, partial(_compared_noise, claim, case))
 
     def taken(self, claim: Witness, case: Case, keep: Collection[str] = ()) -> tuple[Run, dict[str, Tensor]]:
         """A run of a claim, and what it decides where the reference does, by the reference's names."""
@@ -292,22 +293,14 @@ class Judge:
                 yield OutputResult(witness, output, noise, error, ratio, worst, samples, counts)
 
 
-def _compares(claim: Witness, case: Case) -> Callable[[Turn], float]:
+def _compared_noise(claim: Witness, case: Case, turn: Turn) -> float:
     """What rounding a claim's constants does to what it compares, where the reference decides so."""
-
-    def noise(turn: Turn) -> float:
-        name, run = claim.called(turn.value), case.claimed
-        if name is None or run is None or name not in run.decided:
-            return 0.0
-        runs = [claim.run(case.batch, follow=run.decided, seed=seed) for seed in (None, *range(DRAWS))]
-        own, *moved = ([t for t in each.turns if t.value == name] for each in runs)
-        return near_noise(own[0], moved)[0] if own else 0.0
-
-    return noise
-
-
-def _again(reference: Witness, case: Case, taken: Mapping[str, Any]) -> Callable[[int], Sequence[Turn]]:
-    return lambda seed: reference.run(case.batch, follow={**case.truth.decided, **taken}, seed=seed).turns
+    name, run = claim.called(turn.value), case.claimed
+    if name is None or run is None or name not in run.decided:
+        return 0.0
+    runs = [claim.run(case.batch, follow=run.decided, seed=seed) for seed in (None, *range(DRAWS))]
+    own, *moved = ([t for t in each.turns if t.value == name] for each in runs)
+    return near_noise(own[0], moved)[0] if own else 0.0
 
 
 def _half(own: Tensor, value: Tensor) -> bool:
