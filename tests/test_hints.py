@@ -60,6 +60,9 @@ def test_a_file_in_training_mode(outputs: int, file: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), file)
     with pytest.raises(InputError, match=r"BatchNormalization 'norm' is in training mode.*model\.eval\(\)"):
         bnfold.check(file, nn.BatchNorm2d(3), (IMAGE,), device="cpu")
+    if outputs == 3:  # there is no verdict on it, but it runs, and where it goes wrong can be told
+        found = bnfold.bisect(file, nn.BatchNorm2d(3), (IMAGE,), device="cpu")
+        assert found.culprit is not None and found.culprit.node == "norm"
 
 
 def test_float16_inside_a_file(file: Path) -> None:

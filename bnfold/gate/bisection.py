@@ -303,7 +303,7 @@ class Bisector(Search):
         captured, program = self.captured, self.captured.program
         gate = Gate(captured, self.ledger, None, self.path, device=self.device, samples=self.samples, seed=self.seed,
                     data=self.data)  # fmt: skip
-        notes, findings, model = gate.match(), Findings(), Model(captured)
+        notes, findings, model = gate.match(strange=False), Findings(), Model(captured)
         cases, reason = run_cases(model, gate.inputs(), findings, self.progress)
         if not cases:
             raise InputError(f"the unfolded model runs on none of the inputs made for it: {reason}")

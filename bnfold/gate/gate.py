@@ -134,8 +134,12 @@ class Gate:
             sizes=captured.sizes, pinned=self._matched.pinned, **more,
         )  # fmt: skip
 
-    def match(self) -> Sequence[str]:
-        """Finds out which of the file's inputs and outputs are the model's, and says how; and which sizes it takes."""
+    def match(self, *, strange: bool = True) -> Sequence[str]:
+        """Finds out which of the file's inputs and outputs are the model's, and says how; and which sizes it takes.
+
+        Raises:
+            InputError: they fit none, or the file is too ``strange`` for a verdict: one in training mode.
+        """
         self._widen, self._matched, self.findings = False, Match(()), Findings()
         self._probe: Session | None = None
         self._held: onnx.ModelProto | None = None
@@ -150,7 +154,7 @@ class Gate:
             notes.append(
                 "ONNX Runtime has no bfloat16 kernels on the CPU: the file's bfloat16 values were run in float32"
             )
-        more = foreign(held, self.captured.program, str(self.path)) if self.folded is None else []
+        more = foreign(held, self.captured.program, str(self.path)) if strange and self.folded is None else []
         probe = self._probe = self.onnx(optimized=False).session
         self._outputs = [value.name for value in probe.outputs]
         self._matched = match(self.captured, probe, strict=self.folded is not None, widened=self._widen)
