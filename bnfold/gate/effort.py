@@ -21,13 +21,9 @@ def has_summaries(captured: Captured) -> bool:
     """
     (outputs,) = captured.program.graph.output_node().args
     values = [getattr(node, "meta", {}).get("val") for node in cast("Sequence[Any]", outputs)]
-    return any(
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and not any(isinstance(size, torch.SymInt) for size in value.shape)
-        and value.numel() < MIN_SAMPLES
-        for value in values
-    )
+    floats = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    fixed = [value for value in floats if not any(isinstance(size, torch.SymInt) for size in value.shape)]
+    return any(value.numel() < MIN_SAMPLES for value in fixed)
 
 
 #: Operations of one sample beyond which the gate runs few of them, on all threads.
@@ -38,15 +34,17 @@ ELEMENT = 100
 
 def effort(captured: Captured) -> float:
     """What one sample of the example costs, in operations: of convolutions and products, and for every element."""
-    rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
     elements = sum(math.prod(_shape(node)) for node in captured.program.graph.nodes if node.op == "call_function")
-    return operations(captured) + ELEMENT * elements / max(rows, 1)
+    return operations(captured) + ELEMENT * elements / _rows(captured)
 
 
 def operations(captured: Captured) -> float:
     """Floating-point operations of convolutions and products, for one sample of the example, read off its shapes."""
-    rows = max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim), default=1)
-    return sum(map(_products, captured.program.graph.nodes)) * 2 / max(rows, 1)
+    return sum(map(_products, captured.program.graph.nodes)) * 2 / _rows(captured)
+
+
+def _rows(captured: Captured) -> int:
+    return max((x.shape[0] for x in captured.flat if isinstance(x, torch.Tensor) and x.ndim and len(x)), default=1)
 
 
 def file_effort(nodes: Iterable[onnx.NodeProto], shapes: Mapping[str, Sequence[int]], rows: int) -> float:
