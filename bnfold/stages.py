@@ -93,20 +93,14 @@ def compared(verdict: CheckReport, options: Options) -> CheckReport:
 
 @dataclass(frozen=True)
 class Run:
-    """One run on a torch model.
-
-    Attributes:
-        args, kwargs, dynamic_shapes: as for ``torch.export``; ``with_inputs`` finds some where none are given.
-        options: everything else that is asked for.
-        file: the ONNX file of a run on one.
-    """
+    """One run on a torch model."""
 
     model: Model
-    args: Any
+    args: Any  #: as for ``torch.export``, as the next two are; ``with_inputs`` finds some where none are given.
     kwargs: Mapping[str, Any] | None
     dynamic_shapes: Any
-    options: Options
-    file: Path | None = None
+    options: Options  #: everything else that is asked for.
+    file: Path | None = None  #: the ONNX file of a run on one.
     notes: tuple[str, ...] = ()
 
     @cached_property

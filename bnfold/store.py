@@ -144,18 +144,13 @@ def stage(path: Path) -> Iterator[Staging]:
 
 @dataclass(frozen=True)
 class Staging:
-    """Files on their way to a destination.
+    """Files on their way to a destination."""
 
-    Attributes:
-        path: the destination, symbolic links resolved.
-        folder: the staging folder, beside ``path`` and on the same file system. Write here, and check here too: an
-            ONNX file finds its external data in the same folder before and after the commit.
-        asked: the destination as the caller named it.
-    """
-
-    path: Path
+    path: Path  #: the destination, symbolic links resolved.
+    #: the staging folder, beside ``path`` and on the same file system. Write here, and check here too: an ONNX file
+    #: finds its external data in the same folder before and after the commit.
     folder: Path
-    asked: Path
+    asked: Path  #: the destination as the caller named it.
 
     def seal_data(self, file: str) -> tuple[str, str]:
         """Give a finished external data file its content-derived name, within the staging folder.

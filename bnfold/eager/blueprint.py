@@ -20,16 +20,11 @@ Read = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Home:
-    """The stored tensor that a slot reads.
+    """The stored tensor that a slot reads."""
 
-    Attributes:
-        name: in the state dict; of one that is not there yet, what it would be.
-        readers: all that read it.
-        index: where the slot reads a view of it, for every element of the view its place in the flat tensor.
-    """
-
-    name: str
-    readers: tuple[Read, ...]
+    name: str  #: in the state dict; of one that is not there yet, what it would be.
+    readers: tuple[Read, ...]  #: all that read it.
+    #: where the slot reads a view of it, for every element of the view its place in the flat tensor.
     index: Tensor | None = None
 
     def stored(self, constant: Tensor, shape: torch.Size | None) -> Tensor | None:

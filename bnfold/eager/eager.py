@@ -35,17 +35,12 @@ from bnfold.report.progress import silent
 
 @dataclass(frozen=True)
 class WrittenBack:
-    """A fold that a model's own class expresses.
+    """A fold that a model's own class expresses."""
 
-    Attributes:
-        module: a copy of the model, of the same class and in eval mode, with the fold in its weights and structure.
-        ledger: of this fold; its ``changes`` let ``prepare`` give another instance the structure of ``module``.
-        program: the same fold as a program.
-    """
-
+    #: a copy of the model, of the same class and in eval mode, with the fold in its weights and structure.
     module: nn.Module
-    ledger: Ledger
-    program: ExportedProgram
+    ledger: Ledger  #: of this fold; its ``changes`` let ``prepare`` give another instance the structure of ``module``.
+    program: ExportedProgram  #: the same fold as a program.
 
     @property
     def refused(self) -> tuple[Entry, ...]:

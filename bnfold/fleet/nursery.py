@@ -57,22 +57,14 @@ class Command:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a command.
+    """What became of a command."""
 
-    Attributes:
-        how: it ended by itself, or at a limit.
-        code: its exit code, negative for the signal that killed it.
-        said: what it wrote to stderr, the last of it.
-        seconds: how long it ran.
-        peak: the most memory that it was seen to have, in bytes.
-        reads: SHA-256 of every file that it read and is not the system's, by path; "" of one that changed meanwhile.
-    """
-
-    how: Literal["exit", "time", "memory"]
-    code: int
-    said: str
-    seconds: float
-    peak: int
+    how: Literal["exit", "time", "memory"]  #: it ended by itself, or at a limit.
+    code: int  #: its exit code, negative for the signal that killed it.
+    said: str  #: what it wrote to stderr, the last of it.
+    seconds: float  #: how long it ran.
+    peak: int  #: the most memory that it was seen to have, in bytes.
+    #: SHA-256 of every file that it read and is not the system's, by path; "" of one that changed meanwhile.
     reads: dict[str, str] = field(default_factory=dict)
 
 

@@ -45,21 +45,14 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Order:
-    """One model, and where: a worker needs no more.
-
-    Attributes:
-        folder: of the list of models, in which it is exported.
-        out: where results go.
-        timeout, memory: seconds and bytes, for a row that says nothing else; None for the worker's own limit.
-        anew: export again what failed in an earlier run.
-    """
+    """One model, and where: a worker needs no more."""
 
     row: Row
-    folder: str
-    out: str
-    timeout: float
-    memory: int | None = None
-    anew: bool = False
+    folder: str  #: of the list of models, in which it is exported.
+    out: str  #: where results go.
+    timeout: float  #: seconds, for a row that says nothing else.
+    memory: int | None = None  #: bytes, likewise; None for the worker's own limit.
+    anew: bool = False  #: export again what failed in an earlier run.
 
 
 def export_model(order: Order) -> ModelRow:

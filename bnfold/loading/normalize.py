@@ -59,15 +59,10 @@ class Normalization:
 
 @dataclass(frozen=True)
 class NormalizeFirst:
-    """A hook before a model's forward that normalises the first image among its inputs; the rest stays as it is.
+    """A hook before a model's forward that normalises the first image among its inputs; the rest stays as it is."""
 
-    Attributes:
-        mean: name of the model's buffer with the means.
-        std: the same with the standard deviations.
-    """
-
-    mean: str
-    std: str
+    mean: str  #: name of the model's buffer with the means.
+    std: str  #: the same with the standard deviations.
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -24,17 +24,11 @@ RANGE_SYNTAX = "Write --dynamic N=1..64, N=1.. or N"
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a model.
+    """One input of a model."""
 
-    Attributes:
-        name: the parameter of ``forward``, or None to take the next free one.
-        dtype: of the tensor, one of ``DTYPES``.
-        dims: one entry per axis, a number where the size is fixed and a name where it is dynamic.
-    """
-
-    name: str | None
-    dtype: str
-    dims: tuple[int | str, ...]
+    name: str | None  #: the parameter of ``forward``, or None to take the next free one.
+    dtype: str  #: of the tensor, one of ``DTYPES``.
+    dims: tuple[int | str, ...]  #: one entry per axis, a number where the size is fixed and a name where it is dynamic.
 
     def __str__(self) -> str:
         """As ``--input`` takes it."""

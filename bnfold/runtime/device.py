@@ -14,30 +14,21 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider of ONNX Runtime; rows of ``providers.PROVIDERS``.
+    """An execution provider of ONNX Runtime; rows of ``runtime.PROVIDERS``."""
 
-    Attributes:
-        name: what ``--device`` calls it.
-        ort_name: what ONNX Runtime calls it.
-        options: provider options without which it would round more coarsely than the model's own dtype; the user's
-            come after them. A session that is opened ``deployed`` goes without.
-        package: the distribution on PyPI that has it; empty where none is known.
-        memory: where ONNX Runtime keeps its inputs and outputs when they are bound.
-        needs: what it takes besides the package, in words that follow "needs".
-        missing: why it cannot be here at all, whatever is installed, in one line; None where nothing speaks against it.
-        prepare: makes its libraries found, before its first session; may print what it does not find.
-        notes: what whoever reads a verdict of it should know.
-    """
-
-    name: str
-    ort_name: str
+    name: str  #: what ``--device`` calls it.
+    ort_name: str  #: what ONNX Runtime calls it.
+    #: provider options without which it would round more coarsely than the model's own dtype; the user's come after
+    #: them. A session that is opened ``deployed`` goes without.
     options: Mapping[str, str] = field(default_factory=dict, hash=False)
-    package: str = ""
-    memory: str = "cpu"
-    needs: str = ""
+    package: str = ""  #: the distribution on PyPI that has it; empty where none is known.
+    memory: str = "cpu"  #: where ONNX Runtime keeps its inputs and outputs when they are bound.
+    needs: str = ""  #: what it takes besides the package, in words that follow "needs".
+    #: why it cannot be here at all, whatever is installed, in one line; None where nothing speaks against it.
     missing: Callable[[], str | None] = _nothing
+    #: makes its libraries found, before its first session; may print what it does not find.
     prepare: Callable[[], None] = _nothing
-    notes: str = ""
+    notes: str = ""  #: what whoever reads a verdict of it should know.
 
 
 @dataclass(frozen=True)

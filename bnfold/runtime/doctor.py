@@ -20,17 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact about this installation.
+    """One fact about this installation."""
 
-    Attributes:
-        level: "ok", "note" (works, but worth knowing) or "problem" (something does not work).
-        what: the fact, in one line.
-        hint: what the user can do about it, if anything.
-    """
-
+    #: "ok", "note" (works, but worth knowing) or "problem" (something does not work).
     level: Literal["ok", "note", "problem"]
-    what: str
-    hint: str | None = None
+    what: str  #: the fact, in one line.
+    hint: str | None = None  #: what the user can do about it, if anything.
 
 
 def examine() -> list[Finding]:

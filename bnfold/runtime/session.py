@@ -53,17 +53,11 @@ class ValueInfo:
 
 @dataclass(frozen=True)
 class Session:
-    """A model ready to run. Its memory is freed with the last reference to it.
+    """A model ready to run. Its memory is freed with the last reference to it."""
 
-    Attributes:
-        provider: the provider the session really uses, e.g. "CPUExecutionProvider".
-        optimized: whether ONNX Runtime's graph optimisations are on.
-        inputs, outputs: in the model's order.
-    """
-
-    provider: str
-    optimized: bool
-    inputs: tuple[ValueInfo, ...]
+    provider: str  #: the provider the session really uses, e.g. "CPUExecutionProvider".
+    optimized: bool  #: whether ONNX Runtime's graph optimisations are on.
+    inputs: tuple[ValueInfo, ...]  #: in the model's order, as the outputs are.
     outputs: tuple[ValueInfo, ...]
     _where: str = field(repr=False)
     _session: Any = field(repr=False)

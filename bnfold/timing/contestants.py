@@ -24,19 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contestant:
-    """What has its latency measured.
+    """What has its latency measured."""
 
-    Attributes:
-        name: what the report calls it.
-        run: does the work once and returns when it is done, on a GPU as well.
-        outputs: the shapes of its results.
-        provider, load, memory: as in ``report.Latency``.
-    """
-
-    name: str
-    run: Callable[[], object] = field(repr=False)
-    provider: str = ""
-    outputs: tuple[tuple[int, ...], ...] = ()
+    name: str  #: what the report calls it.
+    run: Callable[[], object] = field(repr=False)  #: does the work once and returns when it is done, on a GPU as well.
+    provider: str = ""  #: as in ``report.Latency``, as load and memory are.
+    outputs: tuple[tuple[int, ...], ...] = ()  #: the shapes of its results.
     load: float | None = None
     memory: int | None = None
 
