@@ -28,8 +28,8 @@ from zoo import randomize
 import bnfold
 from bnfold import InputError, ProviderError, UsageError
 from bnfold.cli import cli
-from bnfold.loading.load import load
-from bnfold.loading.normalize import Normalization, put_in_front
+from bnfold.loading.load import load, put_in_front
+from bnfold.loading.source import Normalization
 
 torch.set_num_threads(1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -75,7 +75,7 @@ class Job:
     def load_source(self) -> Loaded:
         """The model that the source names."""
         from bnfold.loading.load import load
-        from bnfold.loading.normalize import Normalization
+        from bnfold.loading.source import Normalization
 
         given = self.given
         by_hand = Normalization.parse(given["mean_std"]) if given.get("mean_std") else None

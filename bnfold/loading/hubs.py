@@ -22,8 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError, InputError, ProviderError, UsageError
 from bnfold.files import require_file, there
-from bnfold.loading.normalize import Normalization
-from bnfold.loading.source import Built, Request
+from bnfold.loading.source import Built, Normalization, Request
 
 #: What clips of a video model hold where nothing says how many frames.
 _FRAMES = 16

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bnfold.errors import InputError, UsageError
 from bnfold.files import there
@@ -19,9 +21,8 @@ from bnfold.graph.wrapped import unwrapped
 from bnfold.loading import checkpoint, factory, hubs, inert
 from bnfold.loading.checkpoint import Kind
 from bnfold.loading.fitting import descend, load_weights
-from bnfold.loading.normalize import Normalization, put_in_front
 from bnfold.loading.program_file import load_program, load_script
-from bnfold.loading.source import Built, Loaded, Provenance, Request
+from bnfold.loading.source import Built, Loaded, Normalization, Provenance, Request
 from bnfold.loading.structure import prepare, read_notes, stored_ledgers
 
 
@@ -75,14 +76,14 @@ def _from_file(request: Request) -> Loaded:
     if stub := inert.stub_in(content, checkpoint.WRAPPERS):
         raise checkpoint.needs_code(path, stub)
     if isinstance(content, Mapping):
-        inner = [key for key in checkpoint.WRAPPERS if isinstance(content.get(key), torch.nn.Module)]
+        inner = [key for key in checkpoint.WRAPPERS if isinstance(content.get(key), nn.Module)]
         if len(inner) > 1:
             what = f"the file holds several models: {', '.join(inner)}"
             raise InputError(what, where=request.source, hint=f"Pick one, for example --weights-key {inner[0]}")
         if not inner:
             raise _only_weights(request.source)
         content = content[inner[0]]
-    if not isinstance(content, torch.nn.Module):
+    if not isinstance(content, nn.Module):
         raise InputError(f"the file holds a {type(content).__name__}, no module", where=request.source)
     return _loaded(request, Built(content, *factory.own_example(unwrapped(content))), path)
 
@@ -134,8 +135,8 @@ def _normalized(loaded: Loaded, source: str, asked: bool | Normalization) -> Loa
     known = loaded.normalization
     if known is None:
         return loaded
-    raw: tuple[Any, Any] = torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: known.undo(t) if t.is_floating_point() else t, (loaded.args, loaded.kwargs)
+    raw: tuple[Any, Any] = pytree.tree_map_only(
+        Tensor, lambda t: known.undo(t) if t.is_floating_point() else t, (loaded.args, loaded.kwargs)
     )
     return replace(loaded, args=raw[0], kwargs=raw[1], normalization=None)
 
@@ -146,12 +147,12 @@ def _normalized(loaded: Loaded, source: str, asked: bool | Normalization) -> Loa
 def _loaded(request: Request, built: Built, file: Path | None, left_out: Sequence[str] = ()) -> Loaded:
     """What was built, and that it came from ``file``."""
     model, weights = built.model, request.weights
-    parameters = {id(p): p.numel() for p in model.parameters() if not torch.nn.parameter.is_lazy(p)}
+    parameters = {id(p): p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p)}
     provenance = Provenance(
         _public(request.source), weights.name if weights else built.weights, checkpoint.sha256(file) if file else None,
         sum(parameters.values()), read_notes(weights) if weights else {}, tuple(left_out),
     )  # fmt: skip
-    if isinstance(model, torch.nn.Module):
+    if isinstance(model, nn.Module):
         model = unwrapped(model)
     return Loaded(**vars(built) | {"model": model, "provenance": provenance})
 
@@ -194,3 +195,69 @@ _SOURCES: tuple[_Source, ...] = (
     _Source("timm:NAME; torchvision:NAME; hf:DIR or hf:ID", _written(f"{_HUB}.+"), _from_hub, True),
     _Source("net.pt2, a TorchScript archive, or net.pt with a whole pickled module", _is_file_name, _from_file, False),
 )
+
+
+# ---- a normalisation of images in front, where the fold can take it into the convolution behind it -------------------
+
+_BUFFER = "normalize"
+
+
+@dataclass(frozen=True)
+class NormalizeFirst:
+    """A hook before a model's forward that normalises the first image among its inputs; the rest stays as it is."""
+
+    mean: str  #: name of the model's buffer with the means.
+    std: str  #: the same with the standard deviations.
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs that the forward is given."""
+        mean, std = getattr(model, self.mean), getattr(model, self.std)
+        for i, value in enumerate(args):
+            if _is_image(value):
+                return (*args[:i], (value - mean) / std, *args[i + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if _is_image(value):
+                return args, {**kwargs, name: (value - mean) / std}
+        return args, kwargs
+
+
+def put_in_front(
+    model: nn.Module, normalization: Normalization, args: Sequence[Any] | None, kwargs: Mapping[str, Any], *, where: str
+) -> None:
+    """Lets ``model`` itself normalise its images, by a hook before its ``forward``: its class and its names stay.
+
+    The constants are buffers of the model itself that no state dict holds, and no layer: a forward that iterates over
+    the model's children (``nn.Sequential``) would call one more.
+
+    Args:
+        args: example inputs, which say how many axes the images have; None where there are none: images of 4 axes.
+
+    Raises:
+        InputError: the model has no image input, or one of another number of channels.
+    """
+    given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    image = next((leaf for leaf in given if _is_image(leaf)), None)
+    if given and image is None:
+        raise InputError("the model takes no images (N, C, ...) that could be normalised", where=where)
+    channels = max(len(normalization.mean), len(normalization.std))
+    if image is not None and channels not in (1, image.shape[1]):
+        hint = "Give as many with --mean-std, or one for all"
+        what = f"the model takes {image.shape[1]} channels and is to be normalised by {channels} means"
+        raise InputError(what, where=where, hint=hint)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    mean, std = (part.to(like) for part in normalization.constants(4 if image is None else image.ndim))
+    prefixes = (_BUFFER, f"{_BUFFER}_input", f"_bnfold_{_BUFFER}")
+    hook = next(
+        hook
+        for hook in (NormalizeFirst(f"{prefix}_mean", f"{prefix}_std") for prefix in prefixes)
+        if not hasattr(model, hook.mean) and not hasattr(model, hook.std)
+    )
+    model.register_buffer(hook.mean, mean, persistent=False)
+    model.register_buffer(hook.std, std, persistent=False)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3

@@ -7,7 +7,53 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnfold.loading.normalize import Normalization
+import torch
+from torch import Tensor
+
+from bnfold.errors import InputError, UsageError
+
+_SYNTAX = "Write --mean-std 0.485,0.456,0.406/0.229,0.224,0.225, or one number for all channels each"
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(x - mean) / std`` per channel, of images (N, C, ...) in [0, 1]; one number holds for all channels."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(self.mean), len(self.std)} - {1}) > 1:
+            raise InputError(f"{len(self.mean)} means and {len(self.std)} standard deviations do not go together")
+        if not all(0 < value < float("inf") for value in self.std) or not all(abs(m) < float("inf") for m in self.mean):
+            raise InputError("the means must be finite and the standard deviations positive")
+
+    def constants(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, to be broadcast to images of so many axes."""
+        mean, std = (torch.tensor(part).reshape(-1, *(1,) * (ndim - 2)) for part in (self.mean, self.std))
+        return mean, std
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Images (N, C, ...) normalised."""
+        mean, std = self.constants(images.ndim)
+        return (images - mean) / std
+
+    def undo(self, images: Tensor) -> Tensor:
+        """The images that ``apply`` makes these of."""
+        mean, std = self.constants(images.ndim)
+        return images * std + mean
+
+    @classmethod
+    def parse(cls, text: str) -> Normalization:
+        """``"0.5,0.5,0.5/0.25"`` -> the means and the standard deviations; UsageError where the text is not that."""
+        mean, slash, std = text.partition("/")
+        try:
+            if not slash:
+                raise ValueError("there is no slash")
+            return cls(tuple(map(float, mean.split(","))), tuple(map(float, std.split(","))))
+        except (ValueError, InputError) as error:
+            what = f"this is no mean and standard deviation ({error})"
+            raise UsageError(what, where=f"--mean-std {text}", hint=_SYNTAX) from error
 
 
 @dataclass(frozen=True)

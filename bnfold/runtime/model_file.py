@@ -116,9 +116,9 @@ def _structure(model: Path | bytes) -> onnx.ModelProto | None:
     """A model, of a file without its weights; None where it is damaged, of which the runtime says how."""
     import onnx
 
+    content = model if isinstance(model, bytes) else _without_weights(model)
     try:
-        whole = model if isinstance(model, bytes) else apart(model, large=0) or model.read_bytes()
-        return onnx.load_model_from_string(whole)
+        return None if content is None else onnx.load_model_from_string(content)
     except Exception:  # protobuf has an exception of its own, outside of what onnx exports
         return None
 
@@ -197,11 +197,16 @@ def apart(path: Path, *, large: int | None = None) -> bytes | None:
     """
     if path.is_symlink() or path.stat().st_nlink > 1 or path.stat().st_size <= (LARGE if large is None else large):
         return None
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
+    return _without_weights(path)
+
+
+def _without_weights(path: Path) -> bytes | None:
+    """The same of a file of any size and any number of names."""
+    try:
+        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _rebuilt(data, 0, len(data), path.name, (_GRAPH, _INITIALIZER))
-        except (ValueError, IndexError):
-            return None
+    except (ValueError, IndexError):  # an empty file cannot be mapped
+        return None
 
 
 def filled(content: bytes, sizes: Mapping[int, int], raw: Callable[[int], bytes]) -> Iterator[bytes]:
