@@ -113,8 +113,12 @@ class OnnxGate:
 
         self._calls += 1
         options["data"] = self._beside(data) if isinstance(data, (str, Path)) else data
+        suffix = f"-{self._calls}" if self._calls > 1 else ""
         if baseline:
-            options |= {"baseline": self._baseline(), "update_baseline": self.update}
+            kept = self.test.parent / FOLDER / self.test.stem / f"{self.name}{suffix}.json"
+            if self.update:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+            options |= {"baseline": kept, "update_baseline": self.update}
         report: ExportReport | CheckReport | None = None
         problem = ""
         try:
@@ -122,8 +126,7 @@ class OnnxGate:
                 if path is not None:
                     report = bnfold.check(self._beside(path), model, args, kwargs, **options)
                 else:
-                    target = self.folder / f"model{self._suffix()}.onnx"
-                    report = bnfold.export(model, target, args, kwargs, **options)
+                    report = bnfold.export(model, self.folder / f"model{suffix}.onnx", args, kwargs, **options)
         except bnfold.BnfoldError as error:  # one line, made to be read; its traceback is bnfold's
             problem = str(error)
         if report is None:
@@ -136,15 +139,6 @@ class OnnxGate:
         """A path that begins at the test file; one that is not there is left to begin at the current folder."""
         beside = self.test.parent / path
         return beside if beside.exists() or not Path(path).exists() else Path(path)
-
-    def _suffix(self) -> str:
-        return f"-{self._calls}" if self._calls > 1 else ""
-
-    def _baseline(self) -> Path:
-        path = self.test.parent / FOLDER / self.test.stem / f"{self.name}{self._suffix()}.json"
-        if self.update:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path
 
 
 def _item_name(node: Any) -> str:

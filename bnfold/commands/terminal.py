@@ -77,6 +77,7 @@ def show(render: Callable[[Page], None]) -> None:
     write(text(render, sys.stdout), sys.stdout)
 
 
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG}
 
 
@@ -86,9 +87,8 @@ class Terminated(KeyboardInterrupt):
 
 def heed_signals() -> None:
     """Lets SIGTERM and SIGHUP raise ``Terminated``, once; where they are ignored they stay so."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+    for number in _ENDING:
+        if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
     sys.unraisablehook = _once_more
 
@@ -109,9 +109,8 @@ def _once_more(swallowed: sys.UnraisableHookArgs) -> None:
 
 def ignore_signals() -> None:
     """The run is over: whatever comes now does not change how it ended."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is _terminate:
+    for number in _ENDING:
+        if signal.getsignal(number) is _terminate:
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -77,11 +77,8 @@ def site_plot(check: CheckReport) -> str:
         for (candidate, mark), colour in zip(marks.items(), (_AFTER, _BEFORE, _THIRD, _MUTED)):
             found = {s.value: _sized(max(s.ratio, s.channel_ratio)) for s in check.sites if s.candidate == candidate}
             points = [(min(max(found[v], low), high), i) for i, v in enumerate(rows) if v in found]
-            filled = mark == "o"
-            axes.plot(
-                *zip(*points), linestyle="", marker=mark, markersize=4.5 if filled else 5.5, label=candidate,
-                color=colour, markerfacecolor=colour if filled else "none", clip_on=False,
-            )  # fmt: skip
+            size, face = (4.5, colour) if mark == "o" else (5.5, "none")
+            _marks(axes, points, mark, size, colour, label=candidate, markerfacecolor=face, clip_on=False)
             for x, i in points:
                 if x >= high:
                     axes.annotate("infinite", (x, i), (-5, 0), textcoords="offset points", ha="right", va="center")
@@ -133,7 +130,7 @@ def latency_plot(report: LatencyReport) -> str:
             axes.barh(i, 1e3 * each.median, 0.6, color=_AFTER if i == 0 else _BEFORE)
             if high > low:
                 axes.errorbar(middle, i, xerr=[[middle - low], [high - middle]], color=_INK, capsize=3, linewidth=1.2)
-            axes.plot([1e3 * each.p95], [i], linestyle="", marker="|", markersize=9, color=_MUTED)
+            _marks(axes, [(1e3 * each.p95, i)], "|", 9, _MUTED)
             end = 1e3 * max(each.median, each.p95, first * each.interval[1])
             axes.annotate(f"{1e3 * each.median:.3g} ms", (end, i), (5, 0), textcoords="offset points", va="center")
         # Room for the words behind the longest.
@@ -160,8 +157,7 @@ def weight_plot(layers: Sequence[LayerRange]) -> str:
             known = [(i + shift, w) for i, w in enumerate(weights) if w is not None and w.median]
             axes.hlines([i for i, _ in known], [w.smallest for _, w in known], [w.largest for _, w in known],
                         color=colour, linewidth=1.6)  # fmt: skip
-            axes.plot([w.median for _, w in known], [i for i, _ in known], linestyle="", marker=mark, markersize=4.5,
-                      color=colour, label=label)  # fmt: skip
+            _marks(axes, [(w.median, i) for i, w in known], mark, 4.5, colour, label=label)
         axes.margins(x=0.06)
         _decades(axes.xaxis, ticks)
         axes.set_xlabel("largest |weight| per channel: smallest, median, largest", loc="right")
@@ -182,7 +178,7 @@ def norm_plot(norms: Sequence[NormRow]) -> str:
             axes.axvline(0, color=_MUTED, linewidth=1)
             axes.hlines(range(len(rows)), low, high, color=_BEFORE, linewidth=1)
             axes.hlines(range(len(rows)), lower, upper, color=_AFTER, linewidth=4)
-            axes.plot(middle, range(len(rows)), linestyle="", marker="|", markersize=7, color=_INK)
+            _marks(axes, [*zip(middle, range(len(rows)))], "|", 7, _INK)
             if (reach := max(map(abs, (*low, *high)))) > 20:
                 axes.set_xscale("symlog", linthresh=1)
                 top = math.floor(math.log10(reach))
@@ -282,16 +278,18 @@ def at_home(svg: str, name: str, title: str, *, natural: bool = False) -> str:
     return f'{opening}><title id="{name}-title">{escape(title)}</title>{rest}'
 
 
+def _marks(axes: Axes, places: Sequence[tuple[float, float]], mark: str, size: float, colour: str, **more: Any) -> None:
+    x, y = [x for x, _ in places], [y for _, y in places]
+    axes.plot(x, y, linestyle="", marker=mark, markersize=size, color=colour, **more)
+
+
 def _decades(axis: Axis, ticks: int) -> None:
     """Plain numbers along a logarithmic axis, more of them where it covers little, none that touch."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    subs = next(
-        (subs for subs in ((1.0, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0, 3.0)) if len(subs) * decades < ticks),
-        (1.0,),
-    )
+    steps = ((1.0, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0, 3.0))
+    subs = next((each for each in steps if len(each) * math.log10(high / low) < ticks), (1.0,))
     axis.set_major_locator(LogLocator(subs=subs, numticks=ticks + 2))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.0e}" if value > 9999 else f"{value:g}"))
