@@ -10,7 +10,7 @@ may decide about anything that comes later.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,40 +65,25 @@ def schedule(before: Mapping[Site, Iterable[Site]]) -> Schedule:
             more = set[str]().union(*(reach[name] for name in found)) - found
             changed = changed or bool(more)
             found |= more
+    # A layer that feeds itself waits for single calls, all others for every call of what is before them.
+    waits = {
+        site: {*sources, *(o for o in before if o.module in reach[site.module] and site.module not in reach[o.module])}
+        for site, sources in before.items()
+    }
     depth: dict[Site, int] = {}
-    finished: dict[str, int] = {}
-    for group in _in_order(reach):
-        first = 1 + max((finished[name] for name in set().union(*(reach[n] for n in group)) - group), default=-1)
-        inner = {site: [s for s in before[site] if s.module in group] for site in before if site.module in group}
-        for site in _in_turn(inner):
-            depth[site] = max([first, *(depth[source] + 1 for source in inner[site])])
-        finished |= dict.fromkeys(group, max(depth[site] for site in inner))
-    waves: list[list[Site]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
-    for site in before:
-        waves[depth[site]].append(site)
-    circular = tuple(name for name in reach if name in reach[name])
-    return Schedule(tuple(map(tuple, waves)), circular)
-
-
-def _in_order(reach: Mapping[str, set[str]]) -> Sequence[set[str]]:
-    """The modules, those that wait for one another together, after all that they wait for."""
-    groups: list[set[str]] = []
-    for name, found in reach.items():
-        if not any(name in group for group in groups):
-            groups.append({name} | {other for other in found if name in reach[other]})
-    # The more modules something waits for, the later it comes: reach is transitive.
-    return sorted(groups, key=lambda group: len(set[str]().union(*(reach[name] for name in group)) | group))
-
-
-def _in_turn(inner: Mapping[Site, Iterable[Site]]) -> list[Site]:
     try:
-        return list(graphlib.TopologicalSorter(inner).static_order())
+        for site in graphlib.TopologicalSorter(waits).static_order():
+            depth[site] = 1 + max((depth[other] for other in waits[site]), default=-1)
     except graphlib.CycleError as error:
         names = " and ".join(f"'{name}'" for name in dict.fromkeys(site.module for site in error.args[1]))
         raise InputError(
             f"layers {names} feed each other in one order in some batches and in the other order in others",
             hint="Only the one-pass scheme (scheme='one-pass', --scheme one-pass) can measure them",
         ) from error
+    waves: list[list[Site]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
+    for site in before:
+        waves[depth[site]].append(site)
+    return Schedule(tuple(map(tuple, waves)), tuple(name for name in reach if name in reach[name]))
 
 
 @dataclass(frozen=True)
