@@ -12,13 +12,13 @@ import onnx
 
 from bnfold import store
 from bnfold.affine import Meaning
-from bnfold.drawing import of_files
 from bnfold.errors import BnfoldError, InputError, LowerError, ResourceError, UsageError
 from bnfold.files import sha256_of
 from bnfold.gate.bisection import FileBisector
 from bnfold.gate.data import load_data
 from bnfold.gate.file_gate import FileGate
 from bnfold.graph.onnx_graph import OnnxGraph
+from bnfold.interface import file_operators
 from bnfold.loading.onnx_file import OnnxFile, bytes_of, put, read_onnx
 from bnfold.options import Clock, Options
 from bnfold.output import committed, file_metadata, keep_baseline
@@ -89,7 +89,7 @@ def fold_file(source: OnnxFile, options: Options) -> FoldedFile:
         model, meant, beside = graph.model, graph.meanings(), graph.beside
     if not options.allow_nonfinite:
         refuse_nonfinite(ledger)
-    count, drawn = len(model.graph.node), of_files(source.model, model, ledger)
+    count, drawn = len(model.graph.node), file_operators(source.model, model, ledger)
     return FoldedFile(source, model, ledger, (before, count), drawn, meant, beside)
 
 

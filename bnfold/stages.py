@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from bnfold.drawing import of_programs
 from bnfold.errors import CaptureError, FoldError, InputError, UsageError
 from bnfold.gate.baseline import expect_baseline, judge_baseline
 from bnfold.gate.data import Labels, assign, examine, load_data, select
@@ -27,7 +26,7 @@ from bnfold.graph.capture import Captured, capture, input_shapes
 from bnfold.graph.graph import Graph
 from bnfold.graph.names import number_names
 from bnfold.graph.wrapped import refuse_mixed, unwrapped
-from bnfold.interface import interface, returned
+from bnfold.interface import interface, program_operators, returned
 from bnfold.loading.inputs import assumed, model_inputs, proposed, specs_for, specs_of_arrays
 from bnfold.loading.onnx_file import specs_of_file
 from bnfold.loading.specs import dtype_name
@@ -186,7 +185,7 @@ class Run:
             model_facts(self.options, self.model), ledger, verdict, None,
             (_operators(captured.program), _operators(program)), self.clock.spent, captured.notes,
             layer_ranges(captured, program, ledger), norm_ranges(captured, ledger), kind,
-            interface(captured, self.options), of_programs(captured, program, ledger),
+            interface(captured, self.options), program_operators(captured, program, ledger),
         )  # fmt: skip
 
 

@@ -22,10 +22,10 @@ ALLOWED: dict[str, str] = {
     "fleet": "_version errors files graph lowering pipeline render report runtime store",
     "pipeline": "errors files gate graph interface loading lowering onnx_flow options output report runtime stages"
     " statistics store",
-    "onnx_flow": "affine drawing errors files gate graph loading lowering options output passes report runtime stages"
+    "onnx_flow": "affine errors files gate graph interface loading lowering options output passes report runtime stages"
     " statistics store",
     "output": "_version errors files gate lowering options report store",
-    "stages": "drawing errors gate graph interface loading options passes report runtime statistics",
+    "stages": "errors gate graph interface loading options passes report runtime statistics",
     "interface": "errors graph options report",
     "options": "eager errors gate graph loading report runtime user_code",
     "eager": "aten errors gate graph loading passes report semantics",
@@ -35,7 +35,6 @@ ALLOWED: dict[str, str] = {
     "timing": "errors graph report runtime",
     "lowering": "errors graph",
     "gate": "affine aten errors evaluate files graph report runtime store",
-    "drawing": "graph report",
     "graph": "affine aten errors evaluate onnx_ops report rounding semantics",
     "evaluate": "aten errors rounding runtime",
     "aten": "semantics",
@@ -55,7 +54,7 @@ ALLOWED: dict[str, str] = {
 ONNX = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim"}
 #: Parts, modules and beginnings of such that may import those: files in, files out, and whoever runs them.
 KNOWS_ONNX = (
-    "drawing", "evaluate.", "gate.", "graph.onnx_", "loading.onnx_file", "lowering.", "onnx_flow", "runtime.",
+    "evaluate.", "gate.", "graph.onnx_", "interface", "loading.onnx_file", "lowering.", "onnx_flow", "runtime.",
 )  # fmt: skip
 #: Who names an ATen operator outside of aten/, and what for.
 KNOWS_ATEN = {
@@ -63,7 +62,7 @@ KNOWS_ATEN = {
     "graph.functional": "swaps in-place operators for their twins before anything is folded",
     "passes.normalisations": "writes their arithmetic as the operator that it is",
     "passes.plan": "takes the prefix off a name that is printed",
-    "drawing": "likewise",
+    "interface": "likewise",
     "graph.interpret": "reads the bits of a value in its own dtype where a run is in float64",
     "lowering.lower": "takes unused statistics from a batch_norm that torch.onnx would misread",
     "lowering.translate": "writes operators that torch.onnx does not know by those that they stand for",

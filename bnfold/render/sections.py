@@ -64,7 +64,14 @@ def section(name: str, title: str, *parts: tuple[str, Any]) -> Section:
 
 def of_result(name: str, title: str, result: Any, *before: tuple[str, Any]) -> Section:
     """A section for a result: its plain fields as facts, its lists of results as tables."""
-    return section(name, title, *before, ("facts", facts(result)), *tables(result))
+    lists = ((label(each.name), getattr(result, each.name)) for each in fields(result))
+    tables = [("table", table(named, items)) for named, items in lists if _is_list(items)]
+    return section(name, title, *before, ("facts", facts(result)), *tables)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it holds results."""
+    return isinstance(value, (list, tuple)) and bool(value) and is_dataclass(value[0])
 
 
 def facts(result: Any) -> list[tuple[str, str]]:
@@ -77,18 +84,8 @@ def facts(result: Any) -> list[tuple[str, str]]:
             found += [(f"{named}: {name}", text) for name, text in facts(value)]
         elif isinstance(value, dict):
             found += [(f"{named}: {name}", _value(field.name, item)) for name, item in value.items()]
-        elif value is not None and not (isinstance(value, (list, tuple)) and any(map(is_dataclass, value))):
+        elif value is not None and not _is_list(value):
             found.append((named, _value(field.name, value)))
-    return found
-
-
-def tables(result: Any) -> list[tuple[str, Table]]:
-    """Its lists of results, each as a table."""
-    found = []
-    for field in fields(result):
-        items = getattr(result, field.name)
-        if isinstance(items, (list, tuple)) and items and all(map(is_dataclass, items)):
-            found.append(("table", table(label(field.name), items)))
     return found
 
 
@@ -161,7 +158,7 @@ def judged_sections(check: CheckReport) -> Iterator[Section]:
         found, title = getattr(check, field.name), label(field.name).capitalize()
         if field.name not in _PLACED and is_dataclass(found):
             yield of_result(field.name, title, found)
-        elif field.name not in _PLACED and isinstance(found, tuple) and found and is_dataclass(found[0]):
+        elif field.name not in _PLACED and _is_list(found):
             yield section(field.name, title, ("table", table(title, found)))
 
 
