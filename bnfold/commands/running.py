@@ -94,14 +94,12 @@ class Job:
         specs, ranges, loaded = self.specs, self.ranges, self.load_source()
         if is_onnx(self.source):
             if specs or ranges:
-                raise UsageError(
-                    "--input and --dynamic do not apply to an ONNX file", hint="Its inputs are in the file"
-                )
+                what = "--input and --dynamic do not apply to an ONNX file"
+                raise UsageError(what, hint="Its inputs are in the file")
             return loaded, {}
         if self.given["static"] and not isinstance(loaded.model, torch.nn.Module):
-            raise UsageError(
-                "--static does not apply to a .pt2 program", hint="Its dynamic sizes are fixed in the file"
-            )
+            what = "--static does not apply to a .pt2 program"
+            raise UsageError(what, hint="Its dynamic sizes are fixed in the file")
         seed = self.given.get("seed", 0)
         args, kwargs, shapes = model_inputs(loaded.model, loaded.args, loaded.kwargs, specs, ranges, seed=seed)
         return loaded, {"args": args, "kwargs": kwargs, "dynamic_shapes": shapes}
@@ -148,11 +146,8 @@ class Job:
     def finish(self, report: Report, *, destination: str | None = None) -> int:
         """Writes the report where it was asked for, whatever the verdict: to files, as JSON, or for people.
 
-        Args:
-            destination: the file to be written; None where there is none, or nothing is to be written.
-
-        Returns:
-            The exit code; of a run that failed, what is wrong has been told in one line with --quiet too.
+        ``destination`` is the file to be written, None where nothing is. Returns the exit code; of a run that failed,
+        what is wrong has been told in one line with --quiet too.
         """
         from bnfold.render import document, in_a_line, printed
         from bnfold.store import atomic

@@ -24,9 +24,9 @@ STYLES = {
 }  # fmt: skip
 
 
-def console(stream: IO[str]) -> Console:
+def console(stream: IO[str], **how: Any) -> Console:
     """A console that takes text as it is: a bracket in a path or a module name is no markup."""
-    found = Console(file=stream, markup=False, emoji=False, highlight=False)
+    found = Console(file=stream, markup=False, emoji=False, highlight=False, **how)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = _PIPE_WIDTH
     return found
@@ -35,9 +35,9 @@ def console(stream: IO[str]) -> Console:
 def text(render: Callable[[Page], None], stream: IO[str]) -> str:
     """What ``render`` prints, in the width and the colours of ``stream``, to which nothing is written."""
     like = console(stream)
-    target = Console(
-        file=io.StringIO(), markup=False, emoji=False, highlight=False, width=like.width, no_color=like.no_color,
-        force_terminal=like.is_terminal, color_system=like.color_system,  # type: ignore[arg-type]
+    target = console(
+        io.StringIO(), width=like.width, no_color=like.no_color, force_terminal=like.is_terminal,
+        color_system=like.color_system,
     )  # fmt: skip
     with target.capture() as captured:
         render(Page(target))

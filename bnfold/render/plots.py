@@ -52,9 +52,8 @@ def require_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None or find_spec("jinja2") is None:
-        raise ProviderError(
-            "an HTML report needs matplotlib, which is not installed", hint="pip install 'bnfold[report]'"
-        )
+        what = "an HTML report needs matplotlib, which is not installed"
+        raise ProviderError(what, hint="pip install 'bnfold[report]'")
 
 
 def site_plot(check: CheckReport) -> str:

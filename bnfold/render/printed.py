@@ -146,10 +146,8 @@ def fleet_report(report: FleetReport, page: Page, *, where: str) -> None:
     page.line("Models", f"{len(report.rows)} in {report.seconds:.1f} s", outcomes(report), took)
     for row in report.rows:
         if row.outcome != "pass":
-            style = STYLES.get(row.outcome, STYLES["problem"])
-            page.line(
-                "", Text.assemble((row.outcome.upper(), style), f"   {row.name}: {row.said or 'nothing judged it'}")
-            )
+            outcome = (row.outcome.upper(), STYLES.get(row.outcome, STYLES["problem"]))
+            page.line("", Text.assemble(outcome, f"   {row.name}: {row.said or 'nothing judged it'}"))
     changed = [row for row in report.rows if row.changed and row.changed != ("new",)]
     for row in changed:
         page.line("Changed" if row is changed[0] else "", f"{row.name}: {', '.join(row.changed)}")
