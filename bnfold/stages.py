@@ -55,14 +55,9 @@ def expect(options: Options) -> None:
 def judging(options: Options, *, runs: bool = True, writes: bool = False) -> dict[str, Any]:
     """What every gate takes from the options; a device that does not work and a runner that fails to load are told now.
 
-    Args:
-        runs: a file, or a runner; and not a program alone.
-        writes: what is judged is a file that is not at its place before the verdict.
-
-    Raises:
-        UsageError: there is no such provider, option, format or runner, or the runner would not see the file.
-        ProviderError: the provider cannot be used.
-        InputError: the runner cannot be loaded.
+    ``runs``: a file or a runner, and not a program alone; ``writes``: what is judged is a file that is not at its place
+    before the verdict. UsageError where there is no such provider, option, format or runner, or the runner would not
+    see the file; ProviderError where the provider cannot be used, InputError where the runner cannot be loaded.
     """
     same = ("samples", "seed", "limit", "adversarial", "progress")
     found: dict[str, Any] = {name: getattr(options, name) for name in same}

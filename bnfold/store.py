@@ -62,13 +62,8 @@ _HINTS: dict[int, str] = _EXHAUSTED | {
 def check_destination(path: Path, *, sources: Iterable[Path] = ()) -> None:
     """Refuse a destination that could not be written, or must not be, before minutes of work go into it.
 
-    Args:
-        path: the file to be written; a symbolic link stands for its target.
-        sources: files the run reads, none of which may be the destination; those that do not exist are ignored.
-
-    Raises:
-        UsageError: the destination is a folder, a device, or one of the sources (also through a link).
-        ResourceError: its folder is missing or cannot be written, or the file is write-protected.
+    UsageError where it is a folder, a device, or one of the ``sources`` that the run reads, also through a link;
+    ResourceError where its folder is missing or cannot be written, or the file is write-protected.
     """
     target = _resolve(path)
     parent, where = target.parent, str(path)
@@ -92,14 +87,10 @@ def check_destination(path: Path, *, sources: Iterable[Path] = ()) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write one file, or nothing.
+    """Write one file, or nothing; ResourceError as for ``stage``.
 
-    Yields:
-        A path of the same file name, not existing yet, in a staging folder beside ``path``. When the block ends without
-        an exception, the file written there replaces ``path``; otherwise ``path`` stays byte-identical.
-
-    Raises:
-        ResourceError: the disk or the memory gave out, or the folder cannot be written.
+    Yields a path of the same file name, not existing yet, in a staging folder beside ``path``. When the block ends
+    without an exception, the file written there replaces ``path``; otherwise ``path`` stays byte-identical.
     """
     with stage(path) as staging:
         yield staging.folder / staging.path.name
@@ -110,11 +101,9 @@ def atomic(path: Path) -> Iterator[Path]:
 def stage(path: Path) -> Iterator[Staging]:
     """Open a staging folder beside ``path``; nothing but :meth:`Staging.commit` touches the destination.
 
-    The folder and what is left in it go when the block ends, committed or not. A failure to write inside the block
-    (disk full, quota, memory) is raised as ResourceError even where the library that wrote calls it something else.
-
-    Raises:
-        ResourceError: the disk or the memory gave out, or the folder cannot be written.
+    The folder and what is left in it go when the block ends, committed or not. ResourceError where the folder cannot be
+    written, and where writing inside the block fails (disk full, quota, memory), whatever the library that wrote calls
+    it.
     """
     target = _resolve(path)
     with _storage(target):

@@ -51,11 +51,9 @@ class WrittenBack:
 def write_back(captured: Captured, model: nn.Module | ExportedProgram) -> WrittenBack:
     """Folds ``captured`` as far as the class of ``model`` can express it, and writes that into a copy of ``model``.
 
-    Nothing is merged. What is left out is planned around, so that the rest is a fold in its own right.
-
-    Raises:
-        InputError: ``model`` is a program, which has no class, or is not what was captured.
-        FoldError: the copy does not compute what the model does.
+    Nothing is merged. What is left out is planned around, so that the rest is a fold in its own right. InputError where
+    ``model`` is a program, which has no class, or is not what was captured; FoldError where the copy is not equal to
+    it.
     """
     if isinstance(model, ExportedProgram) or captured.eager is None:
         hint = "Give the module that it was exported from, or fold to .pt2"

@@ -30,10 +30,8 @@ _siblings: set[str] = set()
 def built(request: Request) -> Iterator[Built]:
     """The model; while it lasts, modules are found where the code is, of which pickled weights may name some.
 
-    Raises:
-        InputError: there is no such file, module or factory, or the user's code fails.
-        UsageError: arguments for what is no factory.
-        CaptureError: a model that is there already cannot be copied.
+    InputError where there is no such file, module or factory, or the user's code fails; UsageError for arguments of
+    what is no factory; CaptureError where a model that is there already cannot be copied.
     """
     name, _, attribute = request.source.rpartition(":")
     if not name.endswith(".py"):

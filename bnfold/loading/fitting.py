@@ -29,17 +29,12 @@ _SHOWN = 3
 
 
 def load_weights(model: nn.Module, request: Request) -> list[str]:
-    """Copies the weights of a request into ``model``, every one of which must be there in its shape.
+    """Copies the weights of a request into ``model``; the keys that were left out, as no part of the model has them.
 
-    What compiling, parallel and averaging wrappers add to names goes where the rest fits then. A file of bnfold
-    calibrate may hold running statistics that the model's class builds without: the model gets them.
-
-    Returns:
-        The keys that were left out because no part of the model has them.
-
-    Raises:
-        InputError: see ``checkpoint``; several state dicts fit or none is there; keys or shapes differ; the weights
-            hold what a layer of the model is built without.
+    Every weight of the model must be there in its shape. What compiling, parallel and averaging wrappers add to names
+    goes where the rest fits then. A file of bnfold calibrate may hold running statistics that the model's class builds
+    without: the model gets them. InputError as for ``checkpoint``, and where several state dicts fit or none is there,
+    keys or shapes differ, or the weights hold what a layer of the model is built without.
     """
     path = request.weights
     assert path is not None

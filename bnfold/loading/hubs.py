@@ -34,11 +34,8 @@ def open_named(request: Request) -> Built:
 
     The source is ``timm:NAME``, ``torchvision:NAME``, or ``hf:`` and a folder that ``save_pretrained`` wrote or the id
     of a repository; the factory's arguments are those of the library's own function, and ``pretrained`` for all three.
-
-    Raises:
-        ProviderError: the library is not installed.
-        InputError: it knows no such model, or cannot build or load it.
-        UsageError: an option does not apply.
+    ProviderError where the library is not installed, UsageError where an option does not apply, InputError where it
+    knows no such model, or cannot build or load it.
     """
     hub, _, name = request.source.partition(":")
     options, weights = dict(request.factory_args), request.weights is not None

@@ -229,13 +229,8 @@ def put_in_front(
     """Lets ``model`` itself normalise its images, by a hook before its ``forward``: its class and its names stay.
 
     The constants are buffers of the model itself that no state dict holds, and no layer: a forward that iterates over
-    the model's children (``nn.Sequential``) would call one more.
-
-    Args:
-        args: example inputs, which say how many axes the images have; None where there are none: images of 4 axes.
-
-    Raises:
-        InputError: the model has no image input, or one of another number of channels.
+    the model's children (``nn.Sequential``) would call one more. Example inputs say how many axes the images have, 4
+    where ``args`` are None. InputError where the model has no image input, or one of another number of channels.
     """
     given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     image = next((leaf for leaf in given if _is_image(leaf)), None)

@@ -76,10 +76,8 @@ class UserRunner:
     def __call__(self, feeds: Mapping[str, np.ndarray[Any, Any]], path: Path | None = None) -> Answer:
         """One call; new arrays that share memory with nothing.
 
-        Raises:
-            Raised: the runner raised, or returned what is no dict or list of arrays.
-            NoAnswer: it did not answer in time, now or before.
-            Crashed: its process ended, now or before.
+        Raised where the runner raised, or returned what is no dict or list of arrays; NoAnswer where it did not answer
+        in time, and Crashed where its process ended, now or before.
         """
         if self._gone is not None:
             raise self._gone

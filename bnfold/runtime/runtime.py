@@ -121,13 +121,8 @@ def device_of(name: str, options: Mapping[str, str] | None = None) -> Device:
 def resolve_device(name: str | Device = "auto", options: Mapping[str, str] | None = None) -> Device:
     """The device to use: "auto" is CUDA where it really works and the CPU elsewhere; no other name falls back.
 
-    Args:
-        name: as for ``find``; a device that was resolved before is handed back.
-        options: of the provider, passed through.
-
-    Raises:
-        UsageError: there is no provider of that name, or it has no such option.
-        ProviderError: it cannot be used; names the reason.
+    Names are as for ``find``, ``options`` the provider's; a device that was resolved before is handed back. UsageError
+    where there is no such provider or option; ProviderError, which names the reason, where it cannot be used.
     """
     if isinstance(name, Device):
         return name
