@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,15 @@ import click
 from bnfold.commands import arguments as asked
 from bnfold.commands.arguments import command
 from bnfold.commands.running import Job, is_onnx, quiet, refuse_contradictions
-from bnfold.commands.sharded import looker, observer, sharded
 from bnfold.commands.terminal import fail, show, write
-from bnfold.errors import UsageError
+from bnfold.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from bnfold.fleet.cluster import Make
+    from bnfold.render import Progress
     from bnfold.report import ModelRow
-
 
 _PATH = click.Path(path_type=Path)
 _SOURCE = click.argument("source")
@@ -283,6 +283,66 @@ def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise UsageError(what, where=f"--input {text}", hint="Write NAME[1,3,224,224], once for an input")
         found[spec.name] = tuple(int(dim) for dim in spec.dims)
     return found
+
+
+# -- data in shards: which files they are, and what is asked of them, here or on workers -------------------------------
+
+
+def _shards(job: Job) -> list[str]:
+    """The files that ``--data`` names; none where it is one of this machine, and no worker is asked for.
+
+    InputError where there is no such file, UsageError where there are workers and no data.
+    """
+    from bnfold.fleet.places import is_url, matching
+
+    given, text = job.given, str(job.given["data"] or "")
+    if not text and (given["scheduler"] or given["workers"]):
+        raise UsageError("workers go through data, and there is none", hint="Add --data, or leave them out")
+    pattern = is_url(text) or (bool(set("*?[") & set(text)) and not Path(text).exists())
+    if not pattern:
+        return [text] if text and (given["scheduler"] or given["workers"]) else []
+    found = matching(text)
+    if not found:
+        raise InputError("no file is called like that", where=f"--data {text}")
+    return found
+
+
+@contextlib.contextmanager
+def sharded(job: Job, make: Make, progress: Progress, stage: str) -> Iterator[tuple[Any, Callable[[Any], Any] | None]]:
+    """The data that the command itself reads, the first of several, and a function that asks them all, if several.
+
+    ``make`` makes what answers, in every process.
+    """
+    if not (shards := _shards(job)):
+        yield job.given["data"], None
+        return
+    from bnfold.fleet.cluster import Where, asking
+    from bnfold.fleet.places import fetched
+
+    where = Where(job.given["scheduler"], job.given["workers"])
+    with (
+        fetched(shards[0]) as first,
+        asking(shards, make, where, lambda done, of: progress(stage, done, of)) as ask,
+    ):
+        yield first, ask
+
+
+def looker(job: Job, file: Path | None) -> Callable[[Path, Any], Any]:
+    """Sees how an ONNX file, or a runner, does on a shard of the data, against the model that the job names."""
+    from bnfold import stages
+    from bnfold.report.progress import silent
+
+    with quiet():
+        loaded, inputs = job.load_model()
+        return stages.looker(file, loaded.model, **inputs, options=job.options(loaded, silent))
+
+
+def observer(job: Job) -> Callable[[Path, Any], Any]:
+    """Measures the BatchNorms of the model that the job names on a shard of the data."""
+    from bnfold import stages
+
+    with quiet():
+        return stages.observer(job.load_source().model, only=job.given["only"] or None, batch=job.given["batch_size"])
 
 
 #: In the order of the help.
