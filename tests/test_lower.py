@@ -248,6 +248,18 @@ def test_an_operator_that_onnx_lacks_is_named() -> None:
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
+def test_a_body_that_returns_a_value_from_around_it_copies_it(tmp_path: Path) -> None:
+    """torch.onnx writes an EmbeddingBag as a Loop with such branches."""
+    torch.manual_seed(0)
+    rows, path = torch.randint(0, 31, (3, 13)), tmp_path / "net.onnx"
+    net = nn.Sequential(nn.EmbeddingBag(31, 8, mode="mean"), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+    report = bnfold.export(net, path, (rows,), device="cpu")
+    assert report.passed and report.file is not None and report.file.batch_norms == 0
+    torch.testing.assert_close(torch.from_numpy(run(path, rows)[0]), net(rows))
+    loops = [node for node in onnx.load(path).graph.node if node.op_type == "Loop"]
+    assert loops  # else this says nothing
+
+
 def test_checks_of_numbers_stay_behind(tmp_path: Path) -> None:
     """torch.onnx has no translation for what some of them are made from, and ONNX no operator for them."""
 

@@ -212,8 +212,10 @@ def _tidy(model: ir.Model) -> None:
         # It stops at an operator that it has a fault with; what it has done until then stands, onnxsim does the rest.
         with contextlib.suppress(RuntimeError):
             fold_constants(model)
+        passes.IdentityEliminationPass()(model)
+        for graph in model.graph.subgraphs():
+            _own_outputs(graph)  # onnx_ir (1.1) has a body return a value from around it, which ONNX does not allow
         for run in (
-            passes.IdentityEliminationPass(),
             passes.CommonSubexpressionEliminationPass(),
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             passes.DeduplicateInitializersPass(),
@@ -302,10 +304,11 @@ def _keep_pads(graph: ir.Graph) -> None:
 
 
 def _own_outputs(graph: ir.Graph) -> None:
-    """Gives every output a value of its own: an input, a constant or another output keeps its name."""
-    seen: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
+    """Gives every output a node of its own: an input, a constant or another output keeps its name."""
+    seen = set[ir.Value]()
     for i, value in enumerate(list(graph.outputs)):
-        if value in seen:
+        maker = value.producer()
+        if maker is None or maker.graph is not graph or value in seen:
             node = ir.node("Identity", [value])
             graph.append(node)
             graph.outputs[i] = node.outputs[0]
