@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 import bnfold
+from bnfold.gate import deployed
 from bnfold.gate.evidence import EXCUSE, Draws, Source
 from bnfold.passes import cancellation
 from bnfold.report import CheckReport, Ledger
@@ -144,3 +145,27 @@ def test_digits_that_are_lost_between_right_operators_are_a_fault_of_the_file(
     if bits in (12, 20):
         (problem,) = report.problems
         assert "though every operator is right" in problem
+
+
+class Faint(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2.0**-30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_numbers_are_no_digits_that_are_lost(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are rounded in the model's dtype: where bfloat16 has all of its digits, float16 has none left."""
+    own, asked = deployed.Sessions.run_plain, list[str]()
+
+    def run_plain(sessions: deployed.Sessions) -> None:
+        own(sessions)
+        for case in sessions.judge.cases:
+            sessions._lose(case)
+            asked.append(case.words)
+
+    monkeypatch.setattr(deployed.Sessions, "run_plain", run_plain)
+    net = Faint(nn.Conv2d(3, 7, 3), nn.ReLU()).eval()
+    report = bnfold.export(net, tmp_path / "net.onnx", (IMAGE,), device="cpu", dtype=dtype)
+    assert asked and report.passed, report.check.problems

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import bnfold
 from bnfold.graph.capture import capture
+from bnfold.graph.interpret import Runner
 
 IMAGE = (2, 4, 5, 6)
 
@@ -255,3 +256,29 @@ def test_running_statistics_that_move_in_eval_mode_stay_the_callers():
     x = noise(*IMAGE, seed=1)
     assert torch.equal(folded.module(x), copy.deepcopy(net)(x))
     assert_same_state(before, state_bytes(net))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_an_epsilon_that_follows_the_dtype_is_written_down(dtype: torch.dtype) -> None:
+    """A run in float64 would take its own, and be no truth for numbers as small as the root of the other."""
+
+    class Norm(nn.Module):
+        def __init__(self, eps):
+            super().__init__()
+            self.norm = nn.RMSNorm(7, eps=eps)
+
+        def forward(self, x):
+            return self.norm(x), F.rms_norm(x, (7,), eps=self.norm.eps)
+
+    x = torch.full((2, 7), 2.0**-12, dtype=dtype)
+    for eps in (None, 0.5):
+        module = Norm(eps).to(dtype)
+        program = capture(module, (x,)).program
+        nodes = program.graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default)
+        meant = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps if eps is None else eps
+        assert [node.args[3] for node in nodes] == [meant] * 2
+        truth = 2.0**-12 / (2.0**-24 + meant) ** 0.5
+        for value in module(x):
+            assert float(value.detach().double().mean()) == pytest.approx(truth, rel=float(torch.finfo(dtype).eps))
+        for exact in Runner(program, precise=True)([x]):
+            assert float(exact.detach().mean()) == pytest.approx(truth, rel=1e-14)

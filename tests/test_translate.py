@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+import bnfold
 from bnfold.errors import LowerError
 from bnfold.graph.capture import capture
 from bnfold.lowering import lower as lower_module
@@ -114,6 +115,9 @@ SAME = {
     "shape from sizes": (lambda x: x.reshape(x.shape[0] * x.shape[1], -1).relu().view(x.shape), (), (2, 4, 6)),
     "sizes read twice": (lambda x: x + torch.ones(x.shape[0], 1, 1) * x.relu().shape[0], (), (2, 4, 6)),
     "dropout": (lambda x: F.dropout(x.relu(), training=False, inplace=True) + 1, (), (2, 4)),
+    "turned": (lambda x: x.mT @ x, (), (2, 4, 6)),
+    "turned by other names": (lambda x: x.mH + x.relu().adjoint(), (), (2, 4, 6)),
+    "log_sigmoid": (lambda x: F.logsigmoid(200 * x), (), (2, 4, 6)),  # of -200 a sigmoid is zero
 }
 
 
@@ -142,7 +146,37 @@ def test_what_is_written_otherwise_computes_the_same(
         assert rms(torch.from_numpy(found) - truth) <= 4 * noise
 
 
-PLAIN = ["pool to one", "transposed", "same", "valid", "batch_norm", "cast", "flatten", "shape from sizes", "dropout"]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_outputs_have_the_dtypes_of_the_models(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch.onnx leaves sums, absolute values and more of half floats in float32 where they are outputs."""
+    module = Call(lambda x: (x.abs(), x.sum(1), x.abs() + x, x.mean(1), x > 0))
+    x = image(2, 4, 3, 5).to(dtype)
+    lowered = lower(capture(module.eval(), (x,)).program)
+    save(lowered, tmp_path / "net.onnx")
+    found = [value.dtype for value in lowered.model.graph.outputs]
+    half = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}.get(dtype, ir.DataType.FLOAT)
+    assert found == [half] * 4 + [ir.DataType.BOOL]
+    makers = [value.producer().op_type for value in lowered.model.graph.outputs]
+    if dtype == torch.float32:  # nothing to narrow
+        assert makers == ["Abs", "ReduceSum", "Add", "ReduceMean", "Greater"]
+    else:
+        assert makers[:3] == ["Cast", "Cast", "Add"]
+    report = bnfold.check(tmp_path / "net.onnx", module, (x,))
+    assert report.passed, report.problems
+
+
+PLAIN = [
+    "pool to one",
+    "transposed",
+    "same",
+    "valid",
+    "batch_norm",
+    "cast",
+    "flatten",
+    "shape from sizes",
+    "dropout",
+    "turned",
+]
 
 
 @pytest.mark.parametrize("case", PLAIN)

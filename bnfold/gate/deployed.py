@@ -107,7 +107,9 @@ class Sessions:
         claim, truth, judge = self.claim, self.followed[case.words], self.judge
         if claim is None or case.claimed is None or case.batch.origin:
             return
-        outputs = claim.run(case.batch, follow=truth.decided or None, after=partial(rounded_once, self._dtype)).outputs
+        # In the dtype of the model: what is a normal number to bfloat16 may be none to float16.
+        dtype = "bfloat16" if "bfloat16" in claim.file.halves() else self._dtype
+        outputs = claim.run(case.batch, follow=truth.decided or None, after=partial(rounded_once, dtype)).outputs
         for i, name in enumerate(judge.reference.outputs):
             own, true, right = case.own[i], case.truth.outputs[i], truth.outputs[i]
             if not own.is_floating_point() or not own.shape == true.shape == right.shape == outputs[i].shape:

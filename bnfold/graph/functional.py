@@ -48,6 +48,7 @@ def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, s
         CaptureError: the model writes to one of its inputs or buffers.
     """
     _erase_identities(graph)
+    _settle_epsilons(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     classes = _Aliases()
     left = 0
@@ -120,6 +121,22 @@ def _erase_identities(graph: fx.Graph) -> None:
         if identity:
             node.replace_all_uses_with(operand)
             graph.erase_node(node)
+
+
+def _settle_epsilons(graph: fx.Graph) -> None:
+    """Writes down the epsilon of an RMSNorm that has none: of the dtype it is computed in, float32 for half floats.
+
+    A run in float64 would take another one.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
+        given = {argument.name: value for argument, value in _arguments(node)}
+        if given.get("eps") is None:
+            computed = torch.float64 if node.meta["val"].dtype == torch.float64 else torch.float32
+            node.args = (
+                *(given.get(name) for name in ("input", "normalized_shape", "weight")),
+                torch.finfo(computed).eps,
+            )
+            node.kwargs = {}
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:

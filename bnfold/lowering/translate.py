@@ -14,7 +14,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from bnfold.graph.whole_layers import whole_recurrent
 from bnfold.lowering.registry import gathered_once
 
 _ATEN = torch.ops.aten
+_HALVES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
 def translate(program: ExportedProgram, opset: int | None = None) -> ir.Model:
@@ -37,12 +38,33 @@ def translate(program: ExportedProgram, opset: int | None = None) -> ir.Model:
     Raises:
         LowerError: torch.onnx cannot translate an operator.
     """
+    model = None
     if _rewrite(program.graph_module):
-        try:
-            return _by_torch(_Decomposed.of(program), opset)
-        except LowerError:
-            pass  # an operator that has no translation of its own
-    return _by_torch(program, opset)
+        with suppress(LowerError):  # an operator that has no translation of its own
+            model = _by_torch(_Decomposed.of(program), opset)
+    model = model or _by_torch(program, opset)
+    _narrow_outputs(model.graph, program)
+    return model
+
+
+def _narrow_outputs(graph: ir.Graph, program: ExportedProgram) -> None:
+    """Gives outputs the dtypes that the program's have.
+
+    torch.onnx (2.13) computes sums, absolute values and more of half floats in float32, and narrows them where another
+    operator reads them alone.
+    """
+    (returned,) = program.graph.output_node().args
+    values = [node.meta["val"] for node in returned if isinstance(node, fx.Node)]
+    for i, (value, meant) in enumerate(zip(list(graph.outputs), values)):
+        dtype = _HALVES.get(meant.dtype) if isinstance(meant, Tensor) else None
+        if dtype is not None and value.dtype == ir.DataType.FLOAT:
+            node = ir.node("Cast", [value], {"to": dtype})
+            narrow, value.name = node.outputs[0], f"{value.name}_wide"
+            narrow.name, narrow.shape, narrow.dtype = value.name.removesuffix("_wide"), value.shape, dtype
+            producer = value.producer()
+            node.metadata_props.update(producer.metadata_props if producer is not None else {})
+            graph.append(node)
+            graph.outputs[i] = narrow
 
 
 class _Decomposed(ExportedProgram):
@@ -224,6 +246,12 @@ def _normalise(node: fx.Node, given: dict[str, Any]) -> None:
     node.target, node.args, node.kwargs = operator.getitem, (normalised, 0), {}
 
 
+def _turned(node: fx.Node, given: dict[str, Any]) -> None:
+    """The last two axes change places; torch.onnx writes an Einsum, which bfloat16 has none of and is slow."""
+    if not node.meta["val"].is_complex():
+        _become(node, _ATEN.transpose.int, given["self"], -2, -1)
+
+
 def _converted(node: fx.Node, given: dict[str, Any]) -> None:
     """What is left of ``to`` in a file is the cast."""
     dtype = given.get("dtype")
@@ -294,6 +322,9 @@ _REWRITES: dict[OpOverload, Callable[[fx.Node, dict[str, Any]], None]] = {
     _ATEN.batch_norm.default: _normalise,
     _ATEN.scaled_dot_product_attention.default: _attended,
     _ATEN.lstm.input: _projected,
+    _ATEN.mT.default: _turned,
+    _ATEN.mH.default: _turned,
+    _ATEN.adjoint.default: _turned,
     _ATEN.to.dtype: _converted,
     _ATEN.to.dtype_layout: _converted,
 }

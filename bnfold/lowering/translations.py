@@ -41,7 +41,13 @@ def _rnn(activation: str) -> Callable[..., Any]:
     return translated
 
 
+def _log_sigmoid(data: Any) -> Any:
+    """``-softplus(-x)``: torch.onnx's own logarithm of a sigmoid is minus infinity where that is zero, from -104 on."""
+    return op.Neg(op.Softplus(op.Neg(data)))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.rnn_tanh.input: _rnn("Tanh"),
     torch.ops.aten.rnn_relu.input: _rnn("Relu"),
+    torch.ops.aten.log_sigmoid.default: _log_sigmoid,
 }
