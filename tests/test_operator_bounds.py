@@ -128,3 +128,20 @@ def test_a_mean_is_off_by_what_it_is_a_sum_of() -> None:
     found = ((x - np.add.accumulate(x, -1, dtype=np.float32)[..., -1:] / np.float32(144)) / sigma)[..., 0]
     assert (np.abs(found + (mean / sigma)[..., 0]) <= limit[..., 0]).all()
     assert (limit[..., 0] >= UNITS["float32"] * (np.abs(wide).mean(-1) / sigma[..., 0])).all()
+
+
+@pytest.mark.parametrize("count", [100, 1001, 4097])
+def test_equal_terms_that_are_added_one_by_one_are_within_the_bound(count: int) -> None:
+    """All their roundings go the same way: the largest of sixty such sums takes less than half of the bound."""
+    numbers = np.random.default_rng(count).random(60).astype(np.float32)
+    for axis in (1, 2):
+        shape = [1, 3, 3]
+        shape[axis] = count
+        at = Attributes({"axes": [axis], "keepdims": 1}, 13, 1)
+        for number in numbers:
+            x = np.full(shape, number)
+            total = np.cumsum(np.square(x), axis=axis, dtype=np.float32)  # one by one, as the slowest kernel does
+            exact = np.sqrt(np.square(x.astype(np.float64)).sum(axis, keepdims=True))
+            given = np.sqrt(total.take([-1], axis)).astype(np.float64)
+            limit = bound("ReduceL2", "float32", at, (x.astype(np.float64),), exact)
+            assert limit is not None and (np.abs(given - exact) <= limit / 2).all()

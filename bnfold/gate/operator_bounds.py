@@ -99,9 +99,14 @@ def _axis(at: Attributes, x: Array) -> tuple[int, ...]:
     return (axis,) if at.opset >= 13 else tuple(range(axis % max(x.ndim, 1), x.ndim))
 
 
-def _summed(count: int) -> float:
+#: How many terms of a sum next to one another in memory cost a unit of error where they are equal, and how many of
+#: one along another axis, which is added up one by one.
+CONTIGUOUS, STRIDED = 64, 16
+
+
+def _summed(count: int, per: int = CONTIGUOUS) -> float:
     """The error of a sum of equal terms, which are all rounded the same way: linear in how many a lane adds up."""
-    return 1 + count / 64
+    return 1 + count / per
 
 
 def _below_maximum(at: Attributes, x: Array) -> Array:
@@ -132,11 +137,15 @@ def _log_sum_exp(at: Attributes, y: Array, x: Array, axes: Array | None = None) 
 
 
 def _log_sum(at: Attributes, y: Array, x: Array, axes: Array | None = None) -> Array:
-    return _summed(x.size // max(y.size, 1)) + np.abs(y)
+    return _summed(x.size // max(y.size, 1), STRIDED) + np.abs(y)
 
 
 def _norm(at: Attributes, y: Array, x: Array, axes: Array | None = None) -> Array:
-    return _summed(x.size // max(y.size, 1)) * y
+    return _summed(x.size // max(y.size, 1), STRIDED) * y
+
+
+def _lp_normalised(at: Attributes, y: Array, x: Array) -> Array:
+    return _summed(x.shape[-1 if at.axis is None else at.axis], STRIDED) * np.abs(y)
 
 
 def _normalised(at: Attributes, y: Array, x: Array, axes: tuple[int, ...], scale: Array, bias: Array) -> Array:
@@ -209,7 +218,7 @@ MAGNITUDES: dict[str, Magnitude] = {
     "ReduceLogSumExp": _log_sum_exp,
     "ReduceLogSum": _log_sum,
     "ReduceL2": _norm,
-    "LpNormalization": lambda at, y, x, *_: _summed(x.shape[-1 if at.axis is None else at.axis]) * np.abs(y),
+    "LpNormalization": _lp_normalised,
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _rms_norm,
     "InstanceNormalization": _instance_norm,
