@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnfold.gate import evidence
 from bnfold.gate.evidence import CHEAP, ELEMENT, STEPS, Draws, Row, Source, compare, pooled, specials, typical
 
 UNIT = 2.0**-24
@@ -156,3 +157,15 @@ def test_what_is_not_finite_must_be_the_same(given: float, truth: float, said: s
 
 def test_a_row_fits_by_both_of_its_numbers() -> None:
     assert Row("", "", "", 4.0, 4.0 * ELEMENT).misfit(4.0) == 1 and Row("", "", "", 0.1, 60.0).misfit(4.0) == 10
+
+
+def test_the_order_of_sizes_is_one_and_the_same_wherever_it_is_found() -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = (
+        torch.rand(3, 1001, generator=generator, dtype=torch.float64) * 10.0 ** torch.arange(-320, 300, 248)[:, None]
+    )
+    sizes[:, 5:17] = 0.25
+    sizes[1, ::7] = 0.0
+    order = evidence._by_size(sizes)
+    coarse = sizes.float()
+    assert torch.equal(order, torch.sort(coarse, dim=1, descending=True, stable=True).indices)
