@@ -211,6 +211,7 @@ def test_an_invalid_model_is_one_line(tmp_path: Path, content: bytes, message: s
         text = str(caught.value)
         assert text.startswith(where) and "\n" not in text and "ONNXRuntimeError" not in text
         assert "/onnxruntime_src" not in text and caught.value.hint and len(text) < 600
+        assert ("--dtype float32" in caught.value.hint) is message.startswith("Could not find an implementation")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

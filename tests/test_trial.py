@@ -47,7 +47,9 @@ def scaled(path: Path, dtype: int, *, inside: bool = False) -> Path:
     return path
 
 
-def test_half_floats_are_tried_and_nothing_else(opens: Callable[[str], None], tmp_path: Path) -> None:
+def test_half_floats_are_tried_and_nothing_else(
+    opens: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     half, single = scaled(tmp_path / "half.onnx", TensorProto.FLOAT16), scaled(tmp_path / "f.onnx", TensorProto.FLOAT)
     assert trial.how_it_ends(half) is None
     opens(DIES)
@@ -56,6 +58,9 @@ def test_half_floats_are_tried_and_nothing_else(opens: Callable[[str], None], tm
     assert trial.how_it_ends(half, ["NchwcTransformer"]) is None
     assert trial.how_it_ends(single) is None
     assert trial.how_it_ends(scaled(tmp_path / "in.onnx", TensorProto.FLOAT16, inside=True)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.sys, "executable", "")
+        assert trial.how_it_ends(half) is None
     (tmp_path / "broken.onnx").write_bytes(half.read_bytes()[:-20])
     assert trial.how_it_ends(tmp_path / "broken.onnx") is None
 

@@ -369,7 +369,10 @@ def _explain(error: Exception, where: str, *, running: bool) -> BnfoldError:
         return LowerError(f"ONNX Runtime failed on these inputs: {text}", where=where, hint="Try another input shape")
     if re.search(r"external (data|initializer)", text, re.I):
         return InputError(text, where=where, hint="Keep the model's own .data file beside it, in the same folder")
-    return LowerError(f"ONNX Runtime refuses it: {text}", where=where, hint="Export it again, or with another --opset")
+    hint = "Export it again, or with another --opset"
+    if "Could not find an implementation" in text:  # as of a convolution in float64
+        hint = "The provider has none of it in that dtype: try --dtype float32, or another --opset"
+    return LowerError(f"ONNX Runtime refuses it: {text}", where=where, hint=hint)
 
 
 def _fact(error: Exception) -> str:

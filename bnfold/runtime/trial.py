@@ -37,7 +37,8 @@ def how_it_ends(path: Path, disabled: Sequence[str] = ()) -> str | None:
         path: an ONNX file.
         disabled: names of optimisations to leave out.
     """
-    if not has_initializer_of(path, HALVES):
+    embedded = not sys.executable or getattr(sys, "frozen", False)  # there is no Python to start
+    if embedded or not has_initializer_of(path, HALVES):
         return None
     found = path.stat()
     return _tried(os.fspath(path), found.st_mtime_ns, found.st_size, tuple(disabled))
