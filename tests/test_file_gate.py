@@ -163,6 +163,15 @@ def test_operands_that_do_not_broadcast_ask_for_no_more_than_they_hold() -> None
     assert asked("Conv", [x, w, b]) == 0 and asked("Add", [w, b]) == 1000 * 64 * 1000
 
 
+def test_an_expansion_asks_for_what_it_makes() -> None:
+    """Not for the elements of its operand times those of the shape: of 54 samples that would be 54 times as many."""
+    x = np.zeros((54, 16, 1))
+    assert asked("Expand", [x, np.array([54, 16, 49])]) == asked("Expand", [x, np.array([49])]) == 54 * 16 * 49
+    assert asked("Expand", [np.zeros(3), np.array([10**12, 3])]) == 3 * 10**12
+    assert asked("Expand", [np.zeros(2), np.array([10**12, 3])]) == 0  # which do not broadcast
+    assert asked("Expand", [np.zeros((0, 3)), np.array([1, 3])]) == 0
+
+
 def test_inputs_are_what_rounding_moves_where_there_are_no_weights() -> None:
     def model(*weights: onnx.TensorProto) -> onnx.ModelProto:
         given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [3, 3]) for n in ("a", "b")][: 2 - len(weights)]

@@ -33,7 +33,7 @@ def asked(operator: str, given: Sequence[Any]) -> float:
     if operator in ("ConstantOfShape", "RandomNormal", "RandomUniform"):
         return _product(first)
     if operator == "Expand":
-        return max(first.size, 1) * _product(last)
+        return _broadcast(first.shape, tuple(int(size) for size in np.abs(last).reshape(-1)))
     if operator == "Tile":
         return first.size * _product(last)
     if operator in ("Resize", "Upsample"):
@@ -53,10 +53,16 @@ def asked(operator: str, given: Sequence[Any]) -> float:
         return 0.0 if operator != "Gather" else float(last.size) * first.size / max(max(first.shape, default=1), 1)
     if operator not in _BROADCASTS:
         return 0.0
-    try:
-        return float(math.prod(np.broadcast_shapes(*(x.shape for x in arrays))))
-    except ValueError:  # they do not, which is told where it is computed
-        return 0.0
+    return _broadcast(*(x.shape for x in arrays))
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> float:
+    """The elements of what shapes broadcast to; Python's own numbers, for a shape may ask for more than there are."""
+    ranks = max(map(len, shapes))
+    aligned = zip(*((1,) * (ranks - len(shape)) + shape for shape in shapes))
+    sizes = [set(axis) - {1} for axis in aligned]
+    # Those that do not broadcast make nothing, which is told where it is computed.
+    return float(math.prod(max(axis, default=1) for axis in sizes)) if all(len(axis) < 2 for axis in sizes) else 0.0
 
 
 def _product(sizes: Any) -> float:
