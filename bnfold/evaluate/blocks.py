@@ -2,7 +2,7 @@
 
 torch has no direct kernel for float64: it copies every window of the input into one matrix, of all samples at once (a
 kernel of 3 by 39 over eight channels of 172 by 264 takes 340 MB), and the time goes into memory that is touched once.
-In parts that a cache holds the same sums, in the same order, take a half to a seventh of it.
+In parts that a cache holds they are the same sums in the same order.
 """
 
 from __future__ import annotations

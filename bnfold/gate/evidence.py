@@ -187,8 +187,8 @@ def _neighbours(noise: Tensor, size: Tensor, axes: tuple[int, ...], width: int, 
 def _by_size(sizes: Tensor) -> Tensor:
     """The order of every row, largest first; of equal ones as float32 has them, as they lie.
 
-    The keys are all different, so that numpy's vectorised sort finds the same order on every processor. torch's stable
-    one takes five times as long, which of large outputs was most of the check.
+    The keys are all different, so that numpy's vectorised sort finds the same order on every processor; torch's stable
+    one was most of the check of large outputs.
     """
     keys = np.iinfo(np.int32).max - sizes.float().contiguous().numpy().view(np.int32).astype(np.int64)
     keys = keys << 32 | np.arange(sizes.shape[1])
