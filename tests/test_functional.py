@@ -97,6 +97,35 @@ def index_put(m, x):
     return y + 1
 
 
+def write_slices_of_slices(m, x):
+    y = m.conv(x)
+    out = torch.zeros_like(y)
+    out[:, :2, :-1] = y[:, :2, 1:]
+    out[:, 2:, 1:] = y[:, 2:, :-1].to(torch.float32)
+    out[:, 1:2, 3] = 0.5
+    return out, y
+
+
+def write_samples(m, x):
+    y = m.conv(x)
+    y[0].mul_(2)
+    y[-1:] = y[:1].tanh()
+    y[:, :2] += 1
+    return y * 2
+
+
+def write_between_two_ends(m, x):
+    y = m.conv(x)
+    y[:, :, 1:-1].neg_()  # of fewer than two rows there would be nothing between
+    return y.tanh()
+
+
+def move_a_view(m, x):
+    y = m.conv(x)
+    square = y[..., :5].transpose_(2, 3)
+    return y, square.tanh()
+
+
 def copy_into(m, x):
     y = torch.zeros_like(x)
     y.copy_(m.conv(x))
@@ -173,12 +202,14 @@ TRAPS = [
     *(unannounced(view) for view in UNANNOUNCED.values()),
     dropout_then_write, write_then_read, read_then_write, chain, write_a_view, write_a_view_and_read_both,
     relu_of_a_view_whose_base_is_read, write_the_base_of_a_view, write_one_part, write_a_view_of_a_view,
-    add_that_promotes, index_put, copy_into, dropout_of_the_output, dropout_of_the_input, contiguous_that_aliases,
-    to_that_aliases, everything_slice, einsum_then_write, view_by_einsum_then_write, activation_modules,
+    add_that_promotes, index_put, write_slices_of_slices, write_samples, write_between_two_ends, move_a_view, copy_into,
+    dropout_of_the_output, dropout_of_the_input, contiguous_that_aliases, to_that_aliases, everything_slice,
+    einsum_then_write, view_by_einsum_then_write, activation_modules,
 ]  # fmt: skip
-#: Those in which no other value that shares the storage is read later.
+#: Those in which no other value that shares the storage is read later, but what the written one is a slice of.
 SAFE = {dropout_then_write, write_then_read, read_then_write, chain, dropout_of_the_output, dropout_of_the_input,
-        einsum_then_write, activation_modules}  # fmt: skip
+        einsum_then_write, activation_modules, write_a_view, index_put, write_slices_of_slices, write_samples,
+        everything_slice}  # fmt: skip
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda f: f.__name__)
@@ -201,6 +232,24 @@ def test_norms_around_a_trap_fold_right_or_not_at_all(trap):
     fold_exactly(net, noise(*IMAGE), left=len(folded.ledger.left))
     frozen = {refusal.reason for entry in folded.ledger.left for refusal in entry.refusals} & {"in-place"}
     assert bool(frozen) <= bool(folded.captured.in_place)
+
+
+def partial_convolution(m, x):
+    y = m.norm(x)
+    y[:, :2] = m.part(y[:, :2])
+    return m.conv(y)
+
+
+def partial_sigmoid(m, x):
+    y = m.norm(x)
+    y[:, :2] = y[:, :2].sigmoid()
+    return m.conv(y)
+
+
+@pytest.mark.parametrize("run, left", [(partial_convolution, 0), (partial_sigmoid, {"model-input", "nonlinear"})])
+def test_a_norm_passes_a_slice_that_is_written_as_it_passes_a_concatenation(run, left):
+    parts = {"conv": nn.Conv2d(4, 4, 1), "part": nn.Conv2d(2, 2, 1), "norm": nn.BatchNorm2d(4)}
+    assert fold_exactly(build(run, **parts), noise(*IMAGE), left=left).captured.in_place == 0
 
 
 # -- side effects are refused ------------------------------------------------------------------------------------------

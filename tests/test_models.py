@@ -26,8 +26,8 @@ LEFT: dict[str, tuple[int, set[str]]] = {
     # GELU -> BatchNorm -> zero-padded convolution, or a residual
     "convmixer": (4, {"nonlinear", "zero-padding"}),
     "xcit": (1, {"nonlinear", "zero-padding"}),
-    # the borders are written by slices of a padded value
-    "dbb_border": (1, {"in-place", "sign"}),
+    # the border is one value that is written four times
+    "dbb_border": (1, {"several-readers", "unequal-scales"}),
     # one convolution that two BatchNorms, or a BatchNorm and something else, read
     "conv_before_two_norms": (1, {"several-readers", "unequal-scales"}),
     "residual_tap": (1, {"several-readers", "unequal-scales"}),

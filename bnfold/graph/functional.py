@@ -2,8 +2,9 @@
 
 torch.export's training IR keeps ``relu_``, ``add_`` and the like. Bypassing a node in front of one can corrupt a value
 that someone else reads, so they must be gone before any rewrite. Swapping ``op_`` for ``op`` and redirecting the later
-readers of the written tensor is right when no *other* value that shares its storage is read afterwards. Where one is,
-the operator stays and everything that shares the storage is marked as frozen: no fold touches it.
+readers of the written tensor is right when no *other* value that shares its storage is read afterwards. What it is a
+slice of may be, as in ``y[:, :2] = z``: from there on y is z and the rest of y, concatenated. Where any other is, the
+operator stays and everything that shares the storage is marked as frozen: no fold touches it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from bnfold.errors import CaptureError
+from bnfold.graph.dimensions import number
 
 FROZEN = "bnfold_frozen"
 
@@ -57,9 +60,13 @@ def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, s
         for target in written:
             members = classes.members(target)
             _refuse_foreign(node, members, inputs, constants)
-            later = [m for m in members if m is not target and any(order[u] > order[node] for u in m.users)]
-            functional = None if later or any(m.meta.get(FROZEN) for m in members) else _functional(node)
-            if functional is None:
+            later = {m for m in members if any(order[u] > order[node] for u in m.users)}
+            sources = list(_sources(target, later))
+            safe = later <= {target, *sources} and not any(m.meta.get(FROZEN) for m in members)
+            functional = _functional(node) if safe else None
+            if functional and sources and _split(node, functional, [target, *sources], order):
+                continue
+            if functional is None or sources:
                 left += 1
                 classes.join(node, target)
                 for member in classes.members(target):
@@ -199,6 +206,87 @@ def _functional(node: fx.Node) -> OpOverload | None:
     # ``y += x`` keeps y's dtype where ``y + x`` would promote.
     same = isinstance(result, Tensor) and result.dtype == value.dtype and result.shape == value.shape
     return twin if same else None
+
+
+def _sources(view: fx.Node, later: set[fx.Node]) -> Iterator[fx.Node]:
+    """What ``view`` is a slice of, and what that is one of, up to the last that is read later."""
+    pending: list[fx.Node] = []
+    while _cut(view) is not None:
+        pending.append(view := view.all_input_nodes[0])
+        if view in later:
+            yield from pending
+            pending = []
+
+
+def _cut(view: fx.Node) -> tuple[int, Any, Any] | None:
+    """Axis, start and end of a slice that what is before and behind it fills up at every size; None for another."""
+    given = {argument.name: value for argument, value in _arguments(view)}
+    if view.target is torch.ops.aten.select.int and isinstance(index := given["index"], int):
+        return given["dim"], index, index + 1 or _END
+    if view.target is not torch.ops.aten.slice.Tensor or given.get("step") not in (None, 1):
+        return None
+    start, end = (given.get(name) for name in ("start", "end"))
+    start, end = 0 if start is None else start, _END if end is None else end
+    ordered = isinstance(start, int) and isinstance(end, int) and (start < 0) == (end < 0) and start <= end
+    return (given.get("dim", 0), start, end) if start == 0 or end == _END or ordered else None
+
+
+def _split(node: fx.Node, functional: OpOverload, written: list[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Lets later readers of what ``node`` writes a slice of read that and the rest, concatenated.
+
+    Args:
+        node: the operator that writes, whose functional twin makes the slice.
+        functional: that twin.
+        written: the slice, what it is one of, and so on.
+        order: the positions in the graph; it gets those of new nodes.
+
+    Returns:
+        whether it did; not where the last would have other sizes or strides, and then nothing has changed.
+    """
+    if functional._schema.returns[0].alias_info is not None:
+        return False  # it moves a view, and writes nothing
+    aten, graph, made = torch.ops.aten, node.graph, []
+
+    def call(target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        made.append(new := graph.call_function(target, args, kwargs))
+        new.meta = {key: value for key, value in node.meta.items() if key != "from_node"}
+        with node.meta["val"].fake_mode:
+            args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+            new.meta["val"] = target(*args, **kwargs)
+        order[new] = order[node]
+        return new
+
+    try:
+        with graph.inserting_before(node):
+            if node.target is aten.copy_.default:  # its twin would be one more operator to know
+                value = call(aten.to.dtype, node.args[1], node.meta["val"].dtype)
+                value = call(aten.clone.default, call(aten.expand_as.default, value, node.args[0]))
+            else:
+                value = call(functional, *node.args, **node.kwargs)
+            wholes = [value]
+            for view, source in pairwise(written):
+                axis, start, end = _cut(view) or (0, 0, _END)
+                part = call(aten.unsqueeze.default, wholes[-1], axis) if view.target is aten.select.int else wholes[-1]
+                around = [call(aten.slice.Tensor, source, axis, *ends) for ends in ((0, start), (end, _END))]
+                parts = [each for each in (around[0], part, around[1]) if number(each.meta["val"].shape[axis]) != 0]
+                wholes.append(call(aten.cat.default, parts, axis))
+        same = _layout(wholes[-1]) == _layout(written[-1])
+    except Exception:  # whatever a meta kernel may raise: then it is not shown to be safe
+        same = False
+    if same:
+        for new, old in zip(wholes, written, strict=True):
+            old.replace_all_uses_with(new, delete_user_cb=partial(_reads_after, order, order[node]))
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    for new in reversed(made):
+        if not new.users:
+            graph.erase_node(new)
+    return same
+
+
+def _layout(node: fx.Node) -> tuple[str, str]:
+    value = node.meta["val"]
+    return str(value.shape), str(value.stride())
 
 
 def _refuse_foreign(node: fx.Node, members: set[fx.Node], inputs: set[str], constants: dict[str, str]) -> None:
