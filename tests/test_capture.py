@@ -490,6 +490,11 @@ def counts(m: Net, x: Tensor) -> Tensor:
     return m.linear(x)
 
 
+def assigns_data(m: Net, x: Tensor) -> Tensor:
+    m.linear.weight.data = m.norm.weight.data.clone() * torch.eye(4)
+    return m.linear(x)
+
+
 FAILURES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], type[Exception], str]] = {
     "branch": (Nested, (X,), CaptureError, r"^test_capture\.py:\d+ in forward \(module 'inner\.1'\): .*torch\.where"),
     "wrong shape": (
@@ -510,6 +515,7 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], type[Excepti
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), (X,), CaptureError, "lazy layers.*Run it once"),
     "no copy": (generator_inside, (X,), CaptureError, "cannot be copied.*copy.deepcopy"),
     "writes to its input": (lambda: Net(writes), (X,), CaptureError, "writes to its input.*clone the input"),
+    "assigns to .data": (lambda: Net(assigns_data), (X,), CaptureError, r"cannot follow a tensor.*\.data .* detach"),
     "writes to a buffer": (lambda: Net(counts), (X,), CaptureError, "writes to its buffer 'norm.running_mean'"),
 }
 

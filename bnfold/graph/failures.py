@@ -36,6 +36,9 @@ def explained(error: Exception, module: nn.Module, run: Callable[[], object]) ->
             "torch.export cannot trace packed sequences: give the layer the padded input, and mask what comes after a "
             "sequence's end or gather its last step"
         )
+    elif "fake tensor in the exported" in text:
+        message = "torch.export cannot follow a tensor that forward makes"
+        hint = "What it reads or writes as .data is lost: use detach(), and keep what is computed in a variable"
     elif "dynamic_shapes" in text:
         hint = "dynamic_shapes must have the structure of the inputs"
     elif isinstance(error, (TypeError, RuntimeError)) and "data-dependent" not in text.lower():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
@@ -63,6 +64,8 @@ def trace(module: nn.Module, say: Say, args: tuple[Any, ...], kwargs: dict[str, 
                     program = torch.export.export(strictly, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
             except Exception:
                 raise failure from error
+            if any(isinstance(tensor, FakeTensor) for tensor in program.constants.values()):
+                raise failure from error  # what it follows no better, and does not say
     said = (str(warning.message) for warning in caught)
     found = (re.findall(r"self\.([^\s,]+)", words) for words in said if "assigned during export" in words)
     names = (name for each in found for name in each if "._flat_weights[" not in f".{name}")
