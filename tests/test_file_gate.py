@@ -155,6 +155,20 @@ def test_a_result_that_was_rounded_is_right_and_one_a_hundredth_off_is_not(op: s
     assert fault.operator == op
 
 
+@pytest.mark.parametrize("op, places", [("ScatterND", [[2], [0]]), ("ScatterElements", [2, 0])])
+def test_a_scatter_moves_and_is_exact_unless_it_adds_up(op: str, places: list[Any]) -> None:
+    given = {"x": f(4), "at": np.array(places), "z": f(2)}
+    moved = given["x"].copy()
+    moved[[2, 0]] = given["z"]
+    asked = ask([node(op, ["x", "at", "z"], ["y"])], {"": 18}, {**given, "y": moved})
+    assert asked.faults == asked.unbounded == ()
+    wrong = np.nextafter(moved, np.float32(9))
+    assert ask([node(op, ["x", "at", "z"], ["y"])], {"": 18}, {**given, "y": wrong}).faults
+    moved[[2, 0]] = given["x"][[2, 0]] + given["z"]
+    asked = ask([node(op, ["x", "at", "z"], ["y"], reduction="add")], {"": 18}, {**given, "y": moved})
+    assert asked.faults == () and asked.unbounded == (op,)
+
+
 # -- limits and domains ------------------------------------------------------------------------------------------------
 
 

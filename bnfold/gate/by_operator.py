@@ -70,7 +70,7 @@ _EXACT = {
     "Concat", "Split", "Slice", "Gather", "GatherElements", "GatherND", "Expand", "Tile", "Pad", "DepthToSpace",
     "SpaceToDepth", "Where", "Compress", "Trilu", "TopK", "ArgMax", "ArgMin", "Constant", "ConstantOfShape", "Shape",
     "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Hardmax", "IsNaN", "IsInf", "Size", "NonZero",
-    "ReverseSequence", "Cast", "CastLike",
+    "ReverseSequence", "Cast", "CastLike", "ScatterND", "ScatterElements",
 }  # fmt: skip
 #: Sums of cosines of angles that are computed in the dtype: up to 2πN in a transform of N terms, 4π in a window.
 _TRANSFORMS, _COSINES = {"DFT", "STFT"}, {"HannWindow", "HammingWindow", "BlackmanWindow"}
@@ -159,10 +159,10 @@ def _judged(node: onnx.NodeProto, opsets: Mapping[str, int], values: Mapping[str
             ):
                 worst, why = math.inf, f"{int((true != result).sum())} of {true.size} elements differ"
             continue
-        if not true.size or (node.op_type in _EXACT and np.array_equal(result, _as_stored(true, result.dtype))):
+        if not true.size or (_is_exact(node) and np.array_equal(result, _as_stored(true, result.dtype))):
             continue
         limit, sure = _bound(node, opsets, operands, true, result.dtype.name, evaluate, i)
-        if result.dtype.name == "float16" and node.op_type not in _EXACT:
+        if result.dtype.name == "float16" and not _is_exact(node):
             # Computed in float32, with operands that another operator may not have rounded in between.
             limit = limit + _drawn(operands, true, evaluate, i, "float16") / 2
         known &= sure
@@ -206,7 +206,7 @@ def as_kernels_round(
     rng: np.random.Generator,
 ) -> Sequence[Any]:  # fmt: skip
     """Results of a node in float64, each element off as kernels of a dtype may be: its RMS is a part of its bound."""
-    if node.op_type in _EXACT | SKIPPED or not any(getattr(x, "dtype", None) == np.float64 for x in results):
+    if _is_exact(node) or node.op_type in SKIPPED or not any(getattr(x, "dtype", None) == np.float64 for x in results):
         return results
     with np.errstate(all="ignore"):
         operands = {n: x.astype(np.float32) if getattr(x, "dtype", None) == np.float64 else x for n, x in read.items()}
@@ -237,6 +237,11 @@ def _multiple(result: Array, true: Array, limit: Array) -> float:
     return float(np.where(edge, 0.0, ratio).max())
 
 
+def _is_exact(node: onnx.NodeProto) -> bool:
+    """Whether it moves, selects or compares; a scatter that adds up what meets does not."""
+    return node.op_type in _EXACT and not any(a.name == "reduction" and a.s in (b"add", b"mul") for a in node.attribute)
+
+
 def _bound(
     node: onnx.NodeProto, opsets: Mapping[str, int], operands: Mapping[str, Any], true: Array, dtype: str,
     evaluate: Callable[[Mapping[str, Array]], list[Any]], item: int,
@@ -244,7 +249,7 @@ def _bound(
     """What a result may be off by, and whether that was known beforehand."""
     unit, smallest = UNITS[dtype], SMALLEST[dtype]
     op, read = node.op_type, [operands.get(name) if name else None for name in node.input]
-    if op in _EXACT:
+    if _is_exact(node):
         return np.full(true.shape, 1e-300), True
     with np.errstate(all="ignore"):
         if op in _ONCE:
