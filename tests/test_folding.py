@@ -287,6 +287,14 @@ def test_a_module_called_twice_gets_a_copy_per_use():
     assert len(weights) == 2 and not torch.equal(*weights)
 
 
+@pytest.mark.parametrize(("second", "count"), [(POSITIVE, 1), (SIGNED, 2)])
+def test_uses_that_are_to_read_the_same_share_it(second: Tensor, count: int):
+    run = lambda m, x: [(m.a(x) * m.s).sigmoid(), (m.a(x.flip(2)) * m.t).sigmoid()]  # noqa: E731
+    folded = fold_exactly(build(run, a=conv(), s=POSITIVE, t=second.clone()), IMAGE)
+    for rank in (1, 4):
+        assert len([p for p in folded.program.state_dict.values() if p.ndim == rank]) == count
+
+
 def test_one_use_of_a_shared_weight_stays_as_it_is():
     run = lambda m, x: [m.n(m.a(x)), m.a(x.flip(2))]  # noqa: E731
     module = build(run, a=conv(), n=bn())

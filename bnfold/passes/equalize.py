@@ -72,8 +72,7 @@ def equalize(graph: Graph, ledger: Ledger) -> Ledger:
         frozen |= balance.around(over)
     made = downstream(gauges, solution, set())
     moved = [value for value in gauges.of if not solution.is_kept(value)]
-    for (value, slot), tensor in plan.constants.items():
-        rewriter.set_constant(value, slot, tensor)
+    plan.apply(rewriter)
     for value in moved:
         meaning = graph.meaning(value)
         rewriter.stands_for(value, meaning and meaning.then(solution.after(value)))

@@ -167,8 +167,7 @@ class Folder:
         """Makes the edits; answers what takes the place of every affine that goes."""
         moved = [v for v in self._gauges.of if v in self._gone or not self._solution.is_kept(v)]
         meanings = {value: self._meaning(value) for value in moved}  # all of them before any is edited
-        for (value, slot), tensor in self._plan.constants.items():
-            self.rewriter.set_constant(value, slot, tensor)
+        self._plan.apply(self.rewriter)
         by, told = dict[Node, Node](), set[Node]()
         for value, meaning in meanings.items():
             stored = value
@@ -193,10 +192,11 @@ class Folder:
     def journal(self) -> list[Edit]:
         """Which constants were touched for which affine, for who writes the fold into a class."""
         edits, at = list[Edit](), dict[Node, list[str]]()
-        for value, slot in self._plan.constants:
+        slots = [*self._plan.constants, *self._plan.shared]
+        for value, slot in slots:
             at.setdefault(value, []).append(slot)
         named = {node for _, path in self._went.values() for node in path.into}
-        rest = tuple((value.name, slot) for value, slot in self._plan.constants if value not in named)
+        rest = tuple((value.name, slot) for value, slot in slots if value not in named)
         for site, (direction, path) in self._went.items():
             constants = (*((node.name, slot) for node in path.into for slot in at.get(node, ())), *rest)
             adds = tuple(node.name for node in path.into if node in self._plan.adds)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnfold.graph.graph import Node
 from bnfold.passes.gauges import Gauges
+from bnfold.passes.rewriter import Rewriter
 from bnfold.passes.solution import Solution
 from bnfold.report import Outcome
 from bnfold.semantics import Movement
@@ -17,15 +18,20 @@ from bnfold.semantics import Movement
 
 @dataclass
 class Plan:
-    """Constants that change, by value and slot, and constants that are added to values."""
+    """Constants that change, by value and slot, and constants that are added to values.
+
+    ``shared``: the slots that read what another one gets, for they read one constant and are to read equal ones.
+    """
 
     constants: MutableMapping[tuple[Node, str], Tensor] = field(default_factory=dict)
+    shared: dict[tuple[Node, str], tuple[Node, str]] = field(default_factory=dict)
     adds: dict[Node, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gauges: Gauges, solution: Solution, gone: set[Node]) -> Plan:
         """Every constant once, from the gauges, and only where one of them is not the identity."""
         plan, written, graph = cls(gauges.graph.table()), set[tuple[Node, str]](), gauges.graph
+        made: dict[tuple[Node | float, ...], tuple[Node, str]] = {}
         for value in graph.values():
             semantics = gauges.at(value)
             if value in gone or not (semantics.absorbs or isinstance(semantics, Movement)):
@@ -44,10 +50,30 @@ class Plan:
             for slot, tensor in found.constants.items():
                 if (call.node, slot) not in written:  # one operator may have several results
                     written.add((call.node, slot))
-                    plan.constants[value, slot] = tensor
+                    old = call.at(slot)
+                    stored = tuple(n for n in graph.cone(old) if n.op == "placeholder") if isinstance(old, Node) else ()
+                    several = any(len(n.users) > 1 for n in stored)
+                    alike = made.setdefault((*stored, float(tensor.sum())), (value, slot)) if several else None
+                    plan._take((value, slot), tensor, alike)
             if found.add is not None:
                 plan.adds[value] = found.add
         return plan
+
+    def _take(self, at: tuple[Node, str], tensor: Tensor, alike: tuple[Node, str] | None) -> None:
+        if alike not in (None, at) and torch.equal(self.constants[alike], tensor):
+            self.shared[at] = alike
+        else:
+            self.constants[at] = tensor
+
+    def _constant(self, at: tuple[Node, str]) -> Tensor:
+        return self.constants[self.shared.get(at, at)]
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Gives every slot its constant."""
+        for (value, slot), tensor in self.constants.items():
+            rewriter.set_constant(value, slot, tensor)
+        for (value, slot), (other, its) in self.shared.items():
+            rewriter.share_constant(value, slot, rewriter.graph.call(other).at(its))
 
     def equals(self, other: Plan) -> bool:
         """Whether both would make the same edits, up to rounding."""
@@ -57,10 +83,11 @@ class Plan:
                 torch.equal(a, b) or bool(torch.isclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True).all())
             )
 
+        slots = {*self.constants, *self.shared}
         return (
-            self.constants.keys() == other.constants.keys()
+            slots == {*other.constants, *other.shared}
             and self.adds.keys() == other.adds.keys()
-            and all(alike(tensor, other.constants[key]) for key, tensor in self.constants.items())
+            and all(alike(self._constant(at), other._constant(at)) for at in slots)
             and all(alike(tensor, other.adds[key]) for key, tensor in self.adds.items())
         )
 

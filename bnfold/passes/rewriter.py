@@ -36,6 +36,11 @@ class Rewriter:
         self.graph.set_constant(value, slot, tensor)
         self.forget(value)
 
+    def share_constant(self, value: Node, slot: str, constant: Node) -> None:
+        """Lets a slot read what another one reads already."""
+        self.graph.set_operand(value, slot, constant)
+        self.forget(value)
+
     def add_after(self, value: Node, tensor: Tensor) -> Node:
         """Adds a constant to a value, for all its readers."""
         added = self.graph.add_after(value, tensor)

@@ -83,9 +83,9 @@ def compressed(indices: NDArray[Any]) -> NDArray[Any]:
     indices = indices[tuple(slice(1 if step == 0 else None) for step in indices.strides)]
     for axis in range(indices.ndim):
         if indices.shape[axis] > 1:
-            first = indices.take([0], axis)
-            if (indices.take([1], axis) == first).all() and (indices == first).all():
-                indices = first
+            first, second = (indices[(slice(None),) * axis + (slice(i, i + 1),)] for i in range(2))
+            if (second == first).all() and (indices == first).all():
+                indices = first.copy()
     return indices
 
 
