@@ -232,8 +232,8 @@ def _data(data: Any, source: OnnxFile) -> Mapping[str, np.ndarray[Any, Any]] | N
 def _write(folded: FoldedFile, target: Path, staging: store.Staging, external: bool | None) -> FileReport:
     """Writes a file into the staging folder, its weights beside it where they are too many; one is held at a time."""
     model, data = folded.model, None
-    outside = [t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)]
-    weights = model.ByteSize() + sum(map(bytes_of, outside))
+    constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute]
+    weights = sum(map(bytes_of, (*model.graph.initializer, *constants)))  # ByteSize would write all of it for that
     if external if external is not None else weights > store.EXTERNAL_BYTES:
         apart = _put_apart(folded, staging.folder / "weights")
         data, sealed = staging.seal_data("weights")
