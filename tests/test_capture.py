@@ -20,6 +20,7 @@ import bnfold
 from bnfold.errors import CaptureError, InputError
 from bnfold.graph.capture import Captured, capture, tensor_inputs
 from bnfold.graph.copies import copied, eval_copy
+from bnfold.graph.functional import module_of
 from bnfold.graph.interpret import Runner
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -449,6 +450,20 @@ def test_the_module_of_a_program_is_refused_and_the_program_is_not() -> None:
     with pytest.raises(CaptureError, match=r"cannot be put into eval mode.*give the program itself"):
         capture(program().module(), (X,))
     holds(capture(program()), (X,))
+
+
+def test_a_layer_may_be_tried_with_an_argument_that_it_does_not_take() -> None:
+    def tries(m: Net, x: Tensor) -> Tensor:
+        for layer in (m.linear, m.norm):
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+    captured = capture(Net(tries), (X,))
+    holds(captured, (X,))
+    assert {module_of(node) for node in captured.program.graph.nodes} >= {"linear", "norm"}
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

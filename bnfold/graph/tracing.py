@@ -127,18 +127,31 @@ def _counting(module: nn.Module, say: Say) -> Iterator[None]:
 
 @contextmanager
 def _naming(module: nn.Module) -> Iterator[None]:
-    """Lets torch note the modules that are in no module's ``_modules``, which it runs and takes for none."""
+    """Lets torch note the modules that are in no module's ``_modules``, which it runs and takes for none.
+
+    And leave a module that raises what the model catches, as where it tries whether a layer takes an argument.
+    """
     names = _unregistered(module)
-    path_of_module = _ModuleStackTracer.path_of_module
+    path_of_module, call_module = _ModuleStackTracer.path_of_module, _ModuleStackTracer.call_module
 
     def named(self: _ModuleStackTracer, each: nn.Module) -> str:
         return names[id(each)] if id(each) in names else path_of_module(self, each)
 
+    def called(self: _ModuleStackTracer, *args: Any) -> Any:
+        around = self.module_stack.copy()
+        try:
+            return call_module(self, *args)
+        except BaseException:
+            self.module_stack = around
+            raise
+
     _ModuleStackTracer.path_of_module = named  # type: ignore[assignment,method-assign]
+    _ModuleStackTracer.call_module = called  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
         _ModuleStackTracer.path_of_module = path_of_module  # type: ignore[method-assign]
+        _ModuleStackTracer.call_module = call_module  # type: ignore[method-assign]
 
 
 def _unregistered(module: nn.Module) -> dict[int, str]:
