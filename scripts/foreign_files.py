@@ -283,7 +283,7 @@ def main() -> None:
     text = table({name: row for name, row in rows.items() if row})
     print(text)
     if given.write:
-        write(given.write, "files", f"\n\n{text}")
+        write(given.write, "files", f"{len(rows)} files.\n\n{text}")
 
 
 if __name__ == "__main__":
