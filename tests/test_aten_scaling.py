@@ -194,6 +194,26 @@ def test_a_constant_folds_both_ways(case):
         assert operators(folded.program) == {"conv2d": 1}
 
 
+NUMBERS = {
+    "1 - x": (lambda x: 1 - x, "rsub"),
+    "rsub": (lambda x: torch.rsub(x, 0.75, alpha=2), "rsub"),
+    "add": (lambda x: ops.add.Scalar(x, 0.75, 2), "add"),
+    "sub": (lambda x: ops.sub.Scalar(x, 0.75, 2), "sub"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_a_number_becomes_one_for_each_channel(case):
+    """A scale in front of a ReLU passes the addition of a number, which is stored times the scale then."""
+    run, row = NUMBERS[case]
+    net = build(
+        lambda m, x: m.conv(torch.relu(run(torch.relu(x * m.c)))),
+        conv=nn.Conv2d(IMAGE[1], 5, 3), c=torch.rand(IMAGE[1], 1, 1, generator=torch.Generator().manual_seed(3)) + 0.5,
+    )  # fmt: skip
+    folded = fold_exactly(net, noise(*IMAGE), left=None)
+    assert operators(folded.program) == {"relu": 2, row: 1, "conv2d": 1}
+
+
 @pytest.mark.parametrize("run", [lambda x, c: x * c, lambda x, c: c - x, lambda x, c: x / c])
 def test_a_constant_of_shape_c_after_a_linear(run):
     net = build(lambda m, x: run(m.linear(x), m.c), linear=nn.Linear(4, 4), c=noise(4))

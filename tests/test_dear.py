@@ -13,7 +13,7 @@ import torch
 import zoo
 from faults import AT_SITES, FAULTS, victim
 from test_gate import Exported
-from torch import Tensor
+from torch import Tensor, nn
 
 import bnfold
 from bnfold.affine import Meaning
@@ -118,6 +118,47 @@ def test_of_a_large_value_all_channels_are_compared(shape: tuple[int, ...]) -> N
     assert part.shape[:2] == shape[:2] and part.shape[-1] == shape[-1]
     assert part is value or part.numel() <= max(sites.ELEMENTS, sites.LINES * shape[0] * shape[1] * shape[-1])
     assert part.flatten()[0] == 0 and part.flatten()[-1] == value.numel() - 1  # edges are among them
+
+
+class Chaotic(nn.Module):
+    """Behind its first layer rounding grows fourfold and more with every step of a logistic map."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.first = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7))
+        self.last = nn.Sequential(nn.Conv2d(7, 5, 3), nn.BatchNorm2d(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.first(x))
+        for _ in range(self.steps):
+            x = 4 * x * (1 - x)
+        y: Tensor = self.last(x)
+        return y
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_rounding_moves_out_of_proportion_is_drawn_as_it_is(seed: int, tmp_path: Path) -> None:
+    """A draw that is 256 times as loud moves such a value by all of itself, which says nothing of one that is not."""
+    torch.manual_seed(seed)
+    net = Exported(zoo.randomize(Chaotic(24)), (torch.randn(2, 3, 19, 17),))
+    report = net.judge(tmp_path / "net.onnx")
+    assert report.verdict == "inconclusive" and any("rounding" in problem for problem in report.problems)
+    noise = next(each.noise for each in report.outputs if "float64" in each.candidate)
+    assert noise > 2 / LOUDER  # where a louder draw says that it is less, however much it is
+
+
+def test_a_fault_before_chaos_is_seen(tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto, name: str) -> None:
+        weight = next(each for each in model.graph.initializer if each.name.startswith(name) and len(each.dims) == 4)
+        array = onnx.numpy_helper.to_array(weight).copy()
+        array[1, 2, 0, 1] *= 1.01
+        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+
+    torch.manual_seed(0)
+    net = Exported(zoo.randomize(Chaotic(24)), (torch.randn(2, 3, 19, 17),))
+    report = net.judge(tmp_path / "net.onnx", lambda model: edit(model, "first"))
+    assert report.verdict == "fail" and any("fold of 'first.1'" in problem for problem in report.problems)
 
 
 class _Claim:

@@ -103,6 +103,26 @@ def test_noise_is_the_sum_of_what_all_sources_do(louder: float) -> None:
     assert few.noise(0).tolist() == [0.0] * 3
 
 
+def test_a_louder_draw_that_is_out_of_proportion_is_none() -> None:
+    still = torch.full((7,), 8.0, dtype=torch.float64)
+
+    def source(*values: Tensor, louder: float = 1.0, quiet: Source | None = None) -> Source:
+        return Source([still] * len(values), lambda seed: [still + value for value in values], louder, quiet)
+
+    off = torch.full_like(still, 0.5)
+    quiet = source(off / 64, off / 32)
+    draws = Draws([source(off, 2 * off, louder=16.0, quiet=quiet), source(off)])
+    draws.more(0)
+    assert draws.chaotic == {1}  # more than a sixteenth of itself
+    assert draws.noise(0).tolist() == [0.5 / 64] * 7 and draws.noise(1).tolist() == [0.5 / 32] * 7
+    begun = Draws([source(off, off, louder=16.0, quiet=quiet)], draws)
+    begun.more(2)
+    assert begun.chaotic == {1} and begun.noise(1).tolist() == [0.5 / 32] * 7
+    fine = Draws([source(off, off, louder=16.0, quiet=quiet)])
+    fine.more(0)
+    assert not fine.chaotic and fine.noise(1).tolist() == [0.5 / 16] * 7
+
+
 @pytest.mark.parametrize("draws", [1, 2, 4, 16])
 def test_neighbours_say_what_noise_is_however_often_it_is_drawn(draws: int) -> None:
     """The median of so few draws is less than what they are draws of."""

@@ -47,6 +47,7 @@ class Row:
         elements, samples: how many elements it has, and how many samples the input.
         finite: whether it has a finite element to compare, or none at all.
         shown: whether it is an output that has an element to compare.
+        chaotic: whether rounding moves it out of proportion, so that a few draws do not say how far off it may be.
         said: what is wrong with it that no number says; it is infinitely far off then.
     """
 
@@ -65,6 +66,7 @@ class Row:
     inside: bool = False
     finite: bool = True
     shown: bool = False
+    chaotic: bool = False
     said: str = ""
 
     def misfit(self, limit: float) -> float:
@@ -212,11 +214,15 @@ def _grouped(rows: Tensor, sizes: Tensor, width: int, middle: Middle) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """What rounding makes of a few values: ``draw`` by a seed, ``louder`` times as much, of what is ``still`` else."""
+    """What rounding makes of a few values: ``draw`` by a seed, ``louder`` times as much, of what is ``still`` else.
+
+    ``quiet`` draws just as much as rounding does, where values move out of proportion to how loud it is.
+    """
 
     still: Sequence[Tensor]
     draw: Callable[[int], Sequence[Tensor]]
     louder: float = 1.0
+    quiet: Source | None = None
 
 
 #: How often the constants of each source are drawn, step by step: of the reference once, which says enough of most
@@ -228,6 +234,9 @@ MANY = 2  # the first step that draws all sources more than once
 EXCUSE = 16.0
 #: The same where the reference is cheap to draw, as it is louder.
 CHEAP = ((1, 0), (4, 0), (4, 4), (8, 8), (16, 16))
+#: Moved by more than this part of itself a value answers no more in proportion to how much its constants are moved:
+#: about as large a part of that is of second order.
+PROPORTION = 1 / 16
 
 
 class Draws:
@@ -237,27 +246,38 @@ class Draws:
         sources: what rounds constants, the reference first. Their noises add up as independent ones do.
         begun: draws of which the first source is the same.
         unit, excuse: the reference's unit roundoff; how many times what the first source does the others count for.
+
+    Attributes:
+        chaotic: the values that a louder draw moved out of proportion, by position.
     """
 
     def __init__(
         self, sources: Sequence[Source], begun: Draws | None = None, unit: float = 2.0**-24, excuse: float = EXCUSE
     ) -> None:
-        self._sources, self._counts = sources, [0] * len(sources)
+        self._sources, self._counts = list(sources), [0] * len(sources)
         self._unit, self._excuse = unit, excuse
-        self._steps = CHEAP if sources and sources[0].louder > 1 else STEPS
-        self._squares = [[torch.zeros_like(t, dtype=torch.float64) for t in source.still] for source in sources]
+        self._squares = [_nothing(source) for source in sources]
+        self.chaotic: frozenset[int] = frozenset()
         if begun is not None:
+            self._sources[0], self.chaotic = begun._sources[0], begun.chaotic
             self._counts[0], self._squares[0] = begun._counts[0], [square.clone() for square in begun._squares[0]]
 
     def more(self, step: int) -> None:
         """Draws as often as a step of ``STEPS`` says."""
-        for at, (source, squares, count) in enumerate(zip(self._sources, self._squares, self._steps[step])):
+        counts = (CHEAP if self._sources and self._sources[0].louder > 1 else STEPS)[step]
+        for at, (source, count) in enumerate(zip(self._sources, counts)):
             for seed in range(self._counts[at], count):
-                for square, moved, still in zip(squares, source.draw(seed), source.still):
+                drawn = source.draw(seed)
+                if source.quiet is not None and (far := _far(source.still, drawn)):
+                    self.chaotic |= far
+                    self._sources[at], self._counts[at], self._squares[at] = source.quiet, 0, _nothing(source.quiet)
+                    return self.more(step)
+                for square, moved, still in zip(self._squares[at], drawn, source.still):
                     if moved.shape == still.shape and moved.is_floating_point():
                         off = torch.nan_to_num(moved.double() - still.double(), 0.0, 0.0, 0.0)
                         square += (off / source.louder).square()
             self._counts[at] = max(self._counts[at], count)
+        return None
 
     @property
     def whole(self) -> bool:
@@ -285,6 +305,17 @@ class Draws:
         return (first + rest).sqrt()
 
 
+def _nothing(source: Source) -> list[Tensor]:
+    return [torch.zeros_like(value, dtype=torch.float64) for value in source.still]
+
+
+def _far(still: Sequence[Tensor], moved: Sequence[Tensor]) -> frozenset[int]:
+    """Which values have moved too far to have done so in proportion."""
+    pairs = ((i, a.double(), b.double()) for i, (a, b) in enumerate(zip(still, moved)) if a.is_floating_point())
+    same = ((i, a, b, a.isfinite() & b.isfinite()) for i, a, b in pairs if a.shape == b.shape)
+    return frozenset(i for i, a, b, on in same if bool((b - a)[on].norm() > PROPORTION * a[on].norm()))
+
+
 #: A value this many limits off is no chance, whatever else is drawn.
 CERTAIN = 100.0
 
@@ -295,7 +326,8 @@ def settled(rows: Iterable[Row], limit: float, step: int, draws: Draws) -> bool:
     One draw says little of how far off it is, and none nothing: a claim may store its constants more coarsely.
     """
     certain = CERTAIN if step >= MANY else CERTAIN**2 if draws.whole else math.inf
-    return not any(1 < row.misfit(limit) <= certain for row in rows if not row.said)
+    unsure = (row for row in rows if not row.said and not (row.chaotic and step >= MANY))
+    return not any(1 < row.misfit(limit) <= certain for row in unsure)
 
 
 def seen_error(given: Tensor, truth: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ from bnfold.gate.witnesses import Witness
 from bnfold.report import CheckReport, OutputResult
 from bnfold.report.progress import Progress
 
+#: Why a value that is too far off may be right.
+CHAOTIC = "rounding moves it out of proportion on these inputs, so it may be by chance: try --data"
+
 
 @dataclass
 class Case:
@@ -177,6 +180,7 @@ class Judge:
         ``typed``: it has dtypes of its own; ``wider`` may be float32 for half floats. ``draws`` as for ``compare``.
         """
         names, values, found = self.reference.outputs, numbers(given), list[Row]()
+        chaotic = case.draws.chaotic if case.draws is not None else frozenset()
 
         def row(name: str, *numbers: Any, **more: Any) -> None:
             found.append(Row(case.words, witness, name, *numbers, samples=case.batch.samples, **more))
@@ -204,7 +208,8 @@ class Judge:
                 seen = compare(value, true, noise(i), unit=unit, batched=case.batch.leads(true), coarser=coarser,
                                draws=draws)  # fmt: skip
                 count = int((true.isfinite() & value.isfinite()).sum())
-                row(name, *seen, elements=count, finite=bool(count) or not true.numel(), shown=shown)
+                row(name, *seen, elements=count, finite=bool(count) or not true.numel(), shown=shown,
+                    chaotic=i in chaotic)  # fmt: skip
         return found
 
     def drawn(self, case: Case, step: int = 0) -> Draws:
@@ -217,9 +222,10 @@ class Judge:
     def _source(self, case: Case, truth: Run) -> Source:
         """What rounding the reference's constants does, in float64 or where that says the same as the model runs."""
         reference, batch = self.reference, case.batch
+        quiet = Source(truth.outputs, lambda seed: reference.run(batch, follow=truth.decided, seed=seed).outputs)
         if reference.louder > 1 and not truth.decided and len(case.own) == len(truth.outputs):
-            return Source(case.own, lambda seed: reference.loudly(batch, seed).outputs, reference.louder)
-        return Source(truth.outputs, lambda seed: reference.run(batch, follow=truth.decided, seed=seed).outputs)
+            return Source(case.own, lambda seed: reference.loudly(batch, seed).outputs, reference.louder, quiet)
+        return quiet
 
     # -- what it comes to --------------------------------------------------------------------------------------------
 
@@ -237,7 +243,9 @@ class Judge:
         for output in dict.fromkeys(row.value for row in self.of(witness)):
             rows = self.of(witness, output)
             off = [row for row in rows if not row.misfit(self.limit) <= 1]
-            if off:
+            if off and all(row.chaotic for row in off):
+                found.doubts.append(f"{witness}, output '{output}': {self._words(off, len(rows))}, but {CHAOTIC}")
+            elif off:
                 problems.append((output, f"{witness}, output '{output}': {self._words(off, len(rows))}"))
             if not any(row.finite for row in rows):
                 found.doubts.append(

@@ -70,8 +70,11 @@ class Screen:
         few = not floats or any(x.numel() < NEIGHBOURS for x in floats)  # of so few the RMS is chance
         if not alike or few or not all(bool(x.isfinite().all()) for x in (*own, *given)):
             return []
-        draws = Draws([Source(own, lambda seed: model.loudly(batch, seed).outputs, model.louder)])
+        unknown = Source([], lambda seed: [])  # but in float64
+        draws = Draws([Source(own, lambda seed: model.loudly(batch, seed).outputs, model.louder, unknown)])
         draws.more(0)
+        if draws.chaotic:
+            return []
         self.drawn[batch] = draws
         for i, (name, value, mine) in enumerate(zip(model.outputs, given, own)):
             seen: Any = 0.0, 0.0

@@ -19,7 +19,7 @@ from bnfold.affine import Meaning
 from bnfold.evaluate.subject import Run
 from bnfold.gate.evidence import ELEMENT, MANY, STEPS, Row, Source, compare, settled, specials
 from bnfold.gate.findings import first_line
-from bnfold.gate.judge import Case, Judge, listed
+from bnfold.gate.judge import CHAOTIC, Case, Judge, listed
 from bnfold.gate.witnesses import Program64, Witness
 from bnfold.report import Ledger, SiteResult
 
@@ -60,7 +60,7 @@ def judge_sites(
 def _judged(
     judge: Judge, claim: Witness, sites: Sequence[str], meant: Mapping[str, Meaning], modules: Mapping[str, str]
 ) -> list[SiteResult]:
-    results, wrong, first = list[SiteResult](), list[str](), ""
+    results, wrong, first, chaotic = list[SiteResult](), list[str](), "", list[str]()
     names = {own: name for name in sites if (own := claim.called(name)) is not None}
     if not names:
         return []
@@ -73,7 +73,9 @@ def _judged(
     for own, row in rows.items():
         module = modules[names[own]]
         results.append(SiteResult(claim.name, names[own], module, row.ratio, row.worst))
-        if not row.misfit(judge.limit) <= 1:
+        if not row.misfit(judge.limit) <= 1 and row.chaotic:
+            chaotic.append(f"'{module}'")
+        elif not row.misfit(judge.limit) <= 1:
             whole = not row.ratio <= judge.limit
             found, limit = (row.ratio, judge.limit) if whole else (row.worst, ELEMENT * judge.limit)
             off = f"error is {found:.3g} times the noise{'' if whole else ' at one element'} (limit {limit:g})"
@@ -82,6 +84,9 @@ def _judged(
     if wrong:  # what comes after the first is mostly its error passed on
         more = f"; off as well: {listed(wrong[1:])}" if wrong[1:] else ""
         judge.findings.problems.append(f"{claim.name}, fold of '{first}': {wrong[0]}{more}")
+    if chaotic:
+        where = f"{claim.name}, fold of {listed(chaotic)}"
+        judge.findings.doubts.append(f"{where}: error is above the limit, but {CHAOTIC}")
     return results
 
 
@@ -117,9 +122,9 @@ def compared(
     claimed, truth = _runs(judge, claim, case, partners)
     rows, given, right = dict[str, Row](), dict[str, Tensor](), dict[str, Tensor]()
 
-    def put(name: str, *numbers: Any, elements: int = 0) -> None:
+    def put(name: str, *numbers: Any, elements: int = 0, chaotic: bool = False) -> None:
         rows[name] = Row(case.words, claim.name, name, *numbers, elements=elements, samples=case.batch.samples,
-                         inside=True)  # fmt: skip
+                         inside=True, chaotic=chaotic)  # fmt: skip
 
     for name, meaning in partners.items():
         if name not in claimed.kept or not isinstance(truth.kept.get(meaning.value), Tensor):
@@ -141,7 +146,7 @@ def compared(
             if name in unsure:
                 put(name, *compare(given[name], true, draws.noise(i), unit=judge.reference.coarsest, enough=limit,
                                    draws=draws.count, batched=case.batch.leads(true)),
-                    elements=true.numel())  # fmt: skip
+                    elements=true.numel(), chaotic=i in draws.chaotic)  # fmt: skip
         unsure = {name for name in unsure if not settled([rows[name]], limit, step, draws)}
         if not unsure:
             break
@@ -171,14 +176,14 @@ def _sources(
     def meant(run: Run) -> Sequence[Tensor]:
         return [part(meaning.of(run.kept[meaning.value])) for meaning in of.values()]
 
+    given, right = (list(values.values()) for values in still)
+    theirs = Source(right, lambda seed: meant(reference.run(batch, wanted, follow=decided[1], seed=seed)))
     if reference.louder > 1 and not decided[1]:
-        quiet = meant(reference.loudly(batch, None, wanted))
-        return [Source(quiet, lambda seed: meant(reference.loudly(batch, seed, wanted)), reference.louder)]
+        own = meant(reference.loudly(batch, None, wanted))
+        return [Source(own, lambda seed: meant(reference.loudly(batch, seed, wanted)), reference.louder, theirs)]
 
     def claimed(seed: int) -> Sequence[Tensor]:
         kept = claim.run(batch, list(of), follow=decided[0] or None, seed=seed).kept
         return [part(kept[name]) for name in of]
 
-    given, right = (list(values.values()) for values in still)
-    theirs = Source(right, lambda seed: meant(reference.run(batch, wanted, follow=decided[1], seed=seed)))
     return [theirs, Source(given, claimed)]

@@ -329,6 +329,13 @@ class Graph:
             value = [*call.arguments[name]]
             value[int(index)] = new
         position = next(i for i, a in enumerate(schema) if a.name == name)
+        if isinstance(schema[position].type, torch.NumberType):  # which is one for all channels no more
+            given = {**call.arguments, name: value}
+            call.node.target = twin = call.node.target.overloadpacket.Tensor
+            schema = twin._schema.arguments
+            call.node.args = tuple(given[a.name] for a in schema if not a.kwarg_only)
+            call.node.kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only}
+            return
         if schema[position].kwarg_only or name in call.node.kwargs:
             call.node.update_kwarg(name, value)
             return

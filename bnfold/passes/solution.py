@@ -108,7 +108,8 @@ class Solution:
         scale, shift = self._scale[gauge.scale], self._shift[gauge.shift if moves else gauge.base]
         if after:
             inverse, empty = self._inverse[gauge.scale], self._empty[gauge.scale]
-            scale, shift = np.where(empty == 1, 0.0, inverse), -shift * inverse + 0.0
+            with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused where it is to be stored
+                scale, shift = np.where(empty == 1, 0.0, inverse), -shift * inverse + 0.0
         return Affine(torch.from_numpy(_settled(scale)), torch.from_numpy(_settled(shift)))
 
     def after_constant(self, value: Node, slot: str) -> Affine | None:

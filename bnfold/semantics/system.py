@@ -62,6 +62,10 @@ class Batch:
 _RHS, _SIZE, _NUMERATOR, _DENOMINATOR = range(4)
 
 
+#: Products of very many factors leave the range of float64, which ``System._values`` asks for at the end.
+_ANY_SIZE = np.errstate(over="ignore", invalid="ignore")
+
+
 class _Column:
     """A numpy array that grows at its end."""
 
@@ -92,6 +96,7 @@ def given(numbers: Floats, logs: bool) -> Floats:
     return right
 
 
+@_ANY_SIZE
 def times(right: Floats, by: Floats) -> Floats:
     """Right-hand sides times a number each."""
     found = right.copy()
@@ -219,6 +224,7 @@ class System:
         at = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + self._start.now[rows][owner]
         return owner, self._cols.now[at], self._vals.now[at]
 
+    @_ANY_SIZE
     def _put_in(self, equation: Ints, var: Ints, val: Floats, right: Floats) -> tuple[Any, ...] | None:
         """Rows in place of their pivots, once; also where which row went. None where there are no pivots."""
         row = self._row.now[var]
@@ -324,6 +330,7 @@ class System:
             self._cols.size = self._vals.size = entries
             self._users.size = self._used.size = uses
 
+    @_ANY_SIZE
     def _values(self, choose: Choose | None) -> Floats:
         right = given(np.zeros(self._rank.size), self.logs)
         right[self._pivot.now] = self._right.now
@@ -339,7 +346,6 @@ class System:
         if self.logs:
             with np.errstate(all="ignore"):
                 exact = right[:, _NUMERATOR] / right[:, _DENOMINATOR]
-                # Products of very many factors leave the range of float64.
                 safe = np.isfinite(right[:, _NUMERATOR:]).all(1) & (right[:, _NUMERATOR:] > 1e-280).all(1)
                 quotient = np.stack([np.where(safe, exact, np.exp(found)), np.where(safe, 1 / exact, np.exp(-found))])
                 quotient[1][safe] = (right[:, _DENOMINATOR] / right[:, _NUMERATOR])[safe]
