@@ -14,11 +14,9 @@ from bnfold.aten.common import OPAQUE, Row, constant_operands
 from bnfold.aten.contraction import addmm, conv_transpose, convolution, linear, matmul, recurrent
 from bnfold.aten.moving import (
     cast,
-    chosen,
     extremum,
     masked,
     max_pool,
-    maximum,
     mean,
     move,
     pad,
@@ -119,9 +117,9 @@ _ROWS: dict[str, Row] = {
     "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d": max_pool,
     "max_pool2d_with_indices max_pool3d_with_indices": max_pool,
     "amax amin": extremum,
-    "where": chosen,
+    "where": lambda c: build.chosen(c, "self", "other") if "self" in c else OPAQUE,
     "masked_fill": masked,
-    "maximum minimum": maximum,
+    "maximum minimum": lambda c: build.greatest(c, ("self", "other")),
     # Normalised: an affine after it goes into its own constants
     "layer_norm": layer_norm,
     "group_norm": per_channel,

@@ -13,15 +13,12 @@ if TYPE_CHECKING:
 
 
 def convolution(call: Call) -> Semantics:
-    """conv1d/2d/3d: weight (Cout, Cin/G, k...), batched or not; core ATen's ``convolution`` may be transposed."""
+    """conv1d/2d/3d; core ATen's ``convolution`` may be transposed."""
     if call.arguments.get("transposed"):
         return conv_transpose(call)
-    out_channels, per_group, *kernel = call.shape("weight")
-    groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
-    lead, tail = ("",) * batched, ("",) * len(kernel)
-    spatial = len(kernel)
+    kernel = call.shape("weight")[2:]
+    spatial, padding = len(kernel), call["padding"]
     stride, dilation = per_axis(call, "stride", spatial), per_axis(call, "dilation", spatial)
-    padding = call["padding"]
     if isinstance(padding, str):
         total = [0 if padding == "valid" else (d or 1) * (k - 1) for d, k in zip(dilation, kernel)]
         padded, even = any(total), all(n % 2 == 0 for n in total)
@@ -29,29 +26,19 @@ def convolution(call: Call) -> Semantics:
     else:
         amounts = per_axis(call, "padding", spatial)
         padded, walk = any(n != 0 for n in amounts), geometry(stride, amounts, dilation)
-    return build.contraction(
-        call, "input", "weight",
-        view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
-        out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
-        bias="bias", bias_axis=batched, no_shift="zero-padding" if padded else None, geometry=walk,
+    return build.convolution(
+        call, "input", "weight", "bias", call["groups"], walk, transposed=False, padded=padded
     )  # fmt: skip
 
 
 def conv_transpose(call: Call) -> Semantics:
-    """conv_transpose1d/2d/3d: weight (Cin, Cout/G, k...); its borders see fewer taps, so no shift comes in."""
-    in_channels, per_group, *kernel = call.shape("weight")
-    groups, batched = call["groups"], len(call.out_shape) - len(kernel) - 1
-    lead, tail = ("",) * batched, ("",) * len(kernel)
+    """conv_transpose1d/2d/3d."""
     stride, padding, dilation, more = (
-        per_axis(call, name, len(kernel)) for name in ("stride", "padding", "dilation", "output_padding")
+        per_axis(call, name, len(call.shape("weight")) - 2)
+        for name in ("stride", "padding", "dilation", "output_padding")
     )
     walk = geometry(stride, padding, dilation, transposed=True, output_padding=more)
-    return build.contraction(
-        call, "input", "weight",
-        view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
-        out=(*lead, "go", *tail), inp=(*lead, "gi", *tail),
-        bias="bias", bias_axis=batched, no_shift="zero-padding", geometry=walk,
-    )  # fmt: skip
+    return build.convolution(call, "input", "weight", "bias", call["groups"], walk, transposed=True)
 
 
 def linear(call: Call) -> Semantics:

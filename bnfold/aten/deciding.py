@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,28 +23,27 @@ Arguments = Mapping[str, Any]
 BROKEN_TIES = 0.01
 
 
-class Deciding(Protocol):
-    """How an operator decides. ``item`` is which of several results holds the choice."""
+@dataclass(frozen=True, kw_only=True)
+class Deciding:
+    """How an operator decides. ``item`` is which of several results holds the choice, None where it has one result."""
 
-    @property
-    def item(self) -> int | None:
-        """None where the operator has one result."""
+    item: int | None = None
 
     def compared(self, at: Arguments) -> Tensor:
         """What it decides on, in float64."""
+        return torch.as_tensor(at["self"] if "self" in at else at["input"]).double()
 
     def differs(self, own: Tensor, chosen: Tensor) -> Tensor:
         """Where two choices differ."""
+        return chosen.to(own.dtype) != own
 
     def gap(self, at: Arguments, own: Tensor, chosen: Tensor) -> Tensor:
         """How far ``compared`` is from where ``chosen`` would be right; of ``chosen``'s shape."""
+        raise NotImplementedError
 
     def result(self, at: Arguments, own: Any, chosen: Tensor) -> Any:
         """What the operator returns where ``chosen`` is its choice, ``own`` being what it returns by itself."""
-
-
-def _unequal(own: Tensor, chosen: Tensor) -> Tensor:
-    return chosen.to(own.dtype) != own
+        return chosen.to(own.dtype)
 
 
 def rare(gap: Tensor, ties: Tensor, broken: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def rare(gap: Tensor, ties: Tensor, broken: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Deciding):
     """Chooses elements by their order along ``dim``, or over the last ``flat`` axes together where that is given.
 
     The i-th chosen element is compared with the i-th that the operator would choose: values that are off by at most e
@@ -62,18 +61,8 @@ class Selection:
     """
 
     dim: int | None
-    item: int | None = None
     ranked: bool = True
     flat: int = 0
-
-    def compared(self, at: Arguments) -> Tensor:
-        """The values that are ordered."""
-        value: Tensor = at["self"] if "self" in at else at["input"]
-        return value.double()
-
-    def differs(self, own: Tensor, chosen: Tensor) -> Tensor:
-        """Other indices."""
-        return _unequal(own, chosen)
 
     def _picked(self, value: Tensor, index: Tensor) -> tuple[Tensor, bool]:
         """The elements at ``index``, the ordered axis last, and whether they can have been chosen together."""
@@ -116,20 +105,15 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Deciding):
     """``a > b`` and the like, or of ``a`` with ``zero``."""
 
     zero: bool = False
-    item: int | None = None
 
     def compared(self, at: Arguments) -> Tensor:
         """a - b, zero where two infinities are equal."""
         a, b = torch.as_tensor(at["self"]).double(), torch.as_tensor(0 if self.zero else at["other"]).double()
         return torch.where(a == b, 0.0, a - b)
-
-    def differs(self, own: Tensor, chosen: Tensor) -> Tensor:
-        """Other truth values."""
-        return _unequal(own, chosen)
 
     def gap(self, at: Arguments, own: Tensor, chosen: Tensor) -> Tensor:
         """|a - b|: it would have to reach zero."""
@@ -137,10 +121,6 @@ class Comparison:
         wrong, ties = self.differs(own, chosen), distance == 0
         gap = torch.where(wrong, distance, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
         return rare(gap, ties, wrong & ties)
-
-    def result(self, at: Arguments, own: Any, chosen: Tensor) -> Any:
-        """The chosen truth values."""
-        return chosen.to(own.dtype)
 
 
 #: The inputs that a rounding takes to c: from where to where.
@@ -162,13 +142,12 @@ def _outside(kind: str, value: Tensor, level: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(Deciding):
     """A step function: to so many decimals, to the sign, or of a quotient."""
 
     kind: str
     decimals: int = 0
     quotient: bool = False
-    item: int | None = None
 
     def compared(self, at: Arguments) -> Tensor:
         """What is rounded, one step being 1."""
@@ -196,11 +175,10 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Modulus:
+class Modulus(Deciding):
     """``a - b * floor(a / b)``, or with ``trunc``: what is chosen is the multiple of b that is taken off."""
 
     kind: str
-    item: int | None = None
 
     def _divisor(self, at: Arguments) -> Tensor:
         return torch.as_tensor(at.get("other", 1.0)).double()
@@ -227,18 +205,8 @@ class Modulus:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class Bucket(Deciding):
     """The number of boundaries below a value."""
-
-    item: int | None = None
-
-    def compared(self, at: Arguments) -> Tensor:
-        """The values."""
-        return torch.as_tensor(at["self"]).double()
-
-    def differs(self, own: Tensor, chosen: Tensor) -> Tensor:
-        """Other buckets."""
-        return _unequal(own, chosen)
 
     def gap(self, at: Arguments, own: Tensor, chosen: Tensor) -> Tensor:
         """How far a value lies from its bucket."""
@@ -248,10 +216,6 @@ class Bucket:
         value = self.compared(at)
         gap = torch.maximum(edges[index] - value, value - edges[index + 1]).clamp(min=0.0)
         return torch.where(index == chosen, gap, torch.inf)
-
-    def result(self, at: Arguments, own: Any, chosen: Tensor) -> Any:
-        """The chosen buckets."""
-        return chosen.to(own.dtype)
 
 
 _Row = Callable[[Arguments], Deciding | None]

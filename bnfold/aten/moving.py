@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from bnfold.aten.common import OPAQUE, geometry, per_axis
-from bnfold.semantics import Average, Homogeneous, Movement, Same, Semantics
+from bnfold.semantics import Average, Homogeneous, Movement, Same, Semantics, build
 from bnfold.semantics.moving import reshaped
 
 if TYPE_CHECKING:
@@ -219,30 +219,7 @@ def extremum(call: Call) -> Semantics:
     return Homogeneous(("self",), axes, shifts=True, drops=not keep)
 
 
-def chosen(call: Call) -> Semantics:
-    """where: of two values of one shape, or of one and zero, whichever of any mask."""
-    operands = [slot for slot in ("self", "other") if slot in call and not call.graph.is_constant(call[slot])]
-    if not operands or any(call.shape(slot) != call.out_shape for slot in operands):
-        return OPAQUE
-    if len(operands) == 2:
-        return Homogeneous(("self", "other"), shifts=True, any_sign=True)
-    zero = _is_zero(call, "other" if operands == ["self"] else "self")
-    return Homogeneous(tuple(operands), any_sign=True) if zero else OPAQUE
-
-
 def masked(call: Call) -> Semantics:
     """masked_fill with zeros."""
-    zero = _is_zero(call, "value") and call.shape("self") == call.out_shape
+    zero = build.is_zero(call, "value") and call.shape("self") == call.out_shape
     return Homogeneous(("self",), any_sign=True) if zero else OPAQUE
-
-
-def _is_zero(call: Call, slot: str) -> bool:
-    constant = call.constant(slot)
-    return constant is not None and not bool(constant.any())
-
-
-def maximum(call: Call) -> Semantics:
-    """Elementwise maximum or minimum of two values of one shape."""
-    if call.graph.is_constant(call["self"]) or call.graph.is_constant(call["other"]):
-        return OPAQUE
-    return Homogeneous(("self", "other"), shifts=True) if call.shape("self") == call.shape("other") else OPAQUE

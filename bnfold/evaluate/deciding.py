@@ -39,11 +39,10 @@ def _cast(at: Attributes) -> Deciding | None:
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantisation(Deciding):
     """Rounds a quotient by a scale, of its own along an axis perhaps, to a level of an integer type, or to its ends."""
 
     axis: int
-    item: int | None = None
 
     def _along(self, at: Mapping[str, Any], name: str) -> Tensor:
         value, ndim = torch.as_tensor(at[name]).double(), at["self"].ndim
@@ -53,10 +52,6 @@ class Quantisation:
         """The quotient, one step being 1."""
         value: Tensor = at["self"]
         return value.double() / self._along(at, "other")
-
-    def differs(self, own: Tensor, chosen: Tensor) -> Tensor:
-        """Other levels."""
-        return own != chosen.to(own.dtype)
 
     def gap(self, at: Mapping[str, Any], own: Tensor, chosen: Tensor) -> Tensor:
         """How far the quotient lies from those that the chosen level stands for."""
@@ -69,10 +64,6 @@ class Quantisation:
         gap = torch.where(wrong, gap, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
         ties = (value - value.floor()) == 0.5
         return rare(gap, ties, wrong & (gap == 0))
-
-    def result(self, at: Mapping[str, Any], own: Any, chosen: Tensor) -> Any:
-        """The chosen levels."""
-        return chosen.to(own.dtype)
 
 
 def _quantised(at: Attributes) -> Deciding | None:

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 from bnfold.onnx_ops.moving import (
     average_pool,
     cast,
-    chosen,
     extremum,
     gather,
-    maximum,
     mean,
     move,
     pad,
@@ -27,7 +25,6 @@ from bnfold.onnx_ops.moving import (
 from bnfold.onnx_ops.scaling import (
     batch_norm,
     conv,
-    conv_transpose,
     einsum,
     gemm,
     group_norm,
@@ -73,6 +70,10 @@ def _sum(call: OnnxCall) -> Semantics:
     return build.added(call, "data_0.0", "data_0.1") if len(operands) == 2 else build.OPAQUE
 
 
+def _greatest(call: OnnxCall) -> Semantics:
+    return build.greatest(call, [f"data_0.{i}" for i in range(len(call["data_0"]))])
+
+
 def _shape_only(call: OnnxCall) -> Semantics:
     return ShapeOnly((_first(call),))
 
@@ -95,7 +96,7 @@ TABLE: dict[str, Row] = {
     "ai.onnx.ml.Scaler": scaler,
     # Contractions
     "Conv": conv,
-    "ConvTranspose": conv_transpose,
+    "ConvTranspose": conv,
     "Gemm": gemm,
     "MatMul": matmul,
     "Einsum": einsum,
@@ -128,9 +129,8 @@ TABLE: dict[str, Row] = {
     "GlobalMaxPool": spatial_extremum,
     "ReduceMax": extremum,
     "ReduceMin": extremum,
-    "Max": maximum,
-    "Min": maximum,
-    "Where": chosen,
+    **dict.fromkeys(["Max", "Min"], _greatest),
+    "Where": lambda call: build.chosen(call, "X", "Y"),
     # Read for their shape alone
     **dict.fromkeys(["Shape", "Size"], _shape_only),
     # Known to let nothing pass

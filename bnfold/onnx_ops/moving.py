@@ -158,24 +158,3 @@ def resize(call: OnnxCall) -> Semantics:
         return build.OPAQUE
     axes = tuple(axis for axis, (a, b) in enumerate(zip(call.shape("X"), call.out_shape)) if a != b)
     return Average("X", axes, call.rank)
-
-
-def maximum(call: OnnxCall) -> Semantics:
-    """Max and Min of two values of one shape."""
-    operands = call.arguments["data_0"]
-    slots = tuple(f"data_0.{i}" for i in range(len(operands)))
-    if any(call.is_constant(slot) for slot in slots) or len({call.shape(slot) for slot in slots}) != 1:
-        return build.OPAQUE
-    return Homogeneous(slots, shifts=True)
-
-
-def chosen(call: OnnxCall) -> Semantics:
-    """Where: of two values of one shape, or of one and zero, whichever of any mask."""
-    operands = tuple(slot for slot in ("X", "Y") if not call.is_constant(slot))
-    if not operands or any(call.shape(slot) != call.out_shape for slot in operands):
-        return build.OPAQUE
-    if len(operands) == 2:
-        return Homogeneous(operands, shifts=True, any_sign=True)
-    other = call.constant("Y" if operands == ("X",) else "X")
-    zero = other is not None and not bool(other.any())
-    return Homogeneous(operands, any_sign=True) if zero else build.OPAQUE

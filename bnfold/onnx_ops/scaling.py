@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.onnx_ops.moving import attention, geometry
@@ -19,30 +18,14 @@ if TYPE_CHECKING:
 
 
 def conv(call: OnnxCall) -> Semantics:
-    """Conv: weight (Cout, Cin/G, k...)."""
+    """Conv, or ConvTranspose."""
     if not call.is_constant("W"):
         return build.OPAQUE
-    out_channels, per_group, *kernel = call.shape("W")
-    groups, tail = call.attribute("group", 1), ("",) * len(kernel)
-    walk, padded = geometry(call, kernel)
-    return build.contraction(
-        call, "X", "W", view=(groups, out_channels // groups, per_group, *kernel), letters="goi" + "xyz"[: len(kernel)],
-        out=("", "go", *tail), inp=("", "gi", *tail), bias="B", bias_axis=1,
-        no_shift="zero-padding" if padded else None, geometry=walk,
-    )  # fmt: skip
-
-
-def conv_transpose(call: OnnxCall) -> Semantics:
-    """ConvTranspose: weight (Cin, Cout/G, k...); its borders see fewer taps, so no shift comes in."""
-    if not call.is_constant("W"):
-        return build.OPAQUE
-    in_channels, per_group, *kernel = call.shape("W")
-    groups, tail = call.attribute("group", 1), ("",) * len(kernel)
-    return build.contraction(
-        call, "X", "W", view=(groups, in_channels // groups, per_group, *kernel), letters="gio" + "xyz"[: len(kernel)],
-        out=("", "go", *tail), inp=("", "gi", *tail), bias="B", bias_axis=1, no_shift="zero-padding",
-        geometry=geometry(call, kernel, transposed=True)[0],
-    )  # fmt: skip
+    transposed = call.operator == "ConvTranspose"
+    walk, padded = geometry(call, call.shape("W")[2:], transposed=transposed)
+    return build.convolution(
+        call, "X", "W", "B", call.attribute("group", 1), walk, transposed=transposed, padded=padded or transposed
+    )
 
 
 def gemm(call: OnnxCall) -> Semantics:
@@ -92,21 +75,7 @@ def batch_norm(call: OnnxCall) -> Semantics:
         known = "a number that differs" if 1 in call.graph.dynamic_axes(call["X"]) else f"{list(channels)}"
         return Opaque("channels", f"its operand has {known}, and not the {', '.join(others)}", "batch_norm")
     eps = float(call.attribute("epsilon", 1e-5))
-    found = build.normalisation(call, "X", slots, eps, batch_statistics=trains(call))
-    if call.attribute("spatial", 1) or not isinstance(found, Scaling):
-        return found
-    scale, bias, mean, var = (call.constant(slot) for slot in slots)
-    assert scale is not None and bias is not None and mean is not None and var is not None
-    sigma = (var + eps).sqrt()
-    own, usual = Affine((scale / sigma)[None], (bias - mean * scale / sigma)[None]), Affine(sigma[None], mean[None])
-    shape = sigma.shape
-
-    def write(new: Affine) -> Mapping[str, Tensor]:
-        s, t = (part.expand(1, *shape)[0] for part in (new.scale, new.shift))
-        return {slots[0]: s * sigma, slots[1]: t + s * mean}
-
-    axes = tuple(range(1, call.rank))
-    return Scaling("X", own.compressed(), "batch_norm", write, ("scale", "shift"), axes, usual=usual)
+    return build.normalisation(call, "X", slots, eps, batch_statistics=trains(call))
 
 
 def trains(call: OnnxCall) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.semantics.base import Opaque, Operands, Semantics
-from bnfold.semantics.contraction import Contraction
-from bnfold.semantics.pointwise import Bilinear, Normalised, Product, Scaling, Sum
+from bnfold.semantics.contraction import Contraction, Geometry
+from bnfold.semantics.pointwise import Bilinear, Homogeneous, Normalised, Product, Scaling, Sum
 
 OPAQUE = Opaque()
 
@@ -20,6 +20,25 @@ def contraction(call: Operands, data: str, weight: str, *, bias: str | None = No
     """``Contraction``, see there for what is in ``how``; nothing passes where its weight or bias is no constant."""
     constant = call.is_constant(weight) and (bias is None or call.is_constant(bias))
     return Contraction(call, data, weight, bias=bias, **how) if constant else OPAQUE
+
+
+def convolution(
+    call: Operands, data: str, weight: str, bias: str, groups: int, walk: Geometry | None, *, transposed: bool,
+    padded: bool = True,
+) -> Semantics:  # fmt: skip
+    """A convolution, batched or not; a transposed one's borders see fewer taps, as if it padded.
+
+    Its weight is (Cout, Cin/G, k...), transposed (Cin, Cout/G, k...).
+    """
+    first, second, *kernel = call.shape(weight)
+    batched, tail = call.rank - len(kernel) - 1, ("",) * len(kernel)
+    lead = ("",) * batched
+    return contraction(
+        call, data, weight, view=(groups, first // groups, second, *kernel),
+        letters=("gio" if transposed else "goi") + "xyz"[: len(kernel)], out=(*lead, "go", *tail),
+        inp=(*lead, "gi", *tail), bias=bias, bias_axis=batched, no_shift="zero-padding" if padded else None,
+        geometry=walk,
+    )  # fmt: skip
 
 
 def matmul(call: Operands, left: str, right: str) -> Semantics:
@@ -68,7 +87,10 @@ def einsum(call: Operands, equation: str, slots: Sequence[str]) -> Semantics:
 
 
 def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *, batch_statistics: bool) -> Semantics:
-    """``gamma*(x - mean)/sqrt(var + eps) + beta`` along axis 1 of (N, C, ...); ``slots``: gamma, beta, mean, var."""
+    """``gamma*(x - mean)/sqrt(var + eps) + beta`` along axis 1 of (N, C, ...); ``slots``: gamma, beta, mean, var.
+
+    Those are (C,), or of the shape of a sample, and then it varies along every axis but the first.
+    """
     mean_slot, var_slot = slots[2:]
     if batch_statistics or call[mean_slot] is None or call[var_slot] is None:
         return Opaque("batch-statistics", "it normalises with the statistics of the batch it sees", "batch_norm")
@@ -89,11 +111,13 @@ def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *
     shift = (torch.zeros_like(sigma) if bias is None else bias) - mean * scale
 
     def write(new: Affine) -> Mapping[str, Tensor]:
-        s, t = (part.flatten().expand(sigma.shape) for part in (new.scale, new.shift))
+        s, t = (p.reshape(p.shape[1 : 1 + sigma.ndim]).expand(sigma.shape) for p in (new.scale, new.shift))
         return {slots[0]: s * sigma, slots[1]: t + s * mean}
 
-    own, usual = (Affine.per_channel(*parts, call.rank) for parts in ((scale, shift), (sigma, mean)))
-    return Scaling(data, own, "batch_norm", write, ("scale", "shift"), (1,), usual=usual)
+    sizes = (1, *sigma.shape, *(1,) * (call.rank - 1 - sigma.ndim))
+    own, usual = (Affine(a.reshape(sizes), b.reshape(sizes)) for a, b in ((scale, shift), (sigma, mean)))
+    own, axes = own.compressed() if sigma.ndim > 1 else own, tuple(range(1, 1 + sigma.ndim))
+    return Scaling(data, own, "batch_norm", write, ("scale", "shift"), axes, usual=usual)
 
 
 def normalised(call: Operands, axes: Sequence[int], weight: str, bias: str) -> Semantics:
@@ -184,6 +208,29 @@ def added(call: Operands, first: str, second: str, alpha: float = 1.0) -> Semant
         return Affine(torch.full_like(zeros_like(c), scale), c * factor)
 
     return constant_affine(call, slot, constant, affine, lambda new: new.shift / factor, "add")
+
+
+def chosen(call: Operands, first: str, second: str) -> Semantics:
+    """Of two values of one shape, or of one and zero, whichever of any mask."""
+    operands = tuple(slot for slot in (first, second) if not call.is_constant(slot))
+    if not operands or any(call.shape(slot) != call.out_shape for slot in operands):
+        return OPAQUE
+    if len(operands) == 2:
+        return Homogeneous(operands, shifts=True, any_sign=True)
+    return Homogeneous(operands, any_sign=True) if is_zero(call, second if operands == (first,) else first) else OPAQUE
+
+
+def is_zero(call: Operands, slot: str) -> bool:
+    """Whether a slot holds nothing but zeros."""
+    constant = call.constant(slot)
+    return constant is not None and not bool(constant.any())
+
+
+def greatest(call: Operands, slots: Sequence[str]) -> Semantics:
+    """The elementwise maximum or minimum of values of one shape."""
+    if any(call.is_constant(slot) for slot in slots) or len({call.shape(slot) for slot in slots}) != 1:
+        return OPAQUE
+    return Homogeneous(tuple(slots), shifts=True)
 
 
 def zeros_like(constant: Tensor) -> Tensor:
