@@ -36,8 +36,8 @@ from onnx_nets import (
 import bnfold
 from bnfold.cli import cli
 from bnfold.errors import InputError
-from bnfold.graph import onnx_inference
-from bnfold.graph.onnx_inference import infer
+from bnfold.graph import onnx_shapes
+from bnfold.graph.onnx_shapes import infer
 from bnfold.loading.onnx_file import read_onnx
 
 node = helper.make_node
@@ -277,7 +277,7 @@ def test_inference_collects_nothing_of_this_process_and_ends(monkeypatch: pytest
     kept = onnx.shape_inference
     monkeypatch.setattr(kept, "infer_shapes", lambda model, **more: os._exit(1) if gc.isenabled() else model)
     assert gc.isenabled() and infer([small(), small()], strict=True) == [small(), small()]
-    monkeypatch.setattr(onnx_inference, "SECONDS", 1)
+    monkeypatch.setattr(onnx_shapes, "SECONDS", 1)
     first, wrong = small(), small()
     wrong.producer_name = "wrong"
     first.producer_name = "first"

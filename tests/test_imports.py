@@ -61,13 +61,12 @@ KNOWS_ATEN = {
     "graph.graph": "adds a bias where a contraction takes none",
     "graph.functional": "swaps in-place operators for their twins before anything is folded",
     "passes.normalisations": "writes their arithmetic as the operator that it is",
-    "passes.plan": "takes the prefix off a name that is printed",
+    "passes.solution": "takes the prefix off a name that is printed",
     "interface": "likewise",
     "graph.interpret": "reads the bits of a value in its own dtype where a run is in float64",
-    "lowering.lower": "takes unused statistics from a batch_norm that torch.onnx would misread",
-    "lowering.translate": "writes operators that torch.onnx does not know by those that they stand for",
+    "lowering.translate": "writes operators that torch.onnx does not know, or misreads, by those that they stand for",
     "lowering.translations": "writes recurrent layers that torch.onnx unrolls as the operators that ONNX has",
-    "graph.whole_layers": "keeps recurrent layers whole while they are traced",
+    "graph.tracing": "keeps recurrent layers whole while they are traced",
 }
 #: What a command shows before it computes anything is there at once.
 NO_TORCH_AT_IMPORT = (

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +24,10 @@ from bnfold.affine import Affine
 from bnfold.report import REASONS
 from bnfold.semantics import (
     Average,
-    Bilinear,
     Contraction,
     Equations,
     Gauge,
     Homogeneous,
-    Lookup,
     Movement,
     Normalised,
     Opaque,
@@ -37,6 +37,7 @@ from bnfold.semantics import (
     Scaling,
     Semantics,
     Sum,
+    build,
 )
 from bnfold.semantics.equations import DEAD, EMPTY, LOG, SHIFT, SIGN
 from bnfold.semantics.moving import reshaped
@@ -80,10 +81,12 @@ KINDS = {
         Product(("self", "other")), lambda a, b: a * b, {"self": A, "other": (4, 1)}, (True, False)),
     "Quotient": Kind(
         Product(("self", "other"), divides=True), lambda a, b: a / b, {"self": A, "other": A}, (True, False)),
-    "Bilinear": Kind(
-        Bilinear(("self", "other"), summed=(-1, -2)), torch.matmul, {"self": A, "other": (2, 3, 5)}, (True, False)),
-    "Bilinear that mixes all": Kind(
-        Bilinear(("self", "other")), torch.matmul, {"self": A, "other": (2, 3, 5)}, (True, False)),
+    "Product of matrices": Kind(
+        Product(("self", "other"), uniform=((-1,), (-2,))), torch.matmul, {"self": A, "other": (2, 3, 5)},
+        (True, False)),
+    "Product that mixes all": Kind(
+        Product(("self", "other"), uniform=((-3, -2, -1),) * 2), torch.matmul, {"self": A, "other": (2, 3, 5)},
+        (True, False)),
     "Homogeneous": Kind(Homogeneous(("self",)), F.relu, {"self": A}, (True, False)),
     "Homogeneous along an axis": Kind(
         Homogeneous(("self",), (2,), shifts=True, drops=True), lambda x: x.amax(2), {"self": A}),
@@ -230,7 +233,8 @@ def test_no_shift_comes_into_padding():
 def test_a_lookup_and_a_norm_of_its_own_write_what_comes_after():
     after = Affine.per_channel(noise(4, seed=1), noise(4, seed=2), 3, 2)
     table, indices = noise(7, 4), torch.tensor([[1, 2], [6, 0]])
-    found = Lookup("weight", lambda slot: table).rewritten({}, after)
+    call: Any = SimpleNamespace(rank=3, is_constant=lambda slot: True, constant=lambda slot: table)
+    found = build.lookup(call, "weight").rewritten({}, after)
     assert torch.allclose(F.embedding(indices, found.constants["weight"]), after(F.embedding(indices, table)))
     assert Normalised((2,), lambda a: {"weight": a.scale}).rewritten({}, after).constants["weight"] is after.scale
 

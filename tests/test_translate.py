@@ -23,7 +23,7 @@ from bnfold.graph.capture import capture
 from bnfold.lowering import lower as lower_module
 from bnfold.lowering import translate as translate_module
 from bnfold.lowering.lower import lower, save
-from bnfold.lowering.registry import gathered_once
+from bnfold.lowering.translations import gathered_once
 from bnfold.runtime.runtime import open_session
 
 torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def test_translations_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert {name: len(kept) for name, kept in other.functions.items()} == {
         name: len(kept) for name, kept in plain.functions.items()
     }
-    monkeypatch.setattr(translate_module, "gathered_once", nullcontext)
+    monkeypatch.setattr("bnfold.lowering.translations.gathered_once", nullcontext)
     assert written() == first and parsed
 
 

@@ -8,13 +8,15 @@ infinite. A choice is named by an index, a truth value or a number, as the opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+
+from bnfold.semantics.call import bound as bound
 
 #: The arguments of one application, by their names in the operator's schema.
 Arguments = Mapping[str, Any]
@@ -219,66 +221,31 @@ class Bucket(Deciding):
 
 
 _Row = Callable[[Arguments], Deciding | None]
-
-
-def _indices(at: Arguments) -> Deciding:
-    return Selection(at["dim"])
-
-
-def _values_and_indices(at: Arguments) -> Deciding:
-    return Selection(at.get("dim", -1), item=1, ranked=at.get("sorted") is not False)
-
-
-def _quotient(at: Arguments) -> Deciding | None:
-    return Rounding(at["rounding_mode"], quotient=True) if at.get("rounding_mode") else None
-
-
-def _decimals(at: Arguments) -> Deciding:
-    return Rounding("round", decimals=at.get("decimals") or 0)
-
-
-def _row(rule: Deciding) -> _Row:
-    return lambda at: rule
-
-
-def _rows(names: str, row: _Row) -> Iterable[tuple[str, _Row]]:
-    return ((name, row) for name in names.split())
-
-
-_TABLE: dict[str, _Row] = dict(
-    [
-        *_rows("argmax argmin argsort", _indices),
-        *_rows("topk sort max min median nanmedian kthvalue", _values_and_indices),
-        *_rows("max_pool1d_with_indices", _row(Selection(None, item=1, flat=1))),
-        *_rows("max_pool2d_with_indices adaptive_max_pool2d", _row(Selection(None, item=1, flat=2))),
-        *_rows("max_pool3d_with_indices adaptive_max_pool3d", _row(Selection(None, item=1, flat=3))),
-        *_rows("gt ge lt le greater greater_equal less less_equal", _row(Comparison())),
-        *_rows("eq ne not_equal", _row(Comparison())),
-        *_rows("logical_not signbit", _row(Comparison(zero=True))),
-        *_rows("round", _decimals),
-        *_rows("floor", _row(Rounding("floor"))),
-        *_rows("floor_divide", _row(Rounding("floor", quotient=True))),
-        *_rows("ceil", _row(Rounding("ceil"))),
-        *_rows("trunc fix", _row(Rounding("trunc"))),
-        *_rows("sign sgn", _row(Rounding("sign"))),
-        *_rows("div divide true_divide", _quotient),
-        *_rows("remainder", _row(Modulus("floor"))),
-        *_rows("fmod frac", _row(Modulus("trunc"))),
-        *_rows("bucketize", _row(Bucket())),
-    ]
-)
+_ROWS: dict[str, _Row] = {
+    "argmax argmin argsort": lambda at: Selection(at["dim"]),
+    "topk sort max min median nanmedian kthvalue": lambda at: Selection(
+        at.get("dim", -1), item=1, ranked=at.get("sorted") is not False
+    ),
+    "max_pool1d_with_indices": lambda at: Selection(None, item=1, flat=1),
+    "max_pool2d_with_indices adaptive_max_pool2d": lambda at: Selection(None, item=1, flat=2),
+    "max_pool3d_with_indices adaptive_max_pool3d": lambda at: Selection(None, item=1, flat=3),
+    "gt ge lt le greater greater_equal less less_equal eq ne not_equal": lambda at: Comparison(),
+    "logical_not signbit": lambda at: Comparison(zero=True),
+    "round": lambda at: Rounding("round", decimals=at.get("decimals") or 0),
+    "floor": lambda at: Rounding("floor"),
+    "floor_divide": lambda at: Rounding("floor", quotient=True),
+    "ceil": lambda at: Rounding("ceil"),
+    "trunc fix": lambda at: Rounding("trunc"),
+    "sign sgn": lambda at: Rounding("sign"),
+    "div divide true_divide": lambda at: (
+        Rounding(at["rounding_mode"], quotient=True) if at.get("rounding_mode") else None
+    ),
+    "remainder": lambda at: Modulus("floor"),
+    "fmod frac": lambda at: Modulus("trunc"),
+    "bucketize": lambda at: Bucket(),
+}
+_TABLE = {name: row for names, row in _ROWS.items() for name in names.split()}
 _CASTS = {"to", "_to_copy", "type_as"}
-
-
-def bound(target: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one application by their names, defaults included."""
-    given, found = list(args), {}
-    for i, argument in enumerate(target._schema.arguments):
-        if i < len(given) and not argument.kwarg_only:
-            found[argument.name] = given[i]
-        elif argument.name in kwargs or argument.has_default_value():
-            found[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return found
 
 
 def deciding(node: fx.Node) -> Deciding | None:

@@ -117,10 +117,7 @@ def _same_class(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    if one is other or one.data_ptr() == other.data_ptr():
-        return True
-    one, other = one.to("cpu"), other.to("cpu")
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+    return one is other or one.data_ptr() == other.data_ptr() or _equal(one.to("cpu"), other.to("cpu"))
 
 
 def _dtype(captured: Captured) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch import Tensor
 from bnfold import aten
 from bnfold.eager.blueprint import Blueprint, Inside, Read
 from bnfold.graph.graph import Graph
-from bnfold.passes.plan import Edit
+from bnfold.passes.solution import Edit
 from bnfold.report import Change, Outcome, Refusal
 from bnfold.semantics import Scaling
 

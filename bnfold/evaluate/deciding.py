@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from bnfold.evaluate.attributes import Attributes
 
 
-def _arg(at: Attributes) -> Deciding:
-    return Selection(at.axis or 0)
-
-
-def _top(at: Attributes) -> Deciding:
-    return Selection(-1 if at.axis is None else at.axis, item=1, ranked=at.sorted != 0)
-
-
-def _pool(at: Attributes) -> Deciding | None:
-    return None if at.outputs < 2 else Selection(None, item=1, flat=len(at.kernel_shape) + 2)
-
-
 def _cast(at: Attributes) -> Deciding | None:
     if at.to == onnx.TensorProto.BOOL:
         return Comparison(zero=True)
@@ -72,10 +60,9 @@ def _quantised(at: Attributes) -> Deciding | None:
 
 
 _TABLE: dict[str, Callable[[Attributes], Deciding | None]] = {
-    "ArgMax": _arg,
-    "ArgMin": _arg,
-    "TopK": _top,
-    "MaxPool": _pool,
+    **dict.fromkeys(("ArgMax", "ArgMin"), lambda at: Selection(at.axis or 0)),
+    "TopK": lambda at: Selection(-1 if at.axis is None else at.axis, item=1, ranked=at.sorted != 0),
+    "MaxPool": lambda at: None if at.outputs < 2 else Selection(None, item=1, flat=len(at.kernel_shape) + 2),
     **dict.fromkeys(("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"), lambda at: Comparison()),
     "Round": lambda at: Rounding("round"),
     "Floor": lambda at: Rounding("floor"),

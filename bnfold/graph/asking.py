@@ -24,27 +24,17 @@ Trace = Callable[[tuple[Any, ...], dict[str, Any], Any], Traced]
 
 @dataclass(frozen=True)
 class Asked:
-    """Example inputs, which of their axes are dynamic, and the trace that came of it.
-
-    Attributes:
-        args: positional inputs.
-        kwargs: keyword inputs.
-        inputs: both by the parameters of ``forward``.
-        wanted: the dynamic axes of every tensor, by its id.
-        declared: whether somebody said which axes are dynamic; else the first axis of every input is the batch.
-        widened: whether an axis of size 1 was repeated.
-        traced: the trace.
-        notes: what a user should know.
-    """
+    """Example inputs, which of their axes are dynamic, and the trace that came of it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    wanted: Mapping[int, Axes] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)  #: both by the parameters of ``forward``.
+    wanted: Mapping[int, Axes] = field(default_factory=dict)  #: the dynamic axes of every tensor, by its id.
+    #: whether somebody said which axes are dynamic; else the first axis of every input is the batch.
     declared: bool = True
-    widened: bool = False
+    widened: bool = False  #: whether an axis of size 1 was repeated.
     traced: Traced = field(default=None)  # type: ignore[assignment]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  #: what a user should know.
 
     def axes(self, count: int) -> list[Axes]:
         """The dynamic axes of each of ``count`` flat inputs, in the order of the program's."""

@@ -20,44 +20,32 @@ from torch.utils import _pytree as pytree
 
 from bnfold.errors import CaptureError, InputError
 from bnfold.graph.asking import Asked, ask
-from bnfold.graph.copies import copied, eval_copy, twin
+from bnfold.graph.copies import copied, eval_copy, refuse_stale, refuse_state, twin
 from bnfold.graph.dimensions import Sizes, name_of, number
 from bnfold.graph.functional import make_functional
 from bnfold.graph.names import read_by_name
 from bnfold.graph.program import copy_graph, output_specs, rebuild
 from bnfold.graph.regions import hidden_batch_norms, inline_regions
 from bnfold.graph.scripted import converted, in_eval_mode, name_modules, positional
-from bnfold.graph.stale import refuse_stale, refuse_state
 from bnfold.graph.tracing import Say, trace
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured model.
+    """A captured model."""
 
-    Attributes:
-        program: functional program in training IR.
-        eager: the module that was captured, in eval mode; an ExportedProgram's own module, which checks its guards.
-        masters: float32 (or wider) constants by name that a lower-precision program was rounded from.
-        spec: how flat inputs make up ``(args, kwargs)``.
-        flat: the example inputs, flat.
-        names: for every flat input its name in the graph.
-        dims: symbolic dimension -> the name that the user knows it by.
-        notes: what a user should know, such as a batch that the model turned out to fix.
-        in_place: how many in-place operators are left.
-        sizes: those for which the program holds.
-    """
-
-    program: ExportedProgram
+    program: ExportedProgram  #: functional program in training IR.
+    #: the module that was captured, in eval mode; an ExportedProgram's own module, which checks its guards.
     eager: nn.Module | None
-    spec: Any
-    flat: tuple[Any, ...]
-    names: tuple[str, ...]
-    dims: dict[str, str]
+    spec: Any  #: how flat inputs make up ``(args, kwargs)``.
+    flat: tuple[Any, ...]  #: the example inputs, flat.
+    names: tuple[str, ...]  #: for every flat input its name in the graph.
+    dims: dict[str, str]  #: symbolic dimension -> the name that the user knows it by.
+    #: float32 (or wider) constants by name that a lower-precision program was rounded from.
     masters: Mapping[str, Tensor] | None = None
-    notes: tuple[str, ...] = ()
-    in_place: int = 0
-    sizes: Sizes = field(default_factory=Sizes)
+    notes: tuple[str, ...] = ()  #: what a user should know, such as a batch that the model turned out to fix.
+    in_place: int = 0  #: how many in-place operators are left.
+    sizes: Sizes = field(default_factory=Sizes)  #: those for which the program holds.
 
     @property
     def ranges(self) -> Mapping[str, tuple[int, int | None]]:
@@ -65,16 +53,11 @@ class Captured:
         return self.sizes.ranges
 
     def run_eager(self, flat: tuple[Any, ...]) -> list[Any]:
-        """The eager module's flat outputs for flat inputs."""
+        """The eager module's flat outputs for flat inputs, in the order torch.export gives them."""
         assert self.eager is not None
         args, kwargs = pytree.tree_unflatten(list(flat), self.spec)
         with torch.no_grad():
-            return flatten_output(self.eager(*args, **kwargs))
-
-
-def flatten_output(output: Any) -> list[Any]:
-    """The leaves of a model's output, in the order torch.export gives them."""
-    return list(pytree.tree_leaves(output))
+            return list(pytree.tree_leaves(self.eager(*args, **kwargs)))
 
 
 def capture(

@@ -34,9 +34,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs}
 def asked_axes(inputs: Mapping[str, Any], dynamic_shapes: Any) -> dict[int, Axes]:
     """The dynamic axes of every tensor, by its id.
 
-    Args:
-        inputs: by the name of the parameter of ``forward``.
-        dynamic_shapes: as for ``torch.onnx.export``: by name or in order, nested as the inputs are.
+    ``inputs`` are by the parameters of ``forward``, ``dynamic_shapes`` as for ``torch.onnx.export``: by name or in
+    order, nested as the inputs are.
     """
     if isinstance(dynamic_shapes, (tuple, list)):
         dynamic_shapes = dict(zip(inputs, dynamic_shapes))
@@ -144,16 +143,12 @@ def _place(node: ast.AST) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a captured program takes.
+    """The sizes that a captured program takes."""
 
-    Attributes:
-        ranges: symbol -> its lowest and highest size; None where there is no highest.
-        guards: what holds beyond that.
-        alike: symbol -> another that always has its size: what has one name, and first axes.
-    """
-
+    #: symbol -> its lowest and highest size; None where there is no highest.
     ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    guards: tuple[Guard, ...] = ()
+    guards: tuple[Guard, ...] = ()  #: what holds beyond that.
+    #: symbol -> another that always has its size: what has one name, and first axes.
     alike: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

@@ -20,10 +20,7 @@ from bnfold.errors import CaptureError
 def explained(error: Exception, module: nn.Module, run: Callable[[], object]) -> CaptureError:
     """The error to raise for one of torch.export's: where in the user's code, and the way out.
 
-    Args:
-        error: what torch.export raised.
-        module: what it was given.
-        run: runs the module itself on the same inputs.
+    ``module`` is what it was given; ``run`` runs that itself on the same inputs.
     """
     text = str(error)
     message = text.strip().split("\n")[0]

@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 
 from bnfold.errors import CaptureError
 from bnfold.graph.dimensions import number
+from bnfold.semantics.call import bound
 
 FROZEN = "bnfold_frozen"
 
@@ -39,13 +40,8 @@ _END = 2**63 - 1
 def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, str]) -> int:
     """Removes eval-mode dropout, slices that take everything and in-place operators from ``graph``, itself.
 
-    Args:
-        graph: a graph in training IR; changed.
-        inputs: names of the placeholders that are the caller's inputs.
-        constants: for every other placeholder its parameter or buffer name.
-
-    Returns:
-        how many in-place operators are left.
+    ``inputs`` are names of the placeholders that are the caller's inputs; ``constants`` has for every other one the
+    name of its parameter or buffer. Answers how many in-place operators are left.
 
     Raises:
         CaptureError: the model writes to one of its inputs or buffers.
@@ -56,7 +52,7 @@ def make_functional(graph: fx.Graph, *, inputs: set[str], constants: dict[str, s
     classes = _Aliases()
     left = 0
     for node in list(graph.nodes):
-        written = list(_written(node))
+        written = _written(node)
         for target in written:
             members = classes.members(target)
             _refuse_foreign(node, members, inputs, constants)
@@ -113,14 +109,14 @@ def _erase_identities(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not isinstance(node.target, OpOverload):
             continue
-        arguments = {argument.name: value for argument, value in _arguments(node)}
+        given = arguments(node)
         if node.target._opname in _DROPOUTS:
-            identity, operand = arguments["train"] is False, arguments["input"]
+            identity, operand = given["train"] is False, given["input"]
         elif node.target is torch.ops.aten.slice.Tensor:
-            start, end, step = (arguments.get(name) for name in ("start", "end", "step"))
-            identity, operand = start in (None, 0) and end in (None, _END) and step in (None, 1), arguments["self"]
+            start, end, step = (given[name] for name in ("start", "end", "step"))
+            identity, operand = start in (None, 0) and end in (None, _END) and step in (None, 1), given["self"]
         elif node.target is torch.ops.aten.type_as.default:
-            operand, dtype = arguments["self"], node.meta["val"].dtype
+            operand, dtype = given["self"], node.meta["val"].dtype
             identity = operand.meta["val"].dtype == dtype
             node.target, node.args = torch.ops.aten.to.dtype, (operand, dtype)
         else:
@@ -136,23 +132,24 @@ def _settle_epsilons(graph: fx.Graph) -> None:
     A run in float64 would take another one.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
-        given = {argument.name: value for argument, value in _arguments(node)}
-        if given.get("eps") is None:
+        given = arguments(node)
+        if given["eps"] is None:
             computed = torch.float64 if node.meta["val"].dtype == torch.float64 else torch.float32
-            node.args = (
-                *(given.get(name) for name in ("input", "normalized_shape", "weight")),
-                torch.finfo(computed).eps,
-            )
+            node.args = (*[given[name] for name in ("input", "normalized_shape", "weight")], torch.finfo(computed).eps)
             node.kwargs = {}
 
 
-def _arguments(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by their names in its schema, defaults included."""
+    assert isinstance(node.target, OpOverload)
+    return bound(node.target, node.args, node.kwargs)
+
+
+def _operands(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
+    """Every operand with what the schema says of whose storage it shares."""
     if isinstance(node.target, OpOverload):
-        for i, argument in enumerate(node.target._schema.arguments):
-            if i < len(node.args) and not argument.kwarg_only:
-                yield argument, node.args[i]
-            elif argument.name in node.kwargs:
-                yield argument, node.kwargs[argument.name]
+        for argument, value in zip(node.target._schema.arguments, arguments(node).values()):
+            yield from ((argument.alias_info, operand) for operand in _nodes_in(value))
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
@@ -161,10 +158,8 @@ def _nodes_in(value: Any) -> list[fx.Node]:
     return found
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    for argument, value in _arguments(node):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _nodes_in(value)
+def _written(node: fx.Node) -> list[fx.Node]:
+    return [operand for alias, operand in _operands(node) if alias is not None and alias.is_write]
 
 
 def _aliased(node: fx.Node) -> Iterator[fx.Node]:
@@ -177,9 +172,7 @@ def _aliased(node: fx.Node) -> Iterator[fx.Node]:
         return  # only a padding of nothing returns its operand
     if name == "einsum" and len(_nodes_in(node.args[1])) > 1:
         return  # a product is new; of one operand alone it is a view
-    for argument, value in _arguments(node):
-        if silent or argument.alias_info is not None:
-            yield from _nodes_in(value)
+    yield from (operand for alias, operand in _operands(node) if silent or alias is not None)
 
 
 def _functional(node: fx.Node) -> OpOverload | None:
@@ -220,7 +213,7 @@ def _sources(view: fx.Node, later: set[fx.Node]) -> Iterator[fx.Node]:
 
 def _cut(view: fx.Node) -> tuple[int, Any, Any] | None:
     """Axis, start and end of a slice that what is before and behind it fills up at every size; None for another."""
-    given = {argument.name: value for argument, value in _arguments(view)}
+    given = arguments(view) if isinstance(view.target, OpOverload) else {}
     if view.target is torch.ops.aten.select.int and isinstance(index := given["index"], int):
         return given["dim"], index, index + 1 or _END
     if view.target is not torch.ops.aten.slice.Tensor or given.get("step") not in (None, 1):

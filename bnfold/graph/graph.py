@@ -22,8 +22,7 @@ from bnfold.affine import Meaning
 from bnfold.graph.functional import FROZEN, module_of
 from bnfold.graph.interpret import constant_of, evaluate_constant
 from bnfold.graph.names import common_name
-from bnfold.graph.overflow import Overflow, overflow
-from bnfold.graph.program import MEANING, copy_graph, with_constants
+from bnfold.graph.program import MEANING, Overflow, copy_graph, overflow, with_constants
 from bnfold.semantics import Semantics, Shape
 from bnfold.semantics.call import Call
 from bnfold.semantics.sizes import Sizes
@@ -41,32 +40,35 @@ class Graph:
     """
 
     def __init__(self, program: ExportedProgram, masters: Mapping[str, Tensor] | None = None) -> None:
-        self.program = program
-        self.graph = copy_graph(program.graph)
-        for node in self.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-            self.graph.erase_node(node)  # of a dtype and a device that the tensor has in the graph anyhow
-        self.graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
-        self.masters = dict(masters or {})
-        self._pending: MutableMapping[Node, Tensor] = {}
-        self._origin: dict[Node, str] = {}
-        self._constants: dict[Node, Tensor | None] = {}
-        self._sizes = Sizes(self.graph)
-        self._shapes: dict[Node, Shape] = {}
-        placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
-        self._targets: dict[Node, str] = {
+        self.program, self.masters = program, dict(masters or {})
+        graph = copy_graph(program.graph)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+            graph.erase_node(node)  # of a dtype and a device that the tensor has in the graph anyhow
+        graph.eliminate_dead_code()  # a layer whose result nobody uses has no affine worth a word
+        self._begin(graph)
+        placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
+        self._targets = {
             placeholders[spec.arg.name]: spec.target or ""
             for spec in program.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT
         }
-        self.added = 0
+        #: Graphs of regions that take the place of the program's, by the names that refer to them.
+        self.bodies: dict[str, fx.GraphModule] = {}
+        self.refresh()
+
+    def _begin(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._pending: MutableMapping[Node, Tensor] = self.table()
+        self._origin: dict[Node, str] = {}
+        self._constants: dict[Node, Tensor | None] = {}
+        self._targets = {}
+        self._sizes = Sizes(graph)
+        self._shapes: dict[Node, Shape] = {}
         #: What each edited value stands for; None for one that stands for no captured value.
         self.stands_for: dict[Node, Meaning | None] = {}
         self._gone: set[Node] = set()
-        #: Graphs of regions that take the place of the program's, by the names that refer to them.
-        self.bodies: dict[str, fx.GraphModule] = {}
-        #: How many operators edits have dropped.
-        self.dropped = 0
-        self.refresh()
+        #: How many constants edits have added, and how many operators they have dropped.
+        self.added, self.dropped = 0, 0
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -75,15 +77,21 @@ class Graph:
         self.order: dict[Node, float] = {node: i for i, node in enumerate(self.graph.nodes)}
         self._fixed: set[Node] = set()
         for node in self.graph.nodes:
-            if (node in self._targets or node in self._pending) and isinstance(node.meta.get("val"), Tensor):
+            stored = node in self._pending or (node in self._targets and self._is_stored(node))
+            computed = node.op == "call_function" and self._may_be_constant(node)
+            if stored or (computed and all(operand in self._fixed for operand in node.all_input_nodes)):
                 self._fixed.add(node)
-            elif node.op == "call_function" and not node.meta.get(FROZEN):
-                random = isinstance(node.target, OpOverload) and (
-                    torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
-                )
-                higher = isinstance(node.target, torch._ops.HigherOrderOperator)
-                if not random and not higher and all(n in self._fixed for n in node.all_input_nodes):
-                    self._fixed.add(node)
+
+    def _is_stored(self, node: Node) -> bool:
+        return isinstance(node.meta.get("val"), Tensor)
+
+    def _may_be_constant(self, node: Node) -> bool:
+        """Whether an operator computes a constant where its operands are."""
+        random = isinstance(node.target, OpOverload) and (
+            torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+        )
+        higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+        return not (random or higher or node.meta.get(FROZEN))
 
     def values(self) -> Iterator[Node]:
         """The values computed from inputs, in topological order; several results of one operator one by one."""
@@ -251,11 +259,7 @@ class Graph:
 
     def meaning(self, value: Node) -> Meaning | None:
         """The captured value that ``value`` stands for; its own where no edit has changed it."""
-        return self.stands_for[value] if value in self.stands_for else Meaning(value.name)
-
-    def count_operators(self) -> int:
-        """How many operators compute something from the inputs."""
-        return sum(1 for _ in self.values())
+        return self.stands_for[value] if value in self.stands_for else Meaning(self.name(value))
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -294,10 +298,14 @@ class Graph:
         """Adds a constant to a value, for all its readers."""
         new = self.new_constant(tensor, self.dtype(value), self._invent(self.call(value), "bias"))
         with self.graph.inserting_after(value):
-            added = self.graph.call_function(torch.ops.aten.add.Tensor, (value, new))
-        added.meta = {k: v for k, v in value.meta.items() if k != "from_node"}
+            added = self._sum(value, new)
         self.order[added] = self.order[value] + 0.5
         value.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        return added
+
+    def _sum(self, value: Node, constant: Node) -> Node:
+        added = self.graph.call_function(torch.ops.aten.add.Tensor, (value, constant))
+        added.meta = {k: v for k, v in value.meta.items() if k != "from_node"}
         return added
 
     def bypass(self, by: Mapping[Node, Node]) -> None:
@@ -364,21 +372,19 @@ class Graph:
     def new_constant(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
         """A constant, float64 until ``finish`` rounds it; it gets the name ``origin`` or one like it."""
         self.added += 1
-        first = next(iter(self.graph.nodes))
-        mode = next(
-            n.meta["val"].fake_mode
-            for n in self.graph.nodes
-            if isinstance(n.meta.get("val"), torch._subclasses.FakeTensor)
-        )
-        with self.graph.inserting_before(first):
+        empty = self._empty(tensor.shape, dtype)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(f"p_folded_{self.added}")
-        with mode:
-            node.meta["val"] = torch.empty(tensor.shape, dtype=dtype)
-        self._pending[node] = tensor
-        self._origin[node] = origin
+        node.meta["val"] = empty
+        self._pending[node], self._origin[node] = tensor, origin
         self._fixed.add(node)
         self.order[node] = -self.added
         return node
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        values = (node.meta.get("val") for node in self.graph.nodes)
+        with next(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor)):
+            return torch.empty(shape, dtype=dtype)
 
     # -- finishing -------------------------------------------------------------------------------------------------
 

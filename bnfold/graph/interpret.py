@@ -28,19 +28,8 @@ _RAISED = {
     torch.complex32: torch.complex128, torch.complex64: torch.complex128,
 }  # fmt: skip
 _FACTORIES = {
-    "arange",
-    "full",
-    "zeros",
-    "ones",
-    "empty",
-    "linspace",
-    "scalar_tensor",
-    "eye",
-    "new_full",
-    "rand",
-    "randn",
-}
-
+    "arange", "full", "zeros", "ones", "empty", "linspace", "scalar_tensor", "eye", "new_full", "rand", "randn",
+}  # fmt: skip
 _BITS = torch.ops.aten.view.dtype
 
 

@@ -23,8 +23,7 @@ from bnfold.errors import InputError
 from bnfold.evaluate.weights import SparseWeight, weights_of
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.names import free_name
-from bnfold.graph.onnx_call import OnnxCall
-from bnfold.graph.onnx_operator import Operator
+from bnfold.graph.onnx_call import OnnxCall, Operator
 from bnfold.graph.onnx_shapes import Known, Shapes
 from bnfold.graph.onnx_writing import DTYPES, written
 from bnfold.graph.spill import Spill
@@ -52,17 +51,9 @@ class OnnxGraph(Graph):
 
     def __init__(self, model: onnx.ModelProto, beside: Path | None) -> None:
         self.model = model
-        self._beside = beside
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
-        self.graph = fx.Graph()
-        self._pending: Spill[Node] = Spill()
-        self._origin: dict[Node, str] = {}
-        self._constants: dict[Node, Tensor | None] = {}
-        self._targets: dict[Node, str] = {}
+        self._begin(fx.Graph())
         self._names: dict[Node, str] = {}
-        self.added, self.dropped = 0, 0
-        self.stands_for: dict[Node, Meaning | None] = {}
-        self._gone: set[Node] = set()
         self._weights = weights_of(model, beside)
         self._way, self._inference = 0, Shapes(model, self._weights)
         #: The bytes of constants that the finished file has and does not hold, by name: made when they are asked for.
@@ -115,21 +106,15 @@ class OnnxGraph(Graph):
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def refresh(self) -> None:
-        """Numbers the nodes anew, and finds those that depend on no input."""
-        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
-        self._fixed = set()
-        for node in self.graph.nodes:
-            if node in self._targets or node in self._pending:
-                self._fixed.add(node)
-            elif node.op == "call_function":
-                value = node.meta.get("val")
-                small = isinstance(value, list) or (value is not None and value.numel() <= MAX_ELEMENTS)
-                own = node.target if isinstance(node.target, Operator) else None
-                # Quantised weights stay what they are: floats in their place would be four times as large.
-                kept = own is not None and (own.random or own.domain or own.__name__ == "DequantizeLinear")
-                if small and not kept and all(n in self._fixed for n in node.all_input_nodes):
-                    self._fixed.add(node)
+    def _is_stored(self, node: Node) -> bool:
+        return True
+
+    def _may_be_constant(self, node: Node) -> bool:
+        value, own = node.meta.get("val"), node.target
+        small = isinstance(value, list) or (value is not None and value.numel() <= MAX_ELEMENTS)
+        # Quantised weights stay what they are: floats in their place would be four times as large.
+        kept = isinstance(own, Operator) and (own.random or own.domain or own.__name__ == "DequantizeLinear")
+        return bool(small and not kept)
 
     def call(self, value: Node) -> Call:
         """The operator application that makes a value."""
@@ -186,10 +171,6 @@ class OnnxGraph(Graph):
         """Whether the sizes of a value are known."""
         return value.meta.get("val") is not None
 
-    def rank(self, value: Node) -> int:
-        """The number of axes of a value."""
-        return len(value.meta["val"].shape)
-
     def dynamic_axes(self, value: Node) -> tuple[int, ...]:
         """The axes whose size differs from call to call."""
         name, first = self._names.get(value, ""), self.shape(value)
@@ -200,18 +181,6 @@ class OnnxGraph(Graph):
             other |= {axis for axis, (a, b) in enumerate(zip(first, found)) if a != b}
         self._way = now
         return tuple(sorted(other))
-
-    def number(self, value: Node) -> int | None:
-        """None: sizes are tensors in a file."""
-        return None
-
-    def settled(self, value: Node) -> Any:
-        """None, as there are no symbolic numbers."""
-        return None
-
-    def example_shape(self, value: Node) -> Shape:
-        """The shape of a value at the first sizes."""
-        return tuple(value.meta["val"].shape)
 
     def resize(self, way: int) -> None:
         """Takes other sizes for the dynamic dimensions."""
@@ -233,10 +202,6 @@ class OnnxGraph(Graph):
         """A value's name in the file."""
         return self._names.get(value, value.name)
 
-    def meaning(self, value: Node) -> Meaning | None:
-        """The value of the file as it was that ``value`` stands for."""
-        return self.stands_for[value] if value in self.stands_for else Meaning(self.name(value))
-
     def meanings(self) -> dict[str, Meaning | None]:
         """What values stand for, by name, where a pass has said so."""
         alive = set(self.graph.nodes)
@@ -247,17 +212,12 @@ class OnnxGraph(Graph):
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
-    def add_after(self, value: Node, tensor: Tensor) -> Node:
-        """Adds a constant to a value, for all its readers."""
-        new = self.new_constant(tensor, self.dtype(value), f"{self.name(value)}_bias")
+    def _sum(self, value: Node, constant: Node) -> Node:
         name = free_name(f"{self.name(value)}_added", set(self._names.values()), {})
         proto = onnx.helper.make_node("Add", [self.name(value), ""], [name], name=name)
-        with self.graph.inserting_after(value):
-            added = self.graph.call_function(Operator(proto, self.opsets), (value, new))
+        added = self.graph.call_function(Operator(proto, self.opsets), (value, constant))
         self._names[added] = name
         self.take_shape(added, value)
-        self.order[added] = self.order[value] + 0.5
-        value.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
         return added
 
     def take_shape(self, value: Node, of: Node) -> None:
@@ -289,18 +249,12 @@ class OnnxGraph(Graph):
         return self.dtype(weight if isinstance(weight, Node) and self.is_float(weight) else call.value)
 
     def _invent(self, call: Call, slot: str) -> str:
+        if slot == "bias" and slot not in call:  # which is added behind a value
+            return f"{self.name(call.value)}_bias"
         return f"{self.module(call.value)}.{slot.replace('.', '_')}"
 
-    def new_constant(self, tensor: Tensor, dtype: torch.dtype, origin: str) -> Node:
-        """A constant, float64 until ``finish`` rounds it into an initializer named ``origin`` or like it."""
-        self.added += 1
-        with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            node = self.graph.placeholder(f"folded{self.added}")
-        node.meta["val"] = torch.empty(tensor.shape, dtype=dtype, device="meta")
-        self._pending[node], self._origin[node] = tensor, origin
-        self._fixed.add(node)
-        self.order[node] = -self.added
-        return node
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def with_unseen(self, ledger: Ledger) -> Ledger:
         """The ledger with the BatchNormalizations of whose shape nothing is known, because nobody knows what computes

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from bnfold.graph.names import free_name
-from bnfold.graph.onnx_operator import Operator
+from bnfold.graph.onnx_call import Operator
+from bnfold.graph.spill import Spill
 
 if TYPE_CHECKING:
     from bnfold.graph.onnx_graph import OnnxGraph
@@ -87,11 +88,12 @@ def _keep_names(graph: OnnxGraph) -> dict[Node, list[onnx.NodeProto]]:
 
 def _write_constants(graph: OnnxGraph) -> None:
     """New constants into initializers, under the name of the one that nobody reads any more; those go otherwise."""
-    file = graph.model.graph
+    file, pending = graph.model.graph, graph._pending
+    assert isinstance(pending, Spill)
     at = {tensor.name: i for i, tensor in enumerate(file.initializer)}
     unread = {name for node, name in graph._targets.items() if not node.users and name in graph._read_before}
     taken, numbers = {*at, *graph._names.values()}, dict[str, int]()
-    for node in [n for n in graph.graph.nodes if n in graph._pending and n.users]:
+    for node in [n for n in graph.graph.nodes if n in pending and n.users]:
         origin = graph._origin[node]
         fresh = origin not in unread
         name = free_name(origin, taken, numbers) if fresh else origin
@@ -101,7 +103,7 @@ def _write_constants(graph: OnnxGraph) -> None:
         if fresh:  # of which the first versions know none that is no input
             graph.model.ir_version = max(graph.model.ir_version, 4)
         tensor = file.initializer.add() if fresh else file.initializer[at[name]]
-        if graph._pending.is_apart(node):
+        if pending.is_apart(node):
             value, graph.beside[name] = node.meta["val"], partial(_bytes, graph, node)
             kind = next(kind for kind, dtype in DTYPES.items() if dtype == value.dtype)
             empty = onnx.TensorProto(name=name, data_type=kind, dims=value.shape)

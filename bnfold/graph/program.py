@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
@@ -116,11 +117,7 @@ def with_constants(
 ) -> ExportedProgram:
     """``old`` around ``graph``, its edited copy, without the constants that nobody reads any more.
 
-    Args:
-        old: the program.
-        graph: loses the placeholders of dead constants.
-        new: placeholders of constants of its own, what they hold before it is rounded to their dtype, and a name.
-        bodies: see ``rebuild``.
+    ``new``: placeholders of constants of its own, what they hold before it is rounded to their dtype, and a name.
 
     Raises:
         FoldError: torch rejects the edited program; a defect of bnfold.
@@ -158,10 +155,7 @@ def with_constants(
 def of_body(old: ExportedProgram, body: fx.GraphModule, stored: Mapping[str, str]) -> ExportedProgram | None:
     """The graph of a region of ``old`` as a program of its own; None where it takes or returns anything but tensors.
 
-    Args:
-        old: the program.
-        body: the graph of the region.
-        stored: names of its placeholders that hold a parameter or buffer of ``old``, and the name of that.
+    ``stored``: names of its placeholders that hold a parameter or buffer of ``old``, and the name of that.
     """
     graph = copy_graph(body.graph)
     known = {spec.target: spec for spec in old.graph_signature.input_specs}
@@ -184,3 +178,26 @@ def of_body(old: ExportedProgram, body: fx.GraphModule, stored: Mapping[str, str
     constants = {name: old.constants[name] for name in stored.values() if name in old.constants}
     inner = {str(node.target): getattr(body, str(node.target)) for node in graph.find_nodes(op="get_attr")}
     return rebuild(old, graph, ExportGraphSignature(specs, outputs), state, constants, bodies=inner)
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A constant that does not fit its dtype, as the largest magnitude and where it stands."""
+
+    largest: float
+    index: tuple[int, ...]
+
+
+def overflow(tensor: Tensor, dtype: torch.dtype) -> Overflow | None:
+    """The first element that would not be finite, rounded to ``dtype``."""
+    if tensor.numel() and dtype.is_floating_point:
+        # One look at all of it: nearly every tensor fits, and a NaN fails every comparison.
+        low, high = tensor.aminmax()
+        if -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max:
+            return None
+    rounded = tensor.to(dtype)
+    bad = ~rounded.isfinite()
+    if not bool(bad.any()):
+        return None
+    index = tuple(int(i) for i in bad.nonzero()[0])
+    return Overflow(float(tensor[index].abs()), index)

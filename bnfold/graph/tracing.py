@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses import FakeTensor
+from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
@@ -22,8 +24,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bnfold.graph.copies import twin
 from bnfold.graph.failures import explained, fails, is_torchs, quiet
-from bnfold.graph.whole_layers import whole_recurrent
 
+_ATEN = torch.ops.aten
+_LAYERS = (_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input)
+_KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 #: A module that runs so often in one call is being walked step by step, which a trace takes long for.
 STEPS = 100
 #: Called with what a user should know while it takes long.
@@ -186,3 +190,34 @@ def _held(owner: str, attributes: Iterable[tuple[object, object]], depth: int = 
             yield from _held(place, enumerate(value), depth - 1)
         elif isinstance(value, dict) and depth and key != "_modules":
             yield from _held(place, value.items(), depth - 1)
+
+
+@contextmanager
+def whole_recurrent() -> Iterator[None]:
+    """While a graph is traced, recurrent layers stay one operator.
+
+    To find out their shapes torch walks them step by step, which takes long and fixes the number of steps. Their shapes
+    follow from their operands'.
+    """
+    saved = [(layer, key, layer.py_kernels[key]) for layer in _LAYERS for key in _KEYS if key in layer.py_kernels]
+    for layer, key, walking in saved:
+        layer.py_kernels[key] = partial(_shapes, walking)
+        layer._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for layer, key, walking in saved:
+            layer.py_kernels[key] = walking
+            layer._dispatch_cache.clear()
+
+
+def _shapes(
+    walking: Callable[..., Any], data: Tensor, state: Tensor | Sequence[Tensor], parameters: Any, *options: Any
+) -> Any:
+    """Empty results of the shapes that the layer's have: ``(out, h)``, of an LSTM ``(out, h, c)``."""
+    if not isinstance(data, FakeTensor):
+        return walking(data, state, parameters, *options)
+    states = [state] if isinstance(state, Tensor) else list(state)
+    bidirectional = options[4]
+    features = states[0].shape[2] * (2 if bidirectional else 1)
+    return (data.new_empty((*data.shape[:2], features)), *(torch.empty_like(each) for each in states))

@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
@@ -97,7 +96,7 @@ def lower(
             )
     returned = {spec.arg.name for spec, _ in own}
     tagged = [name for name in dict.fromkeys(sites) if name not in returned]
-    model = translate(_without_assertions(_without_unused_statistics(with_outputs(program, tagged))), opset)
+    model = translate(with_outputs(program, tagged), opset)
     graph = model.graph
     for value, name in zip(list(graph.outputs)[len(own) :], tagged):
         value.name = f"site:{name}"
@@ -159,31 +158,6 @@ def relocate(path: Path, data: str, digest: str) -> None:
                 entry.value = data
     model.metadata_props.add(key="bnfold.data_sha256", value=digest)
     path.write_bytes(model.SerializeToString())
-
-
-def _without_assertions(program: ExportedProgram) -> ExportedProgram:
-    """Takes checks of numbers out of ``program`` itself, and what is computed for them alone.
-
-    ONNX cannot say them, and torch.onnx (2.13) has no translation for ``_is_all_true``, from which some are made.
-    """
-    for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default:
-            program.graph.erase_node(node)
-    program.graph.eliminate_dead_code()
-    program.graph_module.recompile()
-    return program
-
-
-def _without_unused_statistics(program: ExportedProgram) -> ExportedProgram:
-    """Takes the running statistics from a batch_norm that uses the batch's, in ``program`` itself.
-
-    torch.onnx (2.13) lowers one that has them to inference, whatever ``training`` says.
-    """
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.batch_norm.default and node.args[5] is True:
-            node.args = (*node.args[:3], None, None, *node.args[5:])
-    program.graph_module.recompile()
-    return program
 
 
 def _strip(model: ir.Model) -> None:

@@ -9,6 +9,7 @@ it gets the program as it was.
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import re
@@ -25,8 +26,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from bnfold.errors import LowerError
-from bnfold.graph.whole_layers import whole_recurrent
-from bnfold.lowering.registry import gathered_once
+from bnfold.graph.functional import arguments, module_of
+from bnfold.graph.tracing import whole_recurrent
 
 _ATEN = torch.ops.aten
 _HALVES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
@@ -71,18 +72,10 @@ class _Decomposed(ExportedProgram):
     """A program in which there may be nothing left to decompose; it looks before it traces itself again."""
 
     @classmethod
-    def of(cls, program: ExportedProgram) -> _Decomposed:
-        return cls(
-            root=program.graph_module,
-            graph=program.graph,
-            graph_signature=program.graph_signature,
-            state_dict=program.state_dict,
-            range_constraints=program.range_constraints,
-            module_call_graph=program.module_call_graph,
-            example_inputs=program.example_inputs,
-            constants=program.constants,
-            verifiers=program.verifiers,
-        )
+    def of(cls, program: ExportedProgram) -> ExportedProgram:
+        found = copy.copy(program)
+        found.__class__ = cls
+        return found
 
     def run_decompositions(self, decomp_table: Mapping[Any, Any] | None = None, **options: Any) -> ExportedProgram:
         if decomp_table is None or any(node.target in decomp_table for node in self.graph.nodes):
@@ -92,7 +85,7 @@ class _Decomposed(ExportedProgram):
 
 
 def _by_torch(program: ExportedProgram, opset: int | None) -> ir.Model:
-    from bnfold.lowering.translations import TRANSLATIONS  # onnxscript takes long, and no file needs it
+    from bnfold.lowering.translations import TRANSLATIONS, gathered_once  # onnxscript takes long, and no file needs it
 
     try:
         with quiet(), torch.no_grad(), whole_recurrent(), gathered_once():
@@ -134,6 +127,10 @@ def quiet() -> Iterator[None]:
 
 def _rewrite(module: fx.GraphModule) -> bool:
     """Writes what can be written by other operators; whether nothing is left that has to be traced again."""
+    # Checks of numbers ONNX cannot say, and torch.onnx (2.13) does not know all that they are computed from.
+    for node in module.graph.find_nodes(op="call_function", target=_ATEN._assert_scalar.default):
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
     plain, known = True, dict[str, fx.Node]()
     for node in list(module.graph.nodes):
         if node.op != "call_function":
@@ -151,8 +148,8 @@ def _rewrite(module: fx.GraphModule) -> bool:
         rewrite = _REWRITES.get(target)
         if rewrite is not None:
             with module.graph.inserting_before(node):
-                rewrite(node, _arguments(node))
-        if target is _ATEN.dropout_.default and _arguments(node)["train"] is False:
+                rewrite(node, arguments(node))
+        if target is _ATEN.dropout_.default and arguments(node)["train"] is False:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
             continue
@@ -163,23 +160,8 @@ def _rewrite(module: fx.GraphModule) -> bool:
     return plain
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    assert isinstance(node.target, OpOverload)
-    found = {}
-    for i, argument in enumerate(node.target._schema.arguments):
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        found[argument.name] = given
-    return found
-
-
 def _become(node: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> None:
     node.target, node.args, node.kwargs = target, args, kwargs
-
-
-def _module_of(node: fx.Node) -> str | None:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    return f"module '{path.split('@')[0]}'" if path else None
 
 
 def _size(node: fx.Node) -> tuple[Any, ...]:
@@ -232,8 +214,13 @@ def _spread(value: Any, rank: int) -> list[Any]:
 
 
 def _normalise(node: fx.Node, given: dict[str, Any]) -> None:
-    """A BatchNorm in eval mode; torch.onnx reads the first of its three results."""
+    """A BatchNorm in eval mode; torch.onnx (2.13) reads the first of its three results.
+
+    One that uses the batch's statistics it lowers to inference, whatever ``training`` says, unless it has no others.
+    """
     needed = ("weight", "bias", "running_mean", "running_var")
+    if given["training"] is True:
+        _become(node, _ATEN.batch_norm.default, *(given | dict.fromkeys(needed[2:])).values())
     if given["training"] is not False or any(given[name] is None for name in needed):
         return
     normalised = node.graph.call_function(
@@ -263,10 +250,10 @@ def _projected(node: fx.Node, given: dict[str, Any]) -> None:
     """ONNX's LSTM returns its state as it is; torch.onnx (2.13) would take the projection for a bias."""
     state, cell = given["hx"]
     if _size(state)[2] != _size(cell)[2]:
+        where, hint = module_of(node), "Use an LSTM without, and a linear layer behind it"
         raise LowerError(
-            "ONNX's LSTM has no projections (proj_size)", where=_module_of(node),
-            hint="Use an LSTM without, and a linear layer behind it",
-        )  # fmt: skip
+            "ONNX's LSTM has no projections (proj_size)", where=f"module '{where}'" if where else None, hint=hint
+        )
 
 
 def _attended(node: fx.Node, given: dict[str, Any]) -> None:

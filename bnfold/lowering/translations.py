@@ -1,9 +1,19 @@
-"""Operators that ONNX has and torch.onnx (2.13) does not write: it walks them step by step, a node for every step."""
+"""Translations of operators: those of torch.onnx, gathered once a process, and of what ONNX has and it does not write.
+
+``torch.onnx.export`` gathers all of its own anew for every model, and parses the source of each to learn a domain that
+nothing asks for: more than half of its time on a small model. Recurrent layers torch.onnx (2.13) walks step by step, a
+node for every step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from onnxscript import opset18 as op
@@ -51,3 +61,37 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.rnn_relu.input: _rnn("Relu"),
     torch.ops.aten.log_sigmoid.default: _log_sigmoid,
 }
+
+
+@contextmanager
+def gathered_once() -> Iterator[None]:
+    """While it holds ``torch.onnx.export`` takes what was gathered before; of a torch with other insides, anew."""
+    try:
+        from onnxscript.values import TracedOnnxFunction
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        gather, parsed = ONNXRegistry.from_torchlib, TracedOnnxFunction.function_ir
+    except (ImportError, AttributeError):
+        yield
+        return
+    del parsed
+    with patch.object(ONNXRegistry, "from_torchlib", _Once(gather, TracedOnnxFunction)):
+        yield
+
+
+@functools.cache
+def _gathered(gather: Callable[..., Any], traced: type, opset: int | None) -> Any:
+    with patch.object(traced, "function_ir", SimpleNamespace(domain="")):
+        return gather() if opset is None else gather(opset_version=opset)
+
+
+class _Once:
+    """Takes the place of ``ONNXRegistry.from_torchlib``; the exporter adds to what it is given."""
+
+    def __init__(self, gather: Callable[..., Any], traced: type) -> None:
+        self._gather, self._traced = gather, traced
+
+    def __call__(self, opset_version: int | None = None) -> Any:
+        found = copy.copy(_gathered(self._gather, self._traced, opset_version))
+        found.functions = {target: list(kept) for target, kept in found.functions.items()}
+        return found

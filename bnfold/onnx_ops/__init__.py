@@ -9,33 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from bnfold.onnx_ops.moving import (
-    average_pool,
-    cast,
-    extremum,
-    gather,
-    mean,
-    move,
-    pad,
-    resize,
-    spatial_extremum,
-    spatial_mean,
-    total,
-)
-from bnfold.onnx_ops.scaling import (
-    batch_norm,
-    conv,
-    einsum,
-    gemm,
-    group_norm,
-    instance_norm,
-    layer_norm,
-    matmul,
-    prelu,
-    recurrent,
-    scaler,
-)
-from bnfold.semantics import Homogeneous, Opaque, Same, Semantics, ShapeOnly, build
+from bnfold.onnx_ops import rows
+from bnfold.semantics import Homogeneous, Opaque, Semantics, ShapeOnly, build
+from bnfold.semantics.build import OPAQUE
 
 if TYPE_CHECKING:
     from bnfold.graph.onnx_call import OnnxCall
@@ -47,35 +23,13 @@ def _first(call: OnnxCall) -> str:
     return next(iter(call.arguments))
 
 
-def _same(call: OnnxCall) -> Semantics:
-    return Same(_first(call)) if call.item in (None, 0) else build.OPAQUE
-
-
-def _dropout(call: OnnxCall) -> Semantics:
-    training = call.arguments.get("training_mode") is not None and not call.is_constant("training_mode")
-    mode = call.constant("training_mode") if call.arguments.get("training_mode") is not None else None
-    return build.OPAQUE if training or (mode is not None and bool(mode.any())) else _same(call)
-
-
-def _relu(call: OnnxCall) -> Semantics:
-    return Homogeneous((_first(call),), clips=call.operator == "Relu")
-
-
-def _opaque(call: OnnxCall) -> Semantics:
-    return build.OPAQUE
+def _each(call: OnnxCall, name: str) -> list[str]:
+    """The slots of operands without number."""
+    return [f"{name}.{i}" for i in range(len(call[name]))]
 
 
 def _sum(call: OnnxCall) -> Semantics:
-    operands = call.arguments["data_0"]
-    return build.added(call, "data_0.0", "data_0.1") if len(operands) == 2 else build.OPAQUE
-
-
-def _greatest(call: OnnxCall) -> Semantics:
-    return build.greatest(call, [f"data_0.{i}" for i in range(len(call["data_0"]))])
-
-
-def _shape_only(call: OnnxCall) -> Semantics:
-    return ShapeOnly((_first(call),))
+    return build.added(call, "data_0.0", "data_0.1") if len(call["data_0"]) == 2 else OPAQUE
 
 
 _MOVES = "Reshape Flatten Transpose Squeeze Unsqueeze Concat Slice Split Expand Tile DepthToSpace SpaceToDepth"
@@ -86,55 +40,49 @@ _NONLINEAR = (
 )
 TABLE: dict[str, Row] = {
     # Affines
-    "BatchNormalization": batch_norm,
+    "BatchNormalization": rows.batch_norm,
     "Mul": lambda call: build.multiplied(call, "A", "B"),
     "Div": lambda call: build.divided(call, "A", "B"),
     "Add": lambda call: build.added(call, "A", "B"),
     "Sub": lambda call: build.added(call, "A", "B", -1.0),
     "Sum": _sum,
     "Neg": lambda call: build.negated(call, "X"),
-    "ai.onnx.ml.Scaler": scaler,
+    "ai.onnx.ml.Scaler": rows.scaler,
     # Contractions
-    "Conv": conv,
-    "ConvTranspose": conv,
-    "Gemm": gemm,
-    "MatMul": matmul,
-    "Einsum": einsum,
-    "LSTM": recurrent,
-    "GRU": recurrent,
-    "RNN": recurrent,
-    "Gather": gather,
-    # Normalised
-    "InstanceNormalization": instance_norm,
-    "LayerNormalization": layer_norm,
-    "GroupNormalization": group_norm,
+    **dict.fromkeys(["Conv", "ConvTranspose"], rows.conv),
+    "Gemm": rows.gemm,
+    "MatMul": rows.matmul,
+    "Einsum": lambda call: build.einsum(call, call.attribute("equation", ""), _each(call, "Inputs")),
+    **dict.fromkeys(["LSTM", "GRU", "RNN"], rows.recurrent),
+    "Gather": rows.gather,
+    # Normalised: a scale and a bias per channel; before opset 21 GroupNormalization has one per group
+    "InstanceNormalization": lambda call: build.normalised(call, (1,), "scale", "B"),
+    "LayerNormalization": rows.layer_norm,
+    "GroupNormalization": lambda c: build.normalised(c, (1,), "scale", "bias") if c.opset >= 21 else OPAQUE,
     # Movements
-    **dict.fromkeys([*_MOVES.split(), "GatherElements", "GatherND"], move),
-    "Pad": pad,
-    "Identity": _same,
-    "Dropout": _dropout,
-    "Cast": cast,
-    "CastLike": cast,
+    **dict.fromkeys([*_MOVES.split(), "GatherElements", "GatherND"], rows.move),
+    "Pad": rows.pad,
+    "Identity": rows.same,
+    "Dropout": rows.dropout,
+    **dict.fromkeys(["Cast", "CastLike"], lambda call: build.cast(call, "input")),
     # Averages
-    "AveragePool": average_pool,
-    "GlobalAveragePool": spatial_mean,
-    "ReduceMean": mean,
-    "ReduceSum": total,
-    "Resize": resize,
-    "Upsample": resize,
+    "AveragePool": rows.average_pool,
+    "GlobalAveragePool": rows.spatial_mean,
+    "ReduceMean": lambda call: rows.reduced(call, "mean"),
+    "ReduceSum": lambda call: rows.reduced(call, "sum"),
+    **dict.fromkeys(["Resize", "Upsample"], rows.resize),
     # Homogeneous
-    **dict.fromkeys(["Relu", "LeakyRelu", "Abs"], _relu),
-    "PRelu": prelu,
-    "MaxPool": spatial_extremum,
-    "GlobalMaxPool": spatial_extremum,
-    "ReduceMax": extremum,
-    "ReduceMin": extremum,
-    **dict.fromkeys(["Max", "Min"], _greatest),
+    "Relu": lambda call: Homogeneous(("X",), clips=True),
+    **dict.fromkeys(["LeakyRelu", "Abs"], lambda call: Homogeneous(("X",))),
+    "PRelu": lambda call: Homogeneous(("X",)) if call.is_constant("slope") else OPAQUE,
+    **dict.fromkeys(["MaxPool", "GlobalMaxPool"], rows.spatial_extremum),
+    **dict.fromkeys(["ReduceMax", "ReduceMin"], lambda call: rows.reduced(call, "extremum")),
+    **dict.fromkeys(["Max", "Min"], lambda call: build.greatest(call, _each(call, "data_0"))),
     "Where": lambda call: build.chosen(call, "X", "Y"),
     # Read for their shape alone
-    **dict.fromkeys(["Shape", "Size"], _shape_only),
+    **dict.fromkeys(["Shape", "Size"], lambda call: ShapeOnly((_first(call),))),
     # Known to let nothing pass
-    **dict.fromkeys(_NONLINEAR.split(), _opaque),
+    **dict.fromkeys(_NONLINEAR.split(), lambda call: OPAQUE),
 }
 
 

@@ -7,7 +7,6 @@ and deviation. One with a gamma next to zero makes a ``y`` that is nearly all be
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from bnfold.affine import Affine
 from bnfold.graph.graph import Node
-from bnfold.passes.gauges import Gauges
-from bnfold.passes.plan import Path, downstream, upstream
 from bnfold.passes.solution import Solution
 from bnfold.semantics import Scaling
 
@@ -34,24 +31,25 @@ class Cancellation:
     factor: float
 
 
-def cancellations(gauges: Gauges, solution: Solution, gone: Collection[Node]) -> list[Cancellation]:
+def cancellations(solution: Solution) -> list[Cancellation]:
     """The values next to BatchNorms that some reader has to make of what is mostly a shift."""
-    found, ways = list[Cancellation](), list[dict[Node, Path]]()
+    gauges, found = solution.gauges, list[Cancellation]()
     for norm in gauges.sites:
         semantics = gauges.at(norm)
         if not isinstance(semantics, Scaling) or semantics.usual is None:
             continue
         usual, own = semantics.usual, semantics.affine
         near = {gauges.operand(norm): (usual, _size(usual))}
-        if norm in gone:  # what it makes is stored as its operand is; where it multiplies by zero nobody reads it
+        if (
+            norm in solution.gone
+        ):  # what it makes is stored as its operand is; where it multiplies by zero nobody reads it
             made = own.after(usual)
             rounded = torch.maximum(_size(made), (own.scale * _size(usual)).abs())
             near[norm] = made, torch.where(own.scale == 0, torch.inf, rounded)
         for value, (values, rounded) in near.items():
             if solution.is_kept(value):
                 continue
-            ways = ways or [way(gauges, solution, set(gone)) for way in (upstream, downstream)]
-            if not all(paths[value].into for paths in ways):
+            if not (solution.upstream[value].into and solution.downstream[value].into):
                 continue  # what is stored is a value of the model, or nobody makes up for it
             after, smallest = solution.after(value), torch.finfo(gauges.graph.dtype(value)).tiny
             factor = _size(after.after(values)).clamp(min=smallest) / (after.scale.abs() * rounded)

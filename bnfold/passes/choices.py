@@ -49,11 +49,9 @@ class Terms:
 
 
 class Choices:
-    """The choices that the gauges of a graph leave.
+    """The choices that gauges leave, whose systems are added to, and taken back.
 
-    Args:
-        gauges: their systems are added to, and taken back.
-        excluded: the ways that an affine must not go, ``"backward"`` or ``"forward"``.
+    ``excluded`` says which ways an affine must not go, ``"backward"`` or ``"forward"``.
     """
 
     def __init__(self, gauges: Gauges, excluded: Callable[[Node], Collection[str]] = lambda site: ()) -> None:
@@ -124,9 +122,9 @@ class Choices:
         return best
 
     def _run(self, order: Sequence[Node], terms: Terms) -> Choice:
-        """Lets affines go in an order, BatchNorms first, each that can. Between the two kinds come the contractions
+        """Lets affines go in an order, BatchNorms first, each that can.
 
-        that have no place for a bias, and do without one where that is possible.
+        Between the two kinds come the contractions that have no place for a bias, and do without where they can.
         """
         self._equations.undo(self._gauges.start)
         wrong = self._add(terms.held)
@@ -223,9 +221,9 @@ class Choices:
 
 
 def _parts(items: list[Node], last: int) -> list[list[Node]]:
-    """In parts, the last one first, where the first up to ``last`` contradict one another: those before it, it alone,
+    """In parts, the last one first, where the first up to ``last`` contradict one another.
 
-    and of the rest ever more, so that what is tried in vain is no more than what is accepted.
+    Those before it, it alone, and ever more of the rest: what is tried in vain is no more than what is accepted.
     """
     found = [items[:last]] * (last > 0) + [items[last : last + 1]]
     at, size = last + 1, 2 * last + 2

@@ -18,9 +18,8 @@ import torch
 from bnfold.graph.graph import Graph, Node
 from bnfold.passes.choices import Choice, Choices
 from bnfold.passes.gauges import Gauges
-from bnfold.passes.plan import Path, Plan, downstream
 from bnfold.passes.rewriter import Rewriter
-from bnfold.passes.solution import Solution, scaled
+from bnfold.passes.solution import Path, Plan, Solution, scaled
 from bnfold.report import Ledger, Scaled
 from bnfold.semantics import Contraction
 from bnfold.semantics.system import Floats, Ints, given
@@ -65,13 +64,12 @@ def equalize(graph: Graph, ledger: Ledger) -> Ledger:
     while True:
         balance = _Balance(gauges, frozen)
         solution = scaled(gauges, balance.choose)
-        plan = Plan.of(gauges, solution, set())
+        plan = Plan.of(solution)
         over = next((v for (v, slot), t in plan.constants.items() if graph.overflow(v, slot, t)), None)
         if over is None:
             break
         frozen |= balance.around(over)
-    made = downstream(gauges, solution, set())
-    moved = [value for value in gauges.of if not solution.is_kept(value)]
+    made, moved = solution.downstream, [value for value in gauges.of if not solution.is_kept(value)]
     plan.apply(rewriter)
     for value in moved:
         meaning = graph.meaning(value)

@@ -1,7 +1,8 @@
 """Folding: as many per-channel affines go as the gauges around them allow. Planning is pure, applying is dumb.
 
-``gauges`` says which affines can go together, and what every value is then stored as; ``plan`` computes every constant
-once from that; here it is found legal (a constant must fit its dtype, and hold at every size), carried out and told.
+``gauges`` says which affines can go together, and what every value is then stored as; ``solution`` computes every
+constant once from that; here it is found legal (a constant must fit its dtype, and hold at every size), carried out and
+told.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from bnfold.passes.cancellation import cancellations
 from bnfold.passes.choices import Choices
 from bnfold.passes.gauges import Gauges
 from bnfold.passes.normalisations import recognise
-from bnfold.passes.plan import Edit, Path, Plan, downstream, upstream
 from bnfold.passes.reasons import reasons
 from bnfold.passes.rewriter import Rewriter
-from bnfold.passes.solution import solved
+from bnfold.passes.solution import Edit, Path, Plan, solved
 from bnfold.report import Entry, Ledger, Outcome, Refusal
 from bnfold.semantics import Opaque, Same, Scaling
 from bnfold.semantics.sizes import WAYS
@@ -45,12 +45,7 @@ def fold(graph: Graph) -> Ledger:
 
 
 class Folder:
-    """The state of one pass.
-
-    Args:
-        graph: edited by ``run``; ``journal`` then tells the edits.
-        excluded: what must stay, beyond what algebra says.
-    """
+    """One pass: ``run`` edits the graph, ``journal`` then tells the edits; ``excluded`` is what must stay as well."""
 
     def __init__(self, graph: Graph, excluded: Excluded | None = None) -> None:
         self.graph = graph
@@ -61,8 +56,7 @@ class Folder:
     def run(self) -> Ledger:
         """Folds; the ledger has an entry for every affine there was."""
         self._settle()
-        up, down = (find(self._gauges, self._solution, self._gone) for find in (upstream, downstream))
-        self._went = {site: self._told(site, up, down) for site in self._choice.gone}
+        self._went = {site: self._told(site) for site in self._choice.gone}
         entries = {site: self._entry(site) for site in self._gauges.sites}
         self._by = self._apply()
         self.graph.refresh()
@@ -76,9 +70,9 @@ class Folder:
         self._gauges = Gauges(self.rewriter)
         while True:
             self._choice = Choices(self._gauges, self._ways).choose()
-            self._gone = set(self._choice.gone)
-            self._solution = solved(self._gauges, self._gone)
-            self._plan = Plan.of(self._gauges, self._solution, self._gone)
+            self._solution = solved(self._gauges, self._choice.gone)
+            self._gone = self._solution.gone
+            self._plan = Plan.of(self._solution)
             if self._overflows() or self._cancels():
                 continue
             kept = self._must_be_kept()
@@ -91,7 +85,7 @@ class Folder:
         """Values that have to be stored as they are although the gauges leave them free, and why."""
         moved = [value for value in self._gauges.of if not self._solution.is_kept(value)]
         if rounded := [value for value in moved if self._rounds(value)]:
-            made = upstream(self._gauges, self._solution, self._gone)
+            made = self._solution.upstream
             if rounded := [value for value in rounded if value in made and made[value].into]:
                 return dict.fromkeys(rounded, "dtype")
         mixed = [value for value in moved if self._gauges.mixes(value)]
@@ -116,7 +110,7 @@ class Folder:
                 again = Gauges(Rewriter(self.graph), self._fixed)
                 if not Choices(again, self._ways).holds(self._choice):
                     return False
-                if not self._plan.equals(Plan.of(again, solved(again, self._gone), self._gone)):
+                if not self._plan.equals(Plan.of(solved(again, self._gone))):
                     return False
             return True
         finally:
@@ -139,7 +133,7 @@ class Folder:
 
     def _cancels(self) -> bool:
         """Keeps affines from going because of which what is stored next to them would be mostly a shift."""
-        found = cancellations(self._gauges, self._solution, self._gone)
+        found = cancellations(self._solution)
         for each in found:
             reads = [r for r in self.graph.readers(each.value) if r in self._gone and self._solution.is_kept(r)]
             detail = f"rounding would move [{', '.join(map(str, each.index))}] {each.factor:.2g} times as much"
@@ -217,13 +211,13 @@ class Folder:
         into = sorted(path.into, key=graph.order.__getitem__)
         return Entry(*what, direction, tuple(dict.fromkeys(map(self.rewriter.where, into))), path.through)
 
-    def _told(self, site: Node, up: dict[Node, Path], down: dict[Node, Path]) -> tuple[Outcome, Path]:
+    def _told(self, site: Node) -> tuple[Outcome, Path]:
         """Which way an affine went, and what took it up."""
-        operand = self._gauges.operand(site)
+        operand, up = self._gauges.operand(site), self._solution.upstream
         back = up[site] if operand in up or not self._solution.is_kept(operand) else Path()
         if self._solution.is_kept(site):
             return "backward", back
-        onward = down[site]
+        onward = self._solution.downstream[site]
         if not onward.into and not self._solution.is_kept(operand):  # composed with another one
             return "backward", back
         return "forward", Path.joined([back, onward]) if back.into else onward
@@ -237,7 +231,7 @@ class Folder:
             return (self._banned[site],)
         given = tuple(self._excluded[self.graph.name(site), way] for way in self._ways(site))
         why = self._choice.why.get(site)
-        found = reasons(self._gauges, self.rewriter, site, why) if why is not None else ()
+        found = reasons(self._gauges, site, why) if why is not None else ()
         return (*given, *(refusal for refusal in found if not given or refusal.reason != "inexpressible"))
 
     def _with_sites(self, entry: Entry, site: Node) -> Entry:

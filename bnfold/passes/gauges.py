@@ -38,18 +38,12 @@ class Equation:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Equations of one system that cannot all hold.
-
-    Attributes:
-        system: its name.
-        equations: those that failed first and last, and what they contradict.
-        variables: one of every equation that failed.
-        dead: of an affine that multiplies by zero, why its readers cannot leave those channels out either.
-    """
+    """Equations of one system that cannot all hold."""
 
     system: str
-    equations: tuple[Equation, ...]
-    variables: tuple[int, ...] = ()
+    equations: tuple[Equation, ...]  #: those that failed first and last, and what they contradict.
+    variables: tuple[int, ...] = ()  #: one of every equation that failed.
+    #: of an affine that multiplies by zero, why its readers cannot leave those channels out either.
     dead: Contradiction | None = None
 
     @property
@@ -59,15 +53,10 @@ class Contradiction:
 
 
 class Gauges:
-    """The equations of a graph.
-
-    Args:
-        rewriter: of the graph, which is only read.
-        fixed: values that stay as they are, beyond what operators say, and why.
-    """
+    """The equations of a graph, which is only read; ``fixed``: values that stay as they are, and why."""
 
     def __init__(self, rewriter: Rewriter, fixed: Mapping[Node, str] | None = None) -> None:
-        self._rewriter, self.graph, self._fixed = rewriter, rewriter.graph, fixed or {}
+        self.rewriter, self.graph, self._fixed = rewriter, rewriter.graph, fixed or {}
         self.equations = Equations()
         self.of: dict[Node, Gauge] = {}
         #: In the graph's order: the affines, those and what would be one, and contractions with no place for a bias.
@@ -88,7 +77,7 @@ class Gauges:
 
     def at(self, value: Node) -> Semantics:
         """What an operator does, an affine without what is multiplied by zero afterwards."""
-        return self._neutral.get(value) or self._rewriter.at(value)
+        return self._neutral.get(value) or self.rewriter.at(value)
 
     def call(self, value: Node) -> Call:
         """The operator application that makes a value."""
@@ -190,7 +179,7 @@ class Gauges:
             if not isinstance(second, Scaling) or not bool((second.affine.scale == 0).any()):
                 continue
             before = self.call(value).at(second.slot)
-            first = self._rewriter.at(before) if before.op == "call_function" else None
+            first = self.rewriter.at(before) if before.op == "call_function" else None
             if isinstance(first, Scaling) and len(list(self.graph.readers(before))) == 1:
                 zero = second.affine.scale == 0
                 scale, shift = torch.where(zero, 1.0, first.affine.scale), torch.where(zero, 0.0, first.affine.shift)

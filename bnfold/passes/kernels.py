@@ -61,11 +61,6 @@ class Kernel:
         """Whether it is ``scale[c] * x[c] + shift[c]``."""
         return self.is_pointwise and self.weight.shape[1:3] == (1, 1)
 
-    @property
-    def multiply_adds(self) -> int:
-        """Per output position."""
-        return self.weight.numel()
-
     def scaled(self, factor: float) -> Kernel:
         """``factor * y``."""
         return self if factor == 1 else replace(self, weight=self.weight * factor, bias=self.bias * factor)

@@ -158,7 +158,7 @@ class LinearMaps(Rewriter):
         if kernel.geometry.transposed and isinstance(semantics, Contraction):
             source = self.graph.example_shape(self.graph.call(node).at(semantics.data))
             positions = prod(source[len(source) - spatial :])
-        return positions * kernel.multiply_adds if isinstance(semantics, Contraction) else 0
+        return positions * kernel.weight.numel() if isinstance(semantics, Contraction) else 0
 
     def through_same(self, value: Node, *, alone: bool = False) -> Node:
         """What a value is a copy of; with ``alone``, only as far as nobody else reads the copies."""

@@ -6,6 +6,7 @@ carries and the user reads what went where; and one that stays is one pass over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,19 +155,18 @@ def _normalise(graph: Graph, found: _Written, data: Node) -> None:
     scale, shift = (part.flatten().expand(size) for part in (found.affine.scale, found.affine.shift))
     one = torch.ones(size, dtype=torch.float64)
     parts = {"weight": scale, "bias": shift + scale * found.mean, "running_mean": found.mean, "running_var": one}
-    module, dtype = graph.module(found.value), graph.dtype(found.value)
-    new = [graph.new_constant(t, dtype, f"{module}.{name}" if module else name) for name, t in parts.items()]
-    graph.become(found.value, _ATEN.batch_norm.default, data, *new, False, 0.0, 0.0, False)
+    graph.become(found.value, _ATEN.batch_norm.default, data, *_constants(graph, found, parts), False, 0.0, 0.0, False)
     graph.take_shape(found.value, data)
+
+
+def _constants(graph: Graph, found: _Written, parts: Mapping[str, Tensor]) -> list[Node]:
+    module, dtype = graph.module(found.value), graph.dtype(found.value)
+    return [graph.new_constant(part, dtype, f"{module}.{name}" if module else name) for name, part in parts.items()]
 
 
 def _scale(graph: Graph, found: _Written) -> None:
     """``value`` is ``data`` times a constant plus a constant."""
-    module, dtype = graph.module(found.value), graph.dtype(found.value)
-    scale, shift = (
-        graph.new_constant(part, dtype, f"{module}.{name}" if module else name)
-        for name, part in (("weight", found.affine.scale), ("bias", found.affine.shift))
-    )
+    scale, shift = _constants(graph, found, {"weight": found.affine.scale, "bias": found.affine.shift})
     graph.become(found.first, _ATEN.mul.Tensor, found.data, scale)
     graph.stands_for[found.first] = None
     graph.become(found.value, _ATEN.add.Tensor, found.first, shift)

@@ -8,7 +8,6 @@ import numpy as np
 
 from bnfold.graph.graph import Node
 from bnfold.passes.gauges import Contradiction, Equation, Gauges
-from bnfold.passes.rewriter import Rewriter
 from bnfold.report import Refusal
 from bnfold.semantics import Average, Homogeneous, Movement, Opaque, Product, Same, Scaling, Sum
 from bnfold.semantics.equations import SHIFT, SIGN
@@ -18,17 +17,17 @@ from bnfold.semantics.system import Ints
 NAMED, LOOKED = 6, 2000
 
 
-def reasons(gauges: Gauges, rewriter: Rewriter, site: Node, why: Contradiction) -> tuple[Refusal, ...]:
+def reasons(gauges: Gauges, site: Node, why: Contradiction) -> tuple[Refusal, ...]:
     """The two things that want something different: what the affine reads, and what reads it."""
-    found = _Reader(gauges, rewriter, site, why).refusals()
+    found = _Reader(gauges, site, why).refusals()
     if why.dead is not None:  # emptied by what makes it, or left out by what reads it: neither can be
-        found = (found[0], _Reader(gauges, rewriter, site, why.dead).refusals()[-1])
+        found = (found[0], _Reader(gauges, site, why.dead).refusals()[-1])
     return found
 
 
 class _Reader:
-    def __init__(self, gauges: Gauges, rewriter: Rewriter, site: Node, why: Contradiction) -> None:
-        self._gauges, self._rewriter, self._site, self._why = gauges, rewriter, site, why
+    def __init__(self, gauges: Gauges, site: Node, why: Contradiction) -> None:
+        self._gauges, self._site, self._why = gauges, site, why
         self._graph = gauges.graph
         self._operand: Node = gauges.operand(site)
         self._own = [e for e in why.equations if e.node is site and e.reason == "goes"]
@@ -191,10 +190,10 @@ class _Reader:
         operator = names.get(node.op) or self._gauges.call(node).operator
         operator = "" if reason in ("model-input", "model-output") else operator
         nodes = chain if chain is not None else [e.node for e in path or ()]
-        between = tuple(dict.fromkeys(self._rewriter.where(n) for n in nodes if n is not node))
+        between = tuple(dict.fromkeys(self._gauges.rewriter.where(n) for n in nodes if n is not node))
         if len(between) > NAMED:
             between = (*between[: NAMED // 2], "...", *between[-(NAMED // 2) :])
-        return Refusal(reason, self._rewriter.where(node), operator, self._detail(reason), between)
+        return Refusal(reason, self._gauges.rewriter.where(node), operator, self._detail(reason), between)
 
     def _detail(self, reason: str) -> str:
         channels = self._channels()

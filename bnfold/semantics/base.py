@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,44 +14,12 @@ from bnfold.semantics.equations import Equations, Gauge, pinned
 Shape = tuple[int, ...]
 
 
-class Operands(Protocol):
-    """One operator application, as a row sees it: a slot is the name of an operand, with an index for lists."""
-
-    def __getitem__(self, name: str) -> Any:
-        """The argument in a slot; None where it is empty."""
-
-    def is_constant(self, slot: str) -> bool:
-        """Whether what is in a slot depends on no input; an empty one does not."""
-
-    def constant(self, slot: str) -> Tensor | None:
-        """The float64 value of such a slot; None for another."""
-
-    def shape(self, slot: str) -> Shape:
-        """The shape of a slot's tensor."""
-
-    def size(self, axis: int) -> int:
-        """The size of the result along one axis."""
-
-    @property
-    def rank(self) -> int:
-        """The number of axes of the result."""
-
-    @property
-    def out_shape(self) -> Shape:
-        """The shape of the result."""
-
-
 @dataclass(frozen=True)
 class Rewritten:
-    """Constants of an operator whose operands and result are stored in other gauges.
+    """Constants of an operator whose operands and result are stored in other gauges, float64."""
 
-    Attributes:
-        constants: float64 tensors that replace constant operands, by slot.
-        add: float64 tensor to add to the operator's output, where it has no operand for a bias.
-    """
-
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
-    add: Tensor | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  #: those that replace constant operands, by slot.
+    add: Tensor | None = None  #: what is added to the operator's output, where it has no operand for a bias.
 
 
 class Semantics:
@@ -76,17 +44,11 @@ class Semantics:
 
 @dataclass(frozen=True)
 class Opaque(Semantics):
-    """Nothing passes: nonlinear, random, data dependent, unknown, or an affine but for what it is configured to do.
+    """Nothing passes: nonlinear, random, data dependent, unknown, or an affine but for what it is configured to do."""
 
-    Attributes:
-        reason: one of ``report.REASONS``.
-        detail: more about it.
-        kind: ``"batch_norm"`` for one that is none because of that, as with batch statistics.
-    """
-
-    reason: str = "nonlinear"
-    detail: str = ""
-    kind: str = ""
+    reason: str = "nonlinear"  #: one of ``report.REASONS``.
+    detail: str = ""  #: more about it.
+    kind: str = ""  #: ``"batch_norm"`` for one that is none because of that, as with batch statistics.
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Opaque, Operands, Semantics
+from bnfold.semantics.base import Opaque, Semantics
 from bnfold.semantics.contraction import Contraction, Geometry
-from bnfold.semantics.pointwise import Bilinear, Homogeneous, Normalised, Product, Scaling, Sum
+from bnfold.semantics.moving import Average, Same
+from bnfold.semantics.pointwise import Homogeneous, Normalised, Product, Scaling, Sum
+
+if TYPE_CHECKING:
+    from bnfold.semantics.call import Call
 
 OPAQUE = Opaque()
+Reduction = Literal["mean", "sum", "extremum"]
 
 
-def contraction(call: Operands, data: str, weight: str, *, bias: str | None = None, **how: Any) -> Semantics:
+def contraction(call: Call, data: str, weight: str, *, bias: str | None = None, **how: Any) -> Semantics:
     """``Contraction``, see there for what is in ``how``; nothing passes where its weight or bias is no constant."""
     constant = call.is_constant(weight) and (bias is None or call.is_constant(bias))
     return Contraction(call, data, weight, bias=bias, **how) if constant else OPAQUE
 
 
 def convolution(
-    call: Operands, data: str, weight: str, bias: str, groups: int, walk: Geometry | None, *, transposed: bool,
+    call: Call, data: str, weight: str, bias: str, groups: int, walk: Geometry | None, *, transposed: bool,
     padded: bool = True,
 ) -> Semantics:  # fmt: skip
     """A convolution, batched or not; a transposed one's borders see fewer taps, as if it padded.
@@ -41,12 +47,22 @@ def convolution(
     )  # fmt: skip
 
 
-def matmul(call: Operands, left: str, right: str) -> Semantics:
-    """``x @ W`` or ``W @ x`` with one constant operand, whose leading axes are shared with x or not."""
+def matmul(call: Call, left: str, right: str, *, rows_sum_to_one: bool) -> Semantics:
+    """``x @ W`` or ``W @ x`` with a constant W, whose leading axes are shared with x or not; else of two values.
+
+    Those are averaged where rows of the first, such as a softmax's, sum to one; else it is a product, which sums the
+    last axis of the first, and all of two vectors.
+    """
     if call.is_constant(right):
         data, weight, letters, rows = left, right, "io", (("", "o"), ("", "i"))
-    else:
+    elif call.is_constant(left):
         data, weight, letters, rows = right, left, "oi", (("o", ""), ("i", ""))
+    else:
+        first, second, ndim = call.shape(left), call.shape(right), call.rank
+        if rows_sum_to_one and len(second) == ndim and second[:-2] == call.out_shape[:-2]:
+            return Average(right, (ndim - 2,), ndim)
+        matrices = len(first) == len(second) == ndim >= 2
+        return Product((left, right), uniform=((-1,), (-2,)) if matrices else _everywhere(call, left, right))
     stored, given, out = call.shape(weight), call.shape(data), call.out_shape
     leading = len(stored) - 2
     if leading < 0 or len(given) < 2 or len(given) != len(out) or leading > len(out) - 2:
@@ -64,7 +80,12 @@ def matmul(call: Operands, left: str, right: str) -> Semantics:
     )  # fmt: skip
 
 
-def einsum(call: Operands, equation: str, slots: Sequence[str]) -> Semantics:
+def _everywhere(call: Call, first: str, second: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    one, other = (tuple(range(-call.graph.rank(call.at(slot)), 0)) for slot in (first, second))
+    return one, other
+
+
+def einsum(call: Call, equation: str, slots: Sequence[str]) -> Semantics:
     """One constant operand, no ellipsis, no letter twice in an operand; else a product of two values."""
     equation = equation.replace(" ", "")
     if len(slots) != 2 or "." in equation or "->" not in equation:
@@ -73,7 +94,7 @@ def einsum(call: Operands, equation: str, slots: Sequence[str]) -> Semantics:
     parts = terms.split(",")
     constants = [i for i, slot in enumerate(slots) if call.is_constant(slot)]
     if not constants:
-        return Bilinear((slots[0], slots[1]))
+        return Product((slots[0], slots[1]), uniform=_everywhere(call, *slots))
     if len(constants) != 1 or any(len(set(p)) != len(p) for p in [*parts, output]):
         return OPAQUE
     w = constants[0]
@@ -86,7 +107,7 @@ def einsum(call: Operands, equation: str, slots: Sequence[str]) -> Semantics:
     )  # fmt: skip
 
 
-def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *, batch_statistics: bool) -> Semantics:
+def normalisation(call: Call, data: str, slots: Sequence[str], eps: float, *, batch_statistics: bool) -> Semantics:
     """``gamma*(x - mean)/sqrt(var + eps) + beta`` along axis 1 of (N, C, ...); ``slots``: gamma, beta, mean, var.
 
     Those are (C,), or of the shape of a sample, and then it varies along every axis but the first.
@@ -120,7 +141,7 @@ def normalisation(call: Operands, data: str, slots: Sequence[str], eps: float, *
     return Scaling(data, own, "batch_norm", write, ("scale", "shift"), axes, usual=usual)
 
 
-def normalised(call: Operands, axes: Sequence[int], weight: str, bias: str) -> Semantics:
+def normalised(call: Call, axes: Sequence[int], weight: str, bias: str) -> Semantics:
     """Normalises with what it sees, then multiplies and adds constants that lie along ``axes``."""
     if not call.is_constant(weight) or not call.is_constant(bias):
         return OPAQUE
@@ -139,23 +160,23 @@ def normalised(call: Operands, axes: Sequence[int], weight: str, bias: str) -> S
     return Normalised(tuple(axes), write)
 
 
-def constant_affine(
-    call: Operands,
-    slot: str,
-    constant: str,
-    affine: Callable[[Tensor], Affine],
-    of: Callable[[Affine], Tensor],
-    kind: str,
-) -> Semantics:
-    """A value with a constant that is multiplied to it, divides it, or is added.
+def lookup(call: Call, slot: str) -> Semantics:
+    """Rows of a constant table (embedding): ``s*W[i] + t`` is a row of ``s*W + t``."""
 
-    Args:
-        call: the application.
-        slot: of the value.
-        constant: slot of the constant.
-        affine: what a constant, with as many axes as the value, does.
-        of: the constant that does an affine.
-        kind: ``"mul"``, ``"div"`` or ``"add"``.
+    def write(after: Affine) -> Mapping[str, Tensor]:
+        table = call.constant(slot)
+        assert table is not None
+        return {slot: table * after.scale.flatten() + after.shift.flatten()}
+
+    return Normalised((call.rank - 1,), write) if call.is_constant(slot) else OPAQUE
+
+
+def _by_constant(
+    call: Call, slot: str, constant: str, kind: str, affine: Callable[[Tensor], Affine], of: Callable[[Affine], Tensor]
+) -> Semantics:
+    """A value in ``slot`` with a constant that is multiplied to it, divides it, or is added (``kind``).
+
+    ``affine`` is what a constant, with as many axes as the value, does; ``of`` the constant that does an affine.
     """
     value = call.constant(constant)
     assert value is not None
@@ -171,31 +192,29 @@ def constant_affine(
     return Scaling(slot, found.compressed(), kind, lambda new: {constant: of(new)}, free)
 
 
-def negated(call: Operands, slot: str) -> Semantics:
+def negated(call: Call, slot: str) -> Semantics:
     """``-x``: an affine without a constant of its own."""
     return Scaling(slot, Affine.per_channel(-1.0, 0.0, call.rank), "mul", lambda new: {})
 
 
-def multiplied(call: Operands, first: str, second: str) -> Semantics:
+def multiplied(call: Call, first: str, second: str) -> Semantics:
     """By a constant an affine; of two values a product."""
     slot, constant = (second, first) if call.is_constant(first) else (first, second)
     if not call.is_constant(constant):
         return Product((first, second))
-    return constant_affine(call, slot, constant, lambda c: Affine(c, zeros_like(c)), lambda new: new.scale, "mul")
+    return _by_constant(call, slot, constant, "mul", lambda c: Affine(c, _zero(c)), lambda new: new.scale)
 
 
-def divided(call: Operands, first: str, second: str) -> Semantics:
+def divided(call: Call, first: str, second: str) -> Semantics:
     """By a constant an affine by its reciprocal; of two values a quotient; a constant by a value is none."""
     if call.is_constant(first):
         return OPAQUE
     if not call.is_constant(second):
         return Product((first, second), divides=True)
-    return constant_affine(
-        call, first, second, lambda c: Affine(1 / c, zeros_like(c)), lambda new: 1 / new.scale, "div"
-    )
+    return _by_constant(call, first, second, "div", lambda c: Affine(1 / c, _zero(c)), lambda new: 1 / new.scale)
 
 
-def added(call: Operands, first: str, second: str, alpha: float = 1.0) -> Semantics:
+def added(call: Call, first: str, second: str, alpha: float = 1.0) -> Semantics:
     """``first + alpha*second``: with a constant an affine, of two values a sum."""
     if call.is_constant(first):
         slot, constant, scale, factor = second, first, alpha, 1.0
@@ -203,14 +222,12 @@ def added(call: Operands, first: str, second: str, alpha: float = 1.0) -> Semant
         slot, constant, scale, factor = first, second, 1.0, alpha
     else:
         return Sum((first, second), alpha)
-
-    def affine(c: Tensor) -> Affine:
-        return Affine(torch.full_like(zeros_like(c), scale), c * factor)
-
-    return constant_affine(call, slot, constant, affine, lambda new: new.shift / factor, "add")
+    return _by_constant(
+        call, slot, constant, "add", lambda c: Affine(_zero(c) + scale, c * factor), lambda new: new.shift / factor
+    )
 
 
-def chosen(call: Operands, first: str, second: str) -> Semantics:
+def chosen(call: Call, first: str, second: str) -> Semantics:
     """Of two values of one shape, or of one and zero, whichever of any mask."""
     operands = tuple(slot for slot in (first, second) if not call.is_constant(slot))
     if not operands or any(call.shape(slot) != call.out_shape for slot in operands):
@@ -220,19 +237,55 @@ def chosen(call: Operands, first: str, second: str) -> Semantics:
     return Homogeneous(operands, any_sign=True) if is_zero(call, second if operands == (first,) else first) else OPAQUE
 
 
-def is_zero(call: Operands, slot: str) -> bool:
+def is_zero(call: Call, slot: str) -> bool:
     """Whether a slot holds nothing but zeros."""
     constant = call.constant(slot)
     return constant is not None and not bool(constant.any())
 
 
-def greatest(call: Operands, slots: Sequence[str]) -> Semantics:
+def greatest(call: Call, slots: Sequence[str]) -> Semantics:
     """The elementwise maximum or minimum of values of one shape."""
     if any(call.is_constant(slot) for slot in slots) or len({call.shape(slot) for slot in slots}) != 1:
         return OPAQUE
     return Homogeneous(tuple(slots), shifts=True)
 
 
-def zeros_like(constant: Tensor) -> Tensor:
+def pool(
+    call: Call, slot: str, axes: tuple[int, ...], window: tuple[int, ...], walk: Geometry | None, *, padded: bool,
+    counts: bool, ceil: bool, divisor: int | None = None,
+) -> Semantics:  # fmt: skip
+    """An average pool: where padding counts as zeros no shift passes; one that leaves nothing out is a convolution."""
+    own = divisor in (None, prod(window))
+    whole = divisor is not None and own and not padded and not ceil
+    one = whole if divisor is not None else not (padded and counts)
+    walk = walk if own and (counts or not padded) and not ceil else None
+    return Average(slot, axes, call.rank, no_shift=None if one else "zero-padding", window=window, geometry=walk)
+
+
+def reduced(call: Call, slot: str, axes: tuple[int, ...] | None, kind: Reduction, *, keep: bool) -> Semantics:
+    """A mean, a sum, which is so many times the mean, or an extremum along some axes."""
+    shape = call.shape(slot)
+    if axes is None:
+        return OPAQUE
+    if kind == "extremum":
+        return Homogeneous((slot,), axes, shifts=True, drops=not keep)
+    if kind == "mean":
+        return Average(slot, axes, len(shape), drops=not keep)
+    dynamic = set(axes) & set(call.graph.dynamic_axes(call[slot]))
+    count, no_shift = prod(shape[axis] for axis in axes), "dynamic-size" if dynamic else None
+    return Average(slot, axes, len(shape), not keep, float(count), no_shift) if count else OPAQUE
+
+
+def cast(call: Call, slot: str, size: Callable[[], Tensor | None] = lambda: None) -> Semantics:
+    """A cast that loses nothing leaves every element where it is; a narrowing one rounds. ``size``: see ``Same``."""
+    if not (call.graph.is_float(call[slot]) and call.graph.is_float(call.value)):
+        return OPAQUE
+    wide, narrow = call.graph.dtype(call.value), call.graph.dtype(call[slot])
+    if torch.promote_types(wide, narrow) != wide:
+        return OPAQUE
+    return Same(slot, True, size()) if wide != narrow else Same(slot)
+
+
+def _zero(constant: Tensor) -> Tensor:
     """A single zero with as many axes."""
     return torch.zeros((1,) * constant.ndim, dtype=torch.float64)

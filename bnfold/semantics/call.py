@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import getitem
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 Node = fx.Node
 
 
+def bound(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one application by their names in the operator's schema, defaults included."""
+    found = {}
+    for i, argument in enumerate(target._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        positional = i < len(args) and not argument.kwarg_only
+        found[argument.name] = args[i] if positional else kwargs.get(argument.name, default)
+    return found
+
+
 class Call:
     """One operator application, its arguments by their names in the operator's schema."""
 
@@ -26,14 +36,9 @@ class Call:
         # One item of an operator that returns several stands for that operator.
         self.item = value.args[1] if value.target is getitem and graph.is_list(value.args[0]) else None
         self.node: Node = value.args[0] if self.item is not None else value  # type: ignore[assignment]
-        self.arguments: dict[str, Any] = {}
-        if isinstance(self.node.target, OpOverload):
-            for i, argument in enumerate(self.node.target._schema.arguments):
-                if i < len(self.node.args) and not argument.kwarg_only:
-                    self.arguments[argument.name] = self.node.args[i]
-                else:
-                    default = argument.default_value if argument.has_default_value() else None
-                    self.arguments[argument.name] = self.node.kwargs.get(argument.name, default)
+        target = self.node.target
+        found = bound(target, self.node.args, self.node.kwargs) if isinstance(target, OpOverload) else {}
+        self.arguments: dict[str, Any] = found
 
     @property
     def operator(self) -> str:

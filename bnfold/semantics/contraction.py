@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bnfold.affine import Affine
-from bnfold.semantics.base import Operands, Rewritten, Semantics, Shape
+from bnfold.semantics.base import Rewritten, Semantics, Shape
 from bnfold.semantics.equations import EMPTY, Equations, Gauge, pinned
+
+if TYPE_CHECKING:
+    from bnfold.semantics.call import Call
 
 
 @dataclass(frozen=True)
@@ -36,34 +41,22 @@ class Contraction(Semantics):
     The weight, viewed as ``view``, has one letter per axis in ``letters``; ``out`` and ``inp`` give for every axis of
     the output and of the data the letters that, flattened, make it up (``""``: the weight does not know that axis).
     A convolution with groups is ``letters="goixy"``, ``out=("", "go", "", "")``, ``inp=("", "gi", "", "")``.
-
-    Attributes:
-        call: the application.
-        data: slot of the data.
-        weight: slot of the weight.
-        view: the weight's shape with an axis per letter.
-        letters: see above, as ``out`` and ``inp``.
-        bias: slot of the bias, which may be empty; None where there is no place for one.
-        bias_axis: the axis of the result that the bias, shape (n,), lies along; None for one that broadcasts to it.
-        bias_scale: what the operator multiplies the bias with.
-        weight_scale: what it multiplies the weight with; not 0.
-        no_shift: why no shift may come in from before, if none may.
-        geometry: of a convolution or a linear layer, how it walks: what merging must know.
     """
 
-    call: Operands
-    data: str
+    call: Call
+    data: str  #: slot of the data, as the next is of the weight.
     weight: str
-    view: Sequence[int]
+    view: Sequence[int]  #: the weight's shape with an axis per letter.
     letters: str
     out: tuple[str, ...]
     inp: tuple[str, ...]
-    bias: str | None = None
+    bias: str | None = None  #: slot of the bias, which may be empty; None where there is no place for one.
+    #: the axis of the result that the bias, shape (n,), lies along; None for one that broadcasts to it.
     bias_axis: int | None = None
-    bias_scale: float = 1.0
-    weight_scale: float = 1.0
-    no_shift: str | None = None
-    geometry: Geometry | None = None
+    bias_scale: float = 1.0  #: what the operator multiplies the bias with.
+    weight_scale: float = 1.0  #: what it multiplies the weight with; not 0.
+    no_shift: str | None = None  #: why no shift may come in from before, if none may.
+    geometry: Geometry | None = None  #: of a convolution or a linear layer, how it walks: what merging must know.
     absorbs: ClassVar[bool] = True
 
     def get_weight(self) -> Tensor:
@@ -136,10 +129,7 @@ class Contraction(Semantics):
         where = [self.letters.index(letter) for letter in order]
         rest = [i for i in range(len(self.letters)) if i not in where]
         sizes = dict(zip(self.letters, moved.shape))
-        shape = [1] * len(self.out)
-        for axis, letters in enumerate(self.out):
-            for letter in letters:
-                shape[axis] *= sizes[letter]
+        shape = [prod(sizes[letter] for letter in letters) for letters in self.out]
         return moved.permute(where + rest).reshape(shape)
 
 
@@ -147,12 +137,14 @@ class Contraction(Semantics):
 class Recurrent(Semantics):
     """A recurrent layer: a contraction of its input by ``weights``, one per direction; its results stay as they are.
 
-    ``weights``: for every direction the slots of the weight (rows, features) and of a bias (rows,); no slot, no shift.
+    ``weights``: for every direction the slots of the weight (..., rows, features) and of a bias (..., n*rows), which
+    begins with that of the input; no slot, no shift. ``parts`` is n.
     """
 
     data: str
     weights: tuple[tuple[str, str | None], ...]
     get: Callable[[str], Tensor | None]
+    parts: int = 1
     absorbs: ClassVar[bool] = True
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
@@ -174,28 +166,11 @@ class Recurrent(Semantics):
         before, constants = given[self.data], {}
         scale, shift = before.scale.flatten(), before.shift.flatten()
         for weight, bias in self.weights:
-            old, own = self.get(weight), None if bias is None else self.get(bias)
+            old = self.get(weight)
             assert old is not None
             constants[weight] = old * scale
-            if bias is not None and own is not None and before.has_shift:
-                constants[bias] = own + old @ shift.expand(old.shape[1])
+            if bias is not None and before.has_shift:
+                moved, own = old @ shift.expand(old.shape[-1]), self.get(bias)
+                moved = pad(moved, (0, (self.parts - 1) * moved.shape[-1]))
+                constants[bias] = moved if own is None else own + moved
         return Rewritten(constants)
-
-
-@dataclass(frozen=True)
-class Lookup(Semantics):
-    """Picks rows of a constant table (embedding): along the last axis its result is free."""
-
-    slot: str
-    get: Callable[[str], Tensor | None]
-    absorbs: ClassVar[bool] = True
-
-    def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
-        """A variable of its own for every column."""
-        return equations.own((*(1,) * (len(shape) - 1), shape[-1]))
-
-    def rewritten(self, given: Mapping[str, Affine], after: Affine) -> Rewritten:
-        """``s*W[i] + t`` is a row of ``s*W + t``."""
-        table = self.get(self.slot)
-        assert table is not None
-        return Rewritten({self.slot: table * after.scale.flatten() + after.shift.flatten()})

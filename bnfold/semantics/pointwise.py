@@ -137,10 +137,14 @@ class Sum(Semantics):
 
 @dataclass(frozen=True)
 class Product(Semantics):
-    """``z = x*y`` of two values, or ``x/y``: ``a_z = a_x*a_y`` and no shifts."""
+    """``z = x*y`` of two values, or ``x/y``, or a matrix product: ``a_z = a_x*a_y`` and no shifts.
+
+    ``uniform``: the axes of either along which its scale must not vary, as one that is summed.
+    """
 
     slots: tuple[str, str]
     divides: bool = False
+    uniform: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def relate(self, given: Mapping[str, Gauge], equations: Equations, shape: Shape) -> Gauge:
         """See the class."""
@@ -148,30 +152,11 @@ class Product(Semantics):
         for factor in factors:
             equations.shift.pin(factor.base, "shift-through-product")
             equations.scale.pin(factor.scale, "nonlinear", (DEAD, EMPTY))
-        x, y = (self.read(factor.scale, place, equations) for place, factor in enumerate(factors))
+        x, y = (equations.scale.uniform(f.scale, axes, "other-axis") for f, axes in zip(factors, self.uniform))
         scale = equations.scale.combined([(1.0, x), (-1.0 if self.divides else 1.0, y)], "nonlinear", (LOG, SIGN))
         if scale is not x and scale is not y:
             equations.scale.pin(scale, "nonlinear", (DEAD, EMPTY))
         return Gauge(scale, pinned(len(shape)).base)
-
-    def read(self, scale: Ints, place: int, equations: Equations) -> Ints:
-        """The scale of a factor as the result has it."""
-        return scale
-
-
-@dataclass(frozen=True)
-class Bilinear(Product):
-    """A matrix product of two values: scales may vary along every axis but the one that is summed.
-
-    ``summed``: that axis of the first and of the second; None where all is mixed.
-    """
-
-    summed: tuple[int, int] | None = None
-
-    def read(self, scale: Ints, place: int, equations: Equations) -> Ints:
-        """Constant along what is summed; of the first along its rows too."""
-        axes = range(scale.ndim) if self.summed is None else (self.summed[place],)
-        return equations.scale.uniform(scale, axes, "other-axis")
 
 
 @dataclass(frozen=True)
@@ -222,7 +207,7 @@ class Homogeneous(Semantics):
 
 @dataclass(frozen=True)
 class Normalised(Semantics):
-    """Normalises, then multiplies and adds constants of its own: along ``axes`` its result is free.
+    """Normalises, then multiplies and adds constants of its own: along ``axes`` its result is free. So are table rows.
 
     ``write`` answers the constants for an affine to be done after the own ones.
     """

@@ -28,11 +28,7 @@ class UnknownSizeError(ValueError):
 
 
 class Sizes:
-    """The numbers that stand for a graph's symbols at the moment.
-
-    Attributes:
-        example: symbol -> its size in the example inputs.
-    """
+    """The numbers that stand for a graph's symbols at the moment; ``example`` are those in the example inputs."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph

@@ -116,9 +116,8 @@ def _starts(numbers: Ints) -> Ints:
 class System:
     """The equations so far, in echelon form; a variable is a row's pivot, or free.
 
-    Args:
-        binary: over GF(2) in place of the reals.
-        logs: variables are logarithms, and right-hand sides are given as what they are the logarithms of; 0 means 1.
+    ``binary``: over GF(2) in place of the reals. ``logs``: variables are logarithms, and right-hand sides are given as
+    what they are the logarithms of; 0 means 1.
     """
 
     def __init__(self, *, binary: bool = False, logs: bool = False) -> None:

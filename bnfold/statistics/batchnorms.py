@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from bnfold.aten.normalisation import normalisation
+from bnfold.aten.rows import normalisation_kind, takes_batch_statistics
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.onnx_call import OnnxCall
 from bnfold.graph.onnx_graph import OnnxGraph
-from bnfold.onnx_ops.scaling import trains
+from bnfold.onnx_ops.rows import trains
 from bnfold.report import NormHealth, NormKind, Spread
 
 STATISTICS = ("running_mean", "running_var")
@@ -229,18 +229,21 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
     targets = {spec.arg.name: spec.target or "" for spec in program.graph_signature.input_specs}
     found: dict[str, Layer] = {}
     for value in graph.values():
-        if (norm := normalisation(graph.call(value))) is None:
+        call = graph.call(value)
+        if (kind := normalisation_kind(call)) is None:
             continue
-        mean = norm.tensors.get("running_mean")
+        data, of_batch = call["input"], takes_batch_statistics(call)
+        tensors = {name: call[name] for name in _TENSORS if call[name] is not None}
+        mean = tensors.get("running_mean")
         target = targets.get(mean.name, "") if isinstance(mean, Node) else ""
         key = target or value.name
         if key in found:
             old = found[key]
             health = replace(old.health, calls=(old.health.calls or 0) + 1)
-            found[key] = replace(old, health=health, inputs=(*old.inputs, norm.data.name))
+            found[key] = replace(old, health=health, inputs=(*old.inputs, data.name))
             continue
         stored = {}
-        for name, node in norm.tensors.items():
+        for name, node in tensors.items():
             constant = graph.constant(node) if isinstance(node, Node) else None
             if constant is not None:
                 stored[name] = constant.detach().flatten().to(graph.dtype(node))
@@ -248,17 +251,17 @@ def program_layers(program: ExportedProgram, masters: Mapping[str, Tensor] | Non
         module = owner if dot and attribute == "running_mean" else graph.module(value)
         counter = program.state_dict.get(f"{module}.num_batches_tracked")
         health = NormHealth(
-            module=module or value.name, layer=graph.module_class(value) or norm.kind, kind=norm.kind,
+            module=module or value.name, layer=graph.module_class(value) or kind, kind=kind,
             functional="Norm" not in graph.module_class(value),
-            channels=next((tensor.numel() for tensor in stored.values()), None) or norm.data.meta["val"].shape[1],
-            eps=norm.eps, momentum=norm.momentum, affine="weight" in norm.tensors or "bias" in norm.tensors,
-            track_running_stats=not norm.batch_statistics, training=None,
+            channels=next((tensor.numel() for tensor in stored.values()), None) or data.meta["val"].shape[1],
+            eps=float(call["eps"]), momentum=float(call["momentum"]), affine="weight" in tensors or "bias" in tensors,
+            track_running_stats=not of_batch, training=None,
             batches_tracked=int(counter) if isinstance(counter, Tensor) else None, calls=1,
-            dtype=_dtype(stored) or str(graph.dtype(norm.data)).removeprefix("torch."),
+            dtype=_dtype(stored) or str(graph.dtype(data)).removeprefix("torch."),
         )  # fmt: skip
-        if norm.batch_statistics:
+        if of_batch:
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith("running")}
-        found[key] = Layer(health, stored, (norm.data.name,), target=target)
+        found[key] = Layer(health, stored, (data.name,), target=target)
     return [summed(layer) for layer in found.values()]
 
 

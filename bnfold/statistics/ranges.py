@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 
 from bnfold import aten
 from bnfold.affine import Affine
-from bnfold.aten.normalisation import STATISTICS
+from bnfold.aten.rows import STATISTICS
 from bnfold.graph.capture import Captured
 from bnfold.graph.graph import Graph, Node
 from bnfold.graph.interpret import constant_of
