@@ -132,6 +132,15 @@ def test_what_moves_elements_is_not_asked_by_itself(monkeypatch: pytest.MonkeyPa
         assert bool(alone([node], OPSETS, given, frozenset(), "cpu").count) is asked
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_where_the_largest_stand_is_counted_through_a_batch(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_right", set())
+    node = make_node("MaxPool", ["x"], ["y", "i"], kernel_shape=[2, 3], strides=[2, 1], storage_order=order)
+    x = np.random.default_rng(0).normal(size=(1, 3, 7, 5)).astype(np.float32)
+    found = alone([node], OPSETS, {"x": x, "y": None, "i": None}, frozenset(), "cpu")
+    assert not found.faults and found.count
+
+
 def test_batches_are_judged_on_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     node, held, feeds = conv(3, 37, 1)
     monkeypatch.setattr(module, "_right", set())

@@ -108,7 +108,8 @@ def _provoking(node: onnx.NodeProto, x: Array, held: Mapping[str, Any]) -> Itera
 
     Where rows are independent, which is told, they are the rows of a few batches, else one after another.
     """
-    rng, rows = np.random.default_rng(0), node.op_type in _ROWS
+    # A second result says where in all of the batch the largest stand.
+    rng, rows = np.random.default_rng(0), node.op_type in _ROWS and len(node.output) == 1
     small = _part(node, x, held, PLACES) if rows or node.op_type in _LINES else x
     if small.size > MOST:
         return
