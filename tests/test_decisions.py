@@ -211,6 +211,28 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 }  # fmt: skip
 
 
+class Faint(nn.Module):
+    """Scores of next to nothing, of which the largest are taken: a sigmoid's kernel is off by more than they differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+        nn.init.constant_(self.score[1].bias, -14.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, places = torch.sigmoid(self.score(x)).flatten(1).topk(40)
+        return scores, places
+
+
+def test_what_a_kernel_may_be_off_by_decides_no_more_than_a_near_tie(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Exported(Faint().eval(), (torch.randn(2, 3, 17, 19),))
+    report = net.judge(tmp_path / "net.onnx")
+    assert report.passed, report.problems
+    for fault in (attribute("TopK", "largest", 0), on_weight("score", swapped)):
+        assert net.judge(tmp_path / "net.onnx", fault).verdict == "fail"
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_fails(name: str, tmp_path: Path) -> None:
     net, fault = FAULTS[name]
