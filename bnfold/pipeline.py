@@ -31,9 +31,19 @@ from bnfold.onnx_flow import bisect_file, check_file, export_file, plan_file
 from bnfold.options import Folded, Model, OptionFields, Options, asked, public
 from bnfold.output import committed, file_metadata, keep_baseline, write_file
 from bnfold.report import Bisection, CalibrationReport, CheckReport, Diagnosis, ExportReport, FileReport, Ledger
-from bnfold.runtime.model_file import read_model
 from bnfold.runtime.runtime import resolve_device
-from bnfold.stages import Run, compared, expect, fold_captured, judging, model_facts, opset, refuse_nonfinite, traced
+from bnfold.stages import (
+    Run,
+    compared,
+    expect,
+    fold_captured,
+    judging,
+    model_facts,
+    opset,
+    refuse_nonfinite,
+    traced,
+    written_from,
+)  # fmt: skip
 from bnfold.statistics.calibration import Scheme, measure
 from bnfold.statistics.diagnose import examine
 from bnfold.statistics.schemes import Spread, data_batches
@@ -371,15 +381,15 @@ def check(
     """
     options, path = asked(options, more), None if path is None else Path(path)
     resolve_device(options.device, options.provider_options)
-    if path is not None:
-        read_model(path)  # before anything is computed
-    elif options.runner is None:
+    if path is None and options.runner is None:
         raise UsageError("there is nothing to judge", hint="Name an ONNX file, or a --runner")
+    file = None if path is None else FileGraph.read(path)  # before anything is computed
     if not isinstance(model, Model):
         return check_file(path, model, options, whole=spread is None)
     expect(options)
     judge = judging(options)
     captured, data, labels = Run(model, args, kwargs, dynamic_shapes, options, path).read()
+    judge["written"] = None if file is None else written_from(captured, file)
     verdict = Gate(captured, Ledger(), None, path, data=data, labels=labels, spread=spread, **judge).judge()
     verdict = replace(verdict, notes=(*captured.notes, *verdict.notes), interface=interface(captured))
     verdict = compared(verdict, options)

@@ -15,10 +15,12 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
+from bnfold._version import __version__
 from bnfold.errors import CaptureError, FoldError, InputError, UsageError
 from bnfold.gate.baseline import expect_baseline, judge_baseline
 from bnfold.gate.data import Labels, assign, examine, load_data, select
 from bnfold.gate.decisions import places
+from bnfold.gate.file_graph import FileGraph
 from bnfold.gate.gate import Gate
 from bnfold.gate.metrics import Facts, Part
 from bnfold.gate.stored import Rows, open_arrays
@@ -193,6 +195,17 @@ def fold_captured(captured: Captured, *, merge: bool, equalize: bool = False) ->
     if equalize:
         ledger = equalize_graph(graph, ledger)
     return Folded(graph.finish(), ledger, captured)
+
+
+def written_from(captured: Captured, file: FileGraph) -> ExportedProgram | None:
+    """What ``export`` of these versions wrote a file from, after its metadata; None where it wrote none such."""
+    said, own = file.metadata, {"bnfold.version": __version__, "bnfold.torch_version": str(torch.__version__)}
+    made = said.get("bnfold.rewritten", "")
+    if file.producer != "bnfold" or not own.items() <= said.items():
+        return None
+    if "folded" not in made:
+        return captured.program
+    return fold_captured(captured, merge="merged" in made, equalize="equalised" in made).program
 
 
 def refuse_nonfinite(ledger: Ledger) -> None:

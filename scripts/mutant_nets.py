@@ -14,12 +14,14 @@ import numpy as np
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 import bnfold
 from bnfold.evaluate.evaluator import File64
 from bnfold.evaluate.subject import ValueInfo
 from bnfold.graph.capture import Captured, capture
+from bnfold.stages import fold_captured
 
 Array = np.ndarray[Any, Any]
 
@@ -184,6 +186,8 @@ class Right:
     #: An example, and one more than the largest id, of every input.
     example: Mapping[str, Array]
     highs: Mapping[str, int]
+    #: What the file was written from.
+    written: ExportedProgram
 
 
 def right(name: str, folder: Path) -> Right:
@@ -200,9 +204,8 @@ def right(name: str, folder: Path) -> Right:
     captured = capture(module, args, dynamic_shapes=shapes, dtype=net.dtype)
     inputs = File64(path).inputs
     example = {v.name: a.numpy() for v, a in zip(inputs, args)}
-    return Right(
-        captured, path, inputs, example, {n: int(a.max()) + 1 for n, a in example.items() if a.dtype.kind == "i"}
-    )
+    highs = {n: int(a.max()) + 1 for n, a in example.items() if a.dtype.kind == "i"}
+    return Right(captured, path, inputs, example, highs, fold_captured(captured, merge=True).program)
 
 
 Family = Callable[[np.random.Generator, tuple[int, ...]], Array]

@@ -205,7 +205,7 @@ def judge(found: Right, path: Path, *, whole: bool = False) -> Row:
     try:
         if not whole:
             gate.Findings = lambda: findings(problems=First())  # type: ignore[assignment, misc]
-        report = gate.Gate(found.captured, Ledger(), None, path).judge()
+        report = gate.Gate(found.captured, Ledger(), None, path, written=found.written).judge()
         said = {"verdict": report.verdict, "problem": report.problems[0] if report.problems else ""}
     except RefusedError as refused:
         said = {"verdict": "fail", "problem": str(refused)}

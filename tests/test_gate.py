@@ -127,8 +127,11 @@ def test_a_fault_is_never_green(name: str, scale: float, tmp_path: Path) -> None
     assert report.verdict == "fail", report
     # Whose it is: nothing is said of a runtime that computes what the file says.
     assert not any("computes operator" in p or "optimisation " in p for p in report.problems), report.problems
+    # Each is seen by what it does, too: it may have been folded wrongly as well as written wrongly.
+    seen = [problem for problem in report.problems if not problem.startswith("constant")]
+    assert seen
     if name in AT_SITES:
-        assert report.ratio <= LIMIT and all("fold of 'branch_norm'" in problem for problem in report.problems)
+        assert report.ratio <= LIMIT and all("fold of 'branch_norm'" in problem for problem in seen)
         blind = Gate(exported(scale).captured, Ledger(), None, tmp_path / "net.onnx").judge()
         assert blind.verdict == "pass"  # the outputs alone do not show it: the sites are what bites
 

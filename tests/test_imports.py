@@ -25,7 +25,7 @@ ALLOWED: dict[str, str] = {
     "onnx_flow": "affine errors files gate graph interface loading lowering options output passes report runtime stages"
     " statistics store",
     "output": "_version errors files gate lowering options report store",
-    "stages": "errors gate graph interface loading options passes report runtime statistics",
+    "stages": "_version errors gate graph interface loading options passes report runtime statistics",
     "interface": "errors graph options report",
     "options": "eager errors gate graph loading report runtime user_code",
     "eager": "aten errors gate graph loading passes report semantics",

@@ -33,7 +33,8 @@ from bnfold.evaluate.weights import Weight, spread_out, weights_of
 from bnfold.rounding import disturb
 from bnfold.runtime.model_file import read_model
 
-_EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+#: By the name of the dtype.
+EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 _FLOATS = {onnx.TensorProto.DataType.Value(n) for n in ("FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE")}
 #: Operators whose operands beside the first say how large a result is.
 _SIZING = {"Resize", "Upsample", "Range"}
@@ -161,7 +162,7 @@ class File64:
     def epsilon(self) -> float:
         """The epsilon of the finest dtype that an initializer is stored in; that of float32 where there is none."""
         dtypes = [weight.dtype for weight in self.weights().values()]
-        return min((_EPSILONS[dtype] for dtype in dtypes if dtype in _EPSILONS), default=_EPSILONS["float32"])
+        return min((EPSILONS[dtype] for dtype in dtypes if dtype in EPSILONS), default=EPSILONS["float32"])
 
     def halves(self) -> set[str]:
         """The dtypes of half the width that it has values of: as constants, or as what a cast makes."""
@@ -310,7 +311,7 @@ class Evaluator(ReferenceEvaluator):
             for name, x in plain.items():
                 setattr(node, name, x)
         if node.op_type == "Constant" and label not in self._exact:
-            return [_disturbed(label, results[0], epsilon or _EPSILONS["float32"], seed)]
+            return [_disturbed(label, results[0], epsilon or EPSILONS["float32"], seed)]
         return results
 
     def _compute(self, node: OpRun, values: Mapping[str, Any], attributes: Any) -> Sequence[Any]:
@@ -345,10 +346,10 @@ def _disturbed(name: str, weight: Any, epsilon: float | None, seed: int) -> Any:
     """A constant, each element off by up to half an epsilon. A short number alone is none that was rounded."""
     array: Any = _stored(weight)
     dtype = getattr(getattr(array, "dtype", None), "name", "")
-    if dtype not in _EPSILONS or (np.size(array) == 1 and _is_short(float(array.reshape(())))):
+    if dtype not in EPSILONS or (np.size(array) == 1 and _is_short(float(array.reshape(())))):
         return array
     moved = np.array(array, np.float64, order="C")
-    disturb(moved, _EPSILONS[dtype] if epsilon is None else epsilon, name, seed)
+    disturb(moved, EPSILONS[dtype] if epsilon is None else epsilon, name, seed)
     return moved
 
 

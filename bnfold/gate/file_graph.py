@@ -29,10 +29,11 @@ class FileValue:
 
 @dataclass(frozen=True)
 class FileGraph:
-    """The values of a file by name, in the order of its nodes, and its metadata."""
+    """The values of a file by name, in the order of its nodes, its metadata, and what tool it says wrote it."""
 
     values: Mapping[str, FileValue]
     metadata: Mapping[str, str]
+    producer: str = ""
 
     @classmethod
     def read(cls, path: Path) -> FileGraph:
@@ -53,7 +54,7 @@ class FileGraph:
             moving |= set(node.output) if depends else set()
             value = FileValue(node.op_type, node.name, module, reads, depends)
             values |= {name: value for name in node.output if name}
-        return cls(values, {entry.key: entry.value for entry in model.metadata_props})
+        return cls(values, {entry.key: entry.value for entry in model.metadata_props}, model.producer_name)
 
     def behind(self, names: Iterable[str], known: Collection[str]) -> tuple[set[str], set[str]]:
         """What is computed on the way to values from the nearest that are ``known``, and these."""

@@ -37,6 +37,7 @@ from bnfold.gate.candidates import (
     needs_widening,
     settings,
 )
+from bnfold.gate.constants import damaged
 from bnfold.gate.data import Labels
 from bnfold.gate.decisions import judge_turns
 from bnfold.gate.deployed import Sessions
@@ -101,6 +102,8 @@ class Gate:
     arithmetic: Arithmetic | None = None
     #: Fail where a node runs on another provider than the one asked for.
     require_all_nodes: bool = False
+    #: What the file says that it was written from, where that is not judged itself.
+    written: ExportedProgram | None = None
 
     def judge(self) -> CheckReport:
         """The verdict.
@@ -240,6 +243,9 @@ class Gate:
             self.findings.doubts.append(f"{error.what}: the file is judged by what ONNX Runtime makes of it alone")
             return None
         claim.knows = self.folded is not None
+        if (written := self.folded or self.written) is not None:
+            limit = 0.0 if self.folded is not None else ELEMENT * self.limit
+            self.findings.problems += damaged(written, claim.file.weights(), limit)
         return claim
 
     def _judge_claim(self, claim: FileWitness | Program64, meant: Mapping[str, Meaning]) -> list[SiteResult]:
