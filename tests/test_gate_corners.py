@@ -11,6 +11,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional as F
 
 import bnfold
 from bnfold.gate.gate import Gate
@@ -264,3 +265,24 @@ def test_a_parameter_of_the_dtype_of_a_value_is_a_constant(dtype, tmp_path):
     assert report.passed
     (entry,) = report.ledger.left
     assert entry.refusals[0].reason == "several-readers"
+
+
+class Sampled(nn.Module):
+    """A grid of its own making, whose middle torch.onnx computes to a rounding of one and float64 to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.theta = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        theta = self.theta(y.mean((2, 3))).view(-1, 2, 3) * 0.1 + torch.eye(3)[:2]
+        return F.grid_sample(y, F.affine_grid(theta, (x.shape[0], 8, 7, 9), align_corners=False), align_corners=False)
+
+
+def test_a_table_that_float32_computes_is_no_fault(tmp_path: Path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        module = Sampled()
+    report = bnfold.export(zoo.randomize(module), tmp_path / "net.onnx", (torch.randn(2, 3, 13, 12),))
+    assert report.passed, report.check

@@ -31,6 +31,8 @@ _FACTORIES = {
     "arange", "full", "zeros", "ones", "empty", "linspace", "scalar_tensor", "eye", "new_full", "rand", "randn",
 }  # fmt: skip
 _BITS = torch.ops.aten.view.dtype
+#: It has a table in it that is computed from sizes.
+_AFFINE_GRID = torch.ops.aten.affine_grid_generator.default
 
 
 def raise_tensor(value: Any) -> Any:
@@ -173,8 +175,10 @@ class Runner(fx.Interpreter):
             value = _bits(n, self.fetch_args_kwargs_from_env(n)[0][0])
         else:
             value = super().run_node(n)
-        if n.name in self._computed and isinstance(value, Tensor) and value.is_floating_point():
-            value = self._rounded(n.name, value.clone(), _epsilon(n.meta.get("val")))
+        tabled = self._jitter and n.target is _AFFINE_GRID
+        if (n.name in self._computed or tabled) and isinstance(value, Tensor) and value.is_floating_point():
+            terms = _terms(n.target, self.fetch_args_kwargs_from_env(n)[0], value)
+            value = value + (self._rounded(n.name, terms.clone(), _epsilon(n.meta.get("val"))) - terms)
         if n.name in self._steering:
             value = self._steering[n.name](*self.fetch_args_kwargs_from_env(n), value)
         if n.name in self._keep:
@@ -234,6 +238,20 @@ def _of_constants(program: ExportedProgram, constants: Collection[str], exact: C
         if node.name in exact or any(user in deciding or not found[user] for user in users):
             deciding.add(node)
     return frozenset(node.name for node, floats in found.items() if floats and node not in deciding)
+
+
+def _terms(target: Any, args: Sequence[Any], value: Tensor) -> Tensor:
+    """What is added up to a value, in magnitudes: as that is rounded, so is the value, zero in between or not."""
+    name, terms = getattr(target, "_opname", ""), value
+    if target is _AFFINE_GRID:
+        terms = args[0].abs().sum(-1)
+        terms = terms.reshape(len(terms), *[1] * (value.ndim - 2), terms.shape[1])
+    elif name in ("add", "sub"):
+        one, other = (torch.as_tensor(x, dtype=value.dtype).abs() for x in args[:2])
+        terms = one + other
+    elif name == "linspace" or (name == "arange" and target._overloadname != "default"):
+        terms = (value - args[0]).abs() + abs(args[0])
+    return terms.expand_as(value)
 
 
 def constant_of(program: ExportedProgram, target: str) -> Any:
