@@ -226,6 +226,18 @@ def test_refuses_overflow():
     assert not plain(module, IMAGE.float()).ledger.left
 
 
+@pytest.mark.parametrize(("factor", "stays"), [(1e-3, False), (1e-5, True), (1e-9, True)])
+def test_refuses_what_would_be_below_the_normal_numbers(factor, stays):
+    """Weights that float16 keeps a few bits of; the BatchNorm before the factor goes into them all the same."""
+    module = build(lambda m, x: m.n(m.a(x)) * factor, a=conv(), n=bn()).float()
+    half = plain(module, IMAGE.float(), dtype=torch.float16)
+    assert [left.value for left in half.ledger.left] == (["mul"] if stays else [])
+    if stays:
+        refusal = half.ledger.left[0].refusals[0]
+        assert refusal.reason == "overflow" and refusal.blocker == "a" and refusal.detail.endswith("the largest of all")
+    assert not plain(module, IMAGE.float()).ledger.left
+
+
 def test_refuses_a_change_of_dtype():
     """A float32 constant makes a float16 value float32: leaving it out would change what eager gives."""
     module = build(lambda m, x: m.a(x) * m.s, a=conv(), s=POSITIVE).half()

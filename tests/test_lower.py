@@ -183,22 +183,24 @@ def test_simplifying_changes_no_number(name: str, tmp_path: Path) -> None:
 class Scaled(nn.Module):
     """A convolution and a table of constants that onnxsim would love to multiply into it."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(8, 512, 3)
-        self.register_buffer("scale", torch.rand(512, 1, 1) + 0.5)
+        self.conv = nn.Conv2d(8, channels, 3)
+        self.register_buffer("scale", torch.rand(channels, 1, 1) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) * self.scale
 
 
-def test_onnxsim_folds_no_weights_that_it_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, args = Scaled(), (torch.randn(2, 8, 5, 5),)
+@pytest.mark.parametrize("channels", [2, 512])  # it sees the weights of the small one
+def test_onnxsim_folds_no_weights(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, args = Scaled(channels), (torch.randn(2, 8, 5, 5),)
     model = written(lowered(module, args, fold=False)[1], tmp_path / "net.onnx")
     assert [n.op_type for n in model.graph.node] == ["Conv", "Mul"]
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     assert weights["conv.weight"].tobytes() == module.conv.weight.detach().numpy().tobytes()
-    monkeypatch.setattr(lower_module, "SKELETON_BYTES", 1 << 40)  # the same with every weight in sight
+    monkeypatch.setattr(lower_module, "SKELETON_BYTES", 1 << 40)  # with every weight in sight, and all it can do
+    monkeypatch.setattr(lower_module, "_FOLDS", ())
     model = written(lowered(module, args, fold=False)[1], tmp_path / "net.onnx")
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     assert weights.get("conv.weight", np.zeros(1)).tobytes() != module.conv.weight.detach().numpy().tobytes()

@@ -182,18 +182,24 @@ def of_body(old: ExportedProgram, body: fx.GraphModule, stored: Mapping[str, str
 
 @dataclass(frozen=True)
 class Overflow:
-    """A constant that does not fit its dtype, as the largest magnitude and where it stands."""
+    """A constant that does not fit its dtype: one magnitude too large, or the largest of those that are too small."""
 
     largest: float
     index: tuple[int, ...]
 
 
 def overflow(tensor: Tensor, dtype: torch.dtype) -> Overflow | None:
-    """The first element that would not be finite, rounded to ``dtype``."""
+    """The first element that would not be finite, rounded to ``dtype``; the largest of weights that lose digits there.
+
+    Below the normal numbers these are fewer and fewer. A vector is added to something, and may be as small as it is.
+    """
     if tensor.numel() and dtype.is_floating_point:
         # One look at all of it: nearly every tensor fits, and a NaN fails every comparison.
         low, high = tensor.aminmax()
-        if -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max:
+        largest, known = max(-float(low), float(high)), torch.finfo(dtype)
+        if tensor.ndim > 1 and 0 < largest < known.tiny:
+            return Overflow(largest, tuple(int(i) for i in (tensor.abs() == largest).nonzero()[0]))
+        if -known.max <= float(low) and float(high) <= known.max:
             return None
     rounded = tensor.to(dtype)
     bad = ~rounded.isfinite()

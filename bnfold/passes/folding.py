@@ -7,7 +7,8 @@ told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from bnfold.affine import Meaning
@@ -125,9 +126,12 @@ class Folder:
             what = f"{slot}[{', '.join(map(str, overflow.index))}]"
             finite = bool(tensor.isfinite().all())
             reason = "overflow" if finite else "nonfinite"
-            detail = f"{what} would be {overflow.largest:.3g}" if finite else f"{what} is NaN or infinite"
+            small = overflow.largest < 1
+            size = f"{overflow.largest:.3g}{', the largest of all' if small else ''}"
+            detail = f"{what} would be {size}" if finite else f"{what} is NaN or infinite"
             refusal = Refusal(reason, self.rewriter.where(value), self.graph.call(value).operator, detail)
-            self._banned[self._nearest(value)] = refusal
+            near = self._near(value)
+            self._banned[min(near, key=self._scale) if small else next(near)] = refusal
             return True
         return False
 
@@ -140,20 +144,27 @@ class Folder:
             refusal = Refusal(
                 "cancellation", self.rewriter.where(each.value), self.graph.call(each.value).operator, detail
             )
-            self._banned[reads[0] if reads else self._nearest(each.value)] = refusal
+            self._banned[reads[0] if reads else next(self._near(each.value))] = refusal
         return bool(found)
 
-    def _nearest(self, value: Node) -> Node:
-        """The affine that goes next to a value, past others that are stored otherwise."""
-        seen, waiting = {value}, [value]
+    def _near(self, value: Node) -> Iterator[Node]:
+        """The affines that go next to a value, past what is stored otherwise, the nearest first; else any."""
+        seen, waiting, found = {value}, [value], False
         for node in waiting:
             for other in (*node.all_input_nodes, *self.graph.readers(node)):
-                if other in self._gone:
-                    return other
-                if other not in seen and not self._solution.is_kept(other):
+                if other not in seen and (other in self._gone or not self._solution.is_kept(other)):
                     seen.add(other)
                     waiting.append(other)
-        return self._choice.gone[0]
+                    if other in self._gone:
+                        found = True
+                        yield other
+        if not found:
+            yield self._choice.gone[0]
+
+    def _scale(self, site: Node) -> float:
+        """The largest factor of an affine."""
+        semantics = self._gauges.at(site)
+        return float(semantics.affine.scale.abs().max()) if isinstance(semantics, Scaling) else math.inf
 
     # -- applying --------------------------------------------------------------------------------------------------
 
