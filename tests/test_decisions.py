@@ -237,7 +237,7 @@ def test_what_a_kernel_may_be_off_by_decides_no_more_than_a_near_tie(tmp_path: P
 def test_a_fault_fails(name: str, tmp_path: Path) -> None:
     net, fault = FAULTS[name]
     report = exported(net).judge(tmp_path / "net.onnx", fault)
-    assert report.verdict == "fail" and "the file in float64" in report.problems[0], report
+    assert report.verdict == "fail" and any("the file in float64" in problem for problem in report.problems), report
 
 
 @pytest.mark.parametrize("name", list(FAULTS)[::4])
