@@ -151,7 +151,7 @@ def table(rows: list[Row]) -> str:
         "made by `scripts/sweep_timm.py`. Of every family the smallest net and those with modules of their own; random",
         "weights, randomised statistics and LayerScale. *Other* are the other multiplications and additions by",
         "constants, and how many of them are left. *Ratio* is the file's error over the noise in ONNX Runtime with all",
-        "its optimisations (limit 4), *site* that of the worst fold (limit 16).",
+        "its optimisations (limit 4), *site* that of the worst element at a fold (limit 6).",
         "",
         f"{len(passed)} of {len(rows)} pass. BatchNorms: {sum(row['before'] for row in done)} before, "
         f"{sum(row['after'] for row in done)} left.",
