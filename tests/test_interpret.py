@@ -154,6 +154,18 @@ def test_what_tables_are_added_up_of_is_disturbed():
     assert not Runner(counted, precise=True, jitter=True)([x])[0][:, 0].any()
 
 
+@pytest.mark.parametrize("slope", [(), (0.2,)])
+def test_the_slope_of_a_leaky_relu_is_disturbed(slope):
+    """A file holds it in float32, and a sum of both signs behind it takes away what hides that."""
+    program = capture(Net(lambda m, x: F.leaky_relu(x, *slope)), (torch.ones(2, 3),)).program
+    x = torch.tensor([[-3.0, 2.0, -1.0], [1.0, -2.0, 0.0]])
+    still, moved = (Runner(program, precise=True, jitter=jitter)([x])[0] for jitter in (False, True))
+    below = x < 0
+    off = (moved / still - 1)[below].abs()
+    assert torch.equal(moved[~below], still[~below])
+    assert 0 < off.max() <= torch.finfo(torch.float32).eps / 2 * (1 + 1e-6)
+
+
 def test_values_are_kept_as_they_were():
     def run(m, x):
         y = m.conv(x)

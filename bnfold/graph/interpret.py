@@ -33,6 +33,8 @@ _FACTORIES = {
 _BITS = torch.ops.aten.view.dtype
 #: It has a table in it that is computed from sizes.
 _AFFINE_GRID = torch.ops.aten.affine_grid_generator.default
+#: Its slope is a number here, and an attribute in float32 of a file.
+_LEAKY_RELU = torch.ops.aten.leaky_relu.default
 
 
 def raise_tensor(value: Any) -> Any:
@@ -173,6 +175,10 @@ class Runner(fx.Interpreter):
         """Runs one node; steers it, and keeps its value, where asked to."""
         if self.precise and n.target is _BITS:
             value = _bits(n, self.fetch_args_kwargs_from_env(n)[0][0])
+        elif self._jitter and n.target is _LEAKY_RELU:
+            x, slope = (*self.fetch_args_kwargs_from_env(n)[0], 0.01)[:2]
+            held = self._rounded(n.name, torch.tensor([slope], dtype=torch.float64), torch.finfo(torch.float32).eps)
+            value = torch.ops.aten.leaky_relu(x, float(held))
         else:
             value = super().run_node(n)
         tabled = self._jitter and n.target is _AFFINE_GRID
