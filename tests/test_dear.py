@@ -54,7 +54,8 @@ def test_a_fault_is_never_green(name: str, tmp_path: Path) -> None:
     report = exported("victim").judge(tmp_path / "net.onnx", FAULTS[name])
     assert report.verdict == "fail", report
     if name in AT_SITES:
-        assert all("fold of 'branch_norm'" in problem for problem in report.problems)
+        seen = [problem for problem in report.problems if not problem.startswith("constant")]
+        assert seen and all("fold of 'branch_norm'" in problem for problem in seen)
 
 
 @pytest.mark.parametrize("static", [False, True])

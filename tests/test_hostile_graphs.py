@@ -28,7 +28,7 @@ def test_they_hold_what_is_hostile():
         graph = Graph(functional(program))
         nodes = list(graph.graph.nodes)
         values = [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-        found["written"] += any(map(graph.is_frozen, nodes))
+        found["written"] += any(getattr(n.target, "_opname", "").endswith("_") for n in program.graph.nodes)
         found["a number as an argument"] += any(
             graph.is_number(operand) for node in values for operand in node.all_input_nodes
         )
